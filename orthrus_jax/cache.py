@@ -1,0 +1,73 @@
+"""KVCache: the AR view's keys and values, one fixed buffer a layer, shared by both views.
+
+Slot s of a row holds position s of that row. The cache knows no lengths: what a row may read follows
+from the positions of the rows that read it, so rolling a rejected draft back moves nothing, and a
+stale slot is overwritten before any position is high enough to see it.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.layers import rotary_angles
+
+Array = jax.Array
+
+
+class KVCache(struct.PyTreeNode):
+    """Keys [B, G, D, S] and values [B, G, S, D], one array a layer.
+
+    Keys lie transposed so that scores (q @ k) and output (weights @ v) are plain batched matmuls: the
+    compiler then turns no cache round (measured 1.3-2.4x per attention on CPU). A batch of one drops
+    its axis at rest, [G, D, S]: XLA's CPU compiler drops it anyway, and when only the matmul's side of
+    the update loses an axis it updates two copies of the cache instead of one (AR step 1.4x).
+
+    `rotary` holds cos and sin, float32[S, D/2], of every slot's position: a table that the loop reads
+    where XLA would otherwise recompute the angles for every head of every layer.
+    """
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    rotary: tuple[Array, Array]
+
+    @classmethod
+    def zeros(cls, config: ModelConfig, batch: int, slots: int) -> "KVCache":
+        """An empty cache of `slots` positions for `batch` rows, in the config's dtype."""
+        c, layers = config, range(config.num_hidden_layers)
+        lead = (c.num_key_value_heads,) if batch == 1 else (batch, c.num_key_value_heads)
+        cos, sin = rotary_angles(jnp.arange(slots), c.head_dim, c.rope_theta)
+        return cls(
+            k=tuple(jnp.zeros((*lead, c.head_dim, slots), c.dtype) for _ in layers),
+            v=tuple(jnp.zeros((*lead, slots, c.head_dim), c.dtype) for _ in layers),
+            rotary=(cos, sin),
+        )
+
+
+def as_slots(k: Array, v: Array) -> tuple[Array, Array]:
+    """Turn k and v [B, T, G, D], as projections make them, to [B, G, D, T] and [B, G, T, D]."""
+    return k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+
+
+def seen(kv: tuple[Array, Array], span: int | None) -> tuple[Array, Array]:
+    """Return one layer's keys [B, G, D, S] and values [B, G, S, D], cut to the first `span` slots."""
+    k, v = (x if x.ndim == 4 else x[None] for x in kv)
+    return k[..., :span], v[:, :, :span]
+
+
+def write(kv: tuple[Array, Array], k: Array, v: Array, start: Array) -> tuple[Array, Array]:
+    """Write k and v [B, T, G, D] of one layer at slots start[b] ... start[b] + T - 1 of row b.
+
+    The caller keeps start + T <= S: like every dynamic update, one that runs over the end would be
+    moved back over live slots.
+    """
+    new_k, new_v = as_slots(k, v)
+    return _update(kv[0], new_k, start, axis=-1), _update(kv[1], new_v, start, axis=-2)
+
+
+def _update(buffer: Array, new: Array, start: Array, axis: int) -> Array:
+    new = new.astype(buffer.dtype)
+    update = lambda b, n, s: jax.lax.dynamic_update_slice_in_dim(b, n, s, axis)  # noqa: E731
+    if buffer.ndim == 3:
+        return update(buffer, new[0], start[0])
+    return jax.vmap(update)(buffer, new, start)

@@ -1,0 +1,245 @@
+"""The dual-view transformer: Segment, View, and one forward pass that carries segments in lockstep.
+
+In every layer each segment attends with its own view's weights; norms, MLP and LM head are one. AR
+segments write their keys and values first, then every segment reads the cache: an AR row up to and
+including itself, a diffusion block strictly below its anchor, plus itself. Prefill, AR decoding,
+draft, verify and the training step are this one function with different segments.
+"""
+
+import dataclasses
+import enum
+import itertools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from orthrus_jax import attention
+from orthrus_jax.cache import KVCache, as_slots, seen, write
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.layers import AttentionProjections, RMSNorm, SwiGLU, linear, rotary_angles
+
+Array = jax.Array
+Params = dict  # a Linen parameter tree; see params.py for its frozen and diffusion parts
+
+
+class View(enum.Enum):
+    """Whose attention weights a segment uses, and what its rows may see."""
+
+    AR = "ar"
+    DIFFUSION = "diffusion"
+
+
+class Segment(struct.PyTreeNode):
+    """A run of token rows with one view.
+
+    Attributes:
+      tokens: int32[B, T].
+      positions: int32[B, T], the rotary position of each row, which is also its cache slot. An AR
+        segment's positions are consecutive. A diffusion segment's are consecutive within a block.
+      view: whose attention.
+      block: rows of a diffusion block; T is a multiple of it. Unused by AR segments.
+      start: int32[B, T] or None: the first slot each row may see, where several documents are packed
+        into a row. None is slot 0.
+      span: an upper bound, known when compiling, on the slots these rows see; None is the whole
+        cache. It saves work, never changes a result.
+    """
+
+    tokens: Array
+    positions: Array
+    view: View = struct.field(pytree_node=False)
+    block: int = struct.field(pytree_node=False, default=0)
+    start: Array | None = None
+    span: int | None = struct.field(pytree_node=False, default=None)
+
+
+def ar_segment(tokens: Array, first: Array, *, span: int | None = None) -> Segment:
+    """AR rows `tokens` [B, T] at consecutive positions from `first` [B]."""
+    positions = first[:, None] + jnp.arange(tokens.shape[1])
+    return Segment(tokens, positions, View.AR, span=span)
+
+
+def block_segment(anchor: Array, first: Array, block: int, mask_token_id: int) -> Segment:
+    """One diffusion block a row: [anchor, MASK x (block - 1)] from the anchor's position `first` [B]."""
+    masks = jnp.full((anchor.shape[0], block - 1), mask_token_id, anchor.dtype)
+    positions = first[:, None] + jnp.arange(block)
+    tokens = jnp.concatenate([anchor[:, None], masks], axis=1)
+    return Segment(tokens, positions, View.DIFFUSION, block=block)
+
+
+class Layer(nn.Module):
+    """One decoder layer: two attention views over one set of keys and values, and a shared MLP."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.self_attn = AttentionProjections(self.config)
+        self.self_attn_diff = AttentionProjections(self.config)
+        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.mlp = SwiGLU(self.config)
+
+    def __call__(
+        self,
+        rows: list[Array],
+        segments: Sequence[Segment],
+        rotary: list[tuple[Array, Array]],
+        kv: tuple[Array, Array] | None,
+        join: bool,
+    ) -> tuple[list[Array], tuple[Array, Array] | None]:
+        """Move the rows [B, T, E] of all segments through the layer; return them and the new kv."""
+        normed = _together(self.input_layernorm, rows, join)
+        mixed: list[Array] = [None] * len(rows)  # type: ignore[list-item]
+        order = sorted(range(len(rows)), key=lambda i: segments[i].view is View.DIFFUSION)
+        for i in order:  # AR first: what it writes, the blocks of this pass may read
+            mix = self._attend_ar if segments[i].view is View.AR else self._attend_blocks
+            mixed[i], kv = mix(normed[i], segments[i], rotary[i], kv)
+        rows = [x + y for x, y in zip(rows, mixed, strict=True)]
+        out = _together(lambda x: self.mlp(self.post_attention_layernorm(x)), rows, join)
+        return [x + y for x, y in zip(rows, out, strict=True)], kv
+
+    def _attend_ar(
+        self,
+        x: Array,
+        segment: Segment,
+        rotary: tuple[Array, Array],
+        kv: tuple[Array, Array] | None,
+    ) -> tuple[Array, tuple[Array, Array]]:
+        q, k, v = self.self_attn.qkv(x, *rotary)
+        # Without a cache the segment's own rows are the slots.
+        kv = as_slots(k, v) if kv is None else write(kv, k, v, segment.positions[:, 0])
+        heads = attention.attend(q, *seen(kv, segment.span), segment.start, segment.positions + 1)
+        return self.self_attn.out(heads), kv
+
+    def _attend_blocks(
+        self,
+        x: Array,
+        segment: Segment,
+        rotary: tuple[Array, Array],
+        kv: tuple[Array, Array] | None,
+    ) -> tuple[Array, tuple[Array, Array]]:
+        assert kv is not None, "a diffusion segment needs a cache or an AR segment to read"
+        by_block = lambda x: x.reshape(x.shape[0], -1, segment.block, *x.shape[2:])  # noqa: E731
+        q, k, v = (by_block(x) for x in self.self_attn_diff.qkv(x, *rotary))
+        anchors = segment.positions[:, :: segment.block]
+        start = None if segment.start is None else segment.start[:, :: segment.block]
+        heads = attention.attend_blocks(q, *seen(kv, segment.span), k, v, start, anchors)
+        return self.self_attn_diff.out(heads.reshape(*x.shape[:2], *heads.shape[3:])), kv
+
+
+class DualViewTransformer(nn.Module):
+    """Qwen3 with a diffusion attention beside each AR attention. Parameter names are the checkpoint's."""
+
+    config: ModelConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = nn.Embed(
+            c.vocab_size,
+            c.hidden_size,
+            dtype=c.dtype,
+            embedding_init=nn.initializers.normal(0.02),
+        )
+        self.layers = [Layer(c) for _ in range(c.num_hidden_layers)]
+        self.norm = RMSNorm(c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = linear(c, c.vocab_size)
+
+    def __call__(
+        self, segments: Sequence[Segment], cache: KVCache | None
+    ) -> tuple[list[Array], KVCache | None]:
+        """See `Model.forward`."""
+        c = self.config
+        # Decoding is bound by reading weights: the rows of all segments go through each matmul
+        # together. Training is bound by arithmetic, and rows kept apart let the backward pass skip
+        # the teacher's: it has no gradient to carry.
+        join = cache is not None
+        rows = [self.embed_tokens(segment.tokens) for segment in segments]
+        rotary = [self._rotary(segment.positions, cache) for segment in segments]
+        kvs = []
+        for i, layer in enumerate(self.layers):
+            kv = None if cache is None else (cache.k[i], cache.v[i])
+            rows, kv = layer(rows, segments, rotary, kv, join)
+            kvs.append(kv)
+        hidden = _together(self.norm, rows, join)
+        if cache is None:
+            return hidden, None
+        k, v = zip(*kvs, strict=True)
+        return hidden, cache.replace(k=k, v=v)
+
+    def _rotary(self, positions: Array, cache: KVCache | None) -> tuple[Array, Array]:
+        if cache is None:
+            return rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        return cache.rotary[0][positions], cache.rotary[1][positions]
+
+    def logits(self, hidden: Array) -> Array:
+        """hidden [..., E] -> float32 logits [..., V]."""
+        c = self.config
+        if c.tie_word_embeddings:
+            table = self.embed_tokens.embedding.astype(c.dtype)
+            return jnp.matmul(table, hidden.swapaxes(-1,-2), preferred_element_type=jnp.float32).swapaxes(-1,-2)
+        kernel = self.lm_head.variables["params"]["kernel"].astype(c.dtype)
+        return jnp.einsum("...e,ev->...v", hidden, kernel, preferred_element_type=jnp.float32)
+
+    def touch(self, segments: Sequence[Segment]) -> None:
+        """Visit every parameter once; `Model.init` runs it to make the tree."""
+        hidden, _ = self(segments, None)
+        if not self.config.tie_word_embeddings:
+            self.lm_head(hidden[0])
+
+
+def _together(function: Callable[[Array], Array], rows: list[Array], join: bool) -> list[Array]:
+    """Apply a row-wise function to the rows of all segments: at once if `join`, else one by one."""
+    if not join or len(rows) == 1:
+        return [function(x) for x in rows]
+    ends = list(itertools.accumulate(x.shape[1] for x in rows))[:-1]
+    return jnp.split(function(jnp.concatenate(rows, axis=1)), ends, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What decoding and training see of the network: pure functions of a parameter tree.
+
+    Hashable, so it is a static argument of compiled functions. Nothing above this class knows which
+    Flax API lies below; tests put a scripted model with the same four methods in its place.
+    """
+
+    config: ModelConfig
+
+    def init(self, key: Array) -> Params:
+        """Fresh float32 parameters of both views. The diffusion view is NOT yet a copy: see params."""
+        tokens = jnp.zeros((1, 2), jnp.int32)
+        positions = jnp.arange(2)[None]
+        segments = [
+            Segment(tokens, positions, View.AR),
+            Segment(tokens, positions, View.DIFFUSION, block=2),
+        ]
+        module = DualViewTransformer(self.config)
+        return module.init(key, segments, method=DualViewTransformer.touch)["params"]
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache for `batch` rows of `slots` positions."""
+        return KVCache.zeros(self.config, batch, slots)
+
+    def forward(
+        self, params: Params, segments: Sequence[Segment], cache: KVCache | None
+    ) -> tuple[list[Array], KVCache | None]:
+        """One pass of all segments.
+
+        Args:
+          params: both views' parameters.
+          segments: at least one. Without a cache, the first is the AR segment the others read.
+          cache: the shared cache, or None when training: then the slots are the AR segment's rows.
+
+        Returns:
+          The final-normed hidden states [B, T, E] of each segment, and the cache with the AR
+          segments' rows written.
+        """
+        return DualViewTransformer(self.config).apply({"params": params}, segments, cache)
+
+    def logits(self, params: Params, hidden: Array) -> Array:
+        """hidden [..., E] -> float32 logits [..., V]."""
+        module = DualViewTransformer(self.config)
+        return module.apply({"params": params}, hidden, method=DualViewTransformer.logits)

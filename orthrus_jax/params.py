@@ -1,0 +1,98 @@
+"""Parameter trees: the frozen base, the diffusion subtree, and their names in a checkpoint.
+
+`split` and `merge` are the only place that says which parameters are trained. A path in the tree and
+a name in a Hugging Face checkpoint are the same word list, spelled two ways:
+
+  layers_3/self_attn/q_proj/kernel        model.layers.3.self_attn.q_proj.weight        (transposed)
+  layers_3/self_attn_diff/q_norm/weight   model.layers.3.self_attn.q_norm_diff.weight
+"""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.model import Model, Params
+
+DIFFUSION = "self_attn_diff"
+
+
+class TensorSpec(NamedTuple):
+    """Where a checkpoint tensor lives in the parameter tree.
+
+    `shape` is that in the checkpoint; `transpose` says the tree keeps it as [in, out].
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    transpose: bool
+
+
+def split(params: Params) -> tuple[Params, Params]:
+    """Part a whole tree into (frozen, diffusion); together they hold every leaf once."""
+    flat = traverse_util.flatten_dict(params)
+    parts: tuple[dict, dict] = ({}, {})
+    for path, leaf in flat.items():
+        parts[DIFFUSION in path][path] = leaf
+    frozen, diffusion = (traverse_util.unflatten_dict(part) for part in parts)
+    return frozen, diffusion
+
+
+def merge(frozen: Params, diffusion: Params) -> Params:
+    """Join the two subtrees to the tree that `Model.forward` takes. Copies no array."""
+    flat = traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(diffusion)
+    return traverse_util.unflatten_dict(flat)
+
+
+def diffusion_from_base(params: Params) -> Params:
+    """Return the diffusion subtree every training starts from: a copy of the AR attention weights."""
+    frozen = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict(
+        {
+            tuple(DIFFUSION if name == "self_attn" else name for name in path): jnp.array(leaf)
+            for path, leaf in frozen.items()
+            if "self_attn" in path
+        }
+    )
+
+
+def init(model: Model, key: jax.Array) -> Params:
+    """Fresh float32 parameters of a base and, in its diffusion view, a copy of its attention."""
+    frozen, _ = split(model.init(key))
+    return merge(frozen, diffusion_from_base(frozen))
+
+
+def shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Return the shape of every parameter by path, without allocating any."""
+    tree = jax.eval_shape(Model(config).init, jax.random.key(0))
+    return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+
+def tensor_specs(config: ModelConfig, *, diffusion: bool) -> dict[str, TensorSpec]:
+    """Return every tensor of a checkpoint by name: a Qwen3's, with `diffusion` an Orthrus's."""
+    return {
+        checkpoint_name(path): TensorSpec(
+            path, shape[::-1] if path[-1] == "kernel" else shape, path[-1] == "kernel"
+        )
+        for path, shape in shapes(config).items()
+        if diffusion or DIFFUSION not in path
+    }
+
+
+def checkpoint_name(path: tuple[str, ...]) -> str:
+    """Name a tree path as the published checkpoints do."""
+    if path[0] == "lm_head":
+        return "lm_head.weight"
+    names = [re.sub(r"^layers_(\d+)$", r"layers.\1", name) for name in path[:-1]]
+    if DIFFUSION in names:
+        names = [name.replace(DIFFUSION, "self_attn") for name in names]
+        names[-1] += "_diff"
+    return ".".join(["model", *names, "weight"])
+
+
+def count(params: Params) -> int:
+    """Return the number of parameters in a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
