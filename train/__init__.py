@@ -1,0 +1,1 @@
+"""Training of the small demo models: their problems, their runs."""
