@@ -65,7 +65,7 @@ def attend_blocks(
 
 
 def _by_group(q: Array, groups: int) -> Array:
-    """[B, T, H, D] -> [B, G, T * H/G, D]: the query heads of one key head are rows of one matmul."""
+    """[B, T, H, D] -> [B, G, T * H/G, D]: query heads of one key head are rows of one matmul."""
     b, t, h, d = q.shape
     return q.reshape(b, t, groups, h // groups, d).swapaxes(1, 2).reshape(b, groups, -1, d)
 

@@ -1,9 +1,11 @@
 """KVCache: the AR view's keys and values, one fixed buffer a layer, shared by both views.
 
-Slot s of a row holds position s of that row. The cache knows no lengths: what a row may read follows
-from the positions of the rows that read it, so rolling a rejected draft back moves nothing, and a
+Slot s of a row holds position s of that row. The cache knows no lengths: what may be read follows
+from the positions of the rows that read, so rolling a rejected draft back moves nothing, and a
 stale slot is overwritten before any position is high enough to see it.
 """
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +20,14 @@ Array = jax.Array
 class KVCache(struct.PyTreeNode):
     """Keys [B, G, D, S] and values [B, G, S, D], one array a layer.
 
-    Keys lie transposed so that scores (q @ k) and output (weights @ v) are plain batched matmuls: the
-    compiler then turns no cache round (measured 1.3-2.4x per attention on CPU). A batch of one drops
-    its axis at rest, [G, D, S]: XLA's CPU compiler drops it anyway, and when only the matmul's side of
-    the update loses an axis it updates two copies of the cache instead of one (AR step 1.4x).
+    Keys lie transposed so that scores (q @ k) and output (weights @ v) are plain batched matmuls:
+    the compiler then turns no cache round (measured 1.3-2.4x per attention on CPU). Leading axes of
+    size 1 (a batch of one, then a single key head) are dropped at rest: XLA's CPU compiler drops
+    them in the matmul anyway, and when only that side of the update loses an axis it updates two
+    copies of the cache (AR step 1.4x).
 
-    `rotary` holds cos and sin, float32[S, D/2], of every slot's position: a table that the loop reads
-    where XLA would otherwise recompute the angles for every head of every layer.
+    `rotary` holds cos and sin, float32[S, D/2], of every slot's position: a table that the loop
+    reads where XLA would otherwise recompute the angles for every head of every layer.
     """
 
     k: tuple[Array, ...]
@@ -35,7 +38,7 @@ class KVCache(struct.PyTreeNode):
     def zeros(cls, config: ModelConfig, batch: int, slots: int) -> "KVCache":
         """An empty cache of `slots` positions for `batch` rows, in the config's dtype."""
         c, layers = config, range(config.num_hidden_layers)
-        lead = (c.num_key_value_heads,) if batch == 1 else (batch, c.num_key_value_heads)
+        lead = tuple(itertools.dropwhile(lambda n: n == 1, (batch, c.num_key_value_heads)))
         cos, sin = rotary_angles(jnp.arange(slots), c.head_dim, c.rope_theta)
         return cls(
             k=tuple(jnp.zeros((*lead, c.head_dim, slots), c.dtype) for _ in layers),
@@ -50,8 +53,8 @@ def as_slots(k: Array, v: Array) -> tuple[Array, Array]:
 
 
 def seen(kv: tuple[Array, Array], span: int | None) -> tuple[Array, Array]:
-    """Return one layer's keys [B, G, D, S] and values [B, G, S, D], cut to the first `span` slots."""
-    k, v = (x if x.ndim == 4 else x[None] for x in kv)
+    """Return one layer's keys [B, G, D, S] and values [B, G, S, D], the first `span` slots."""
+    k, v = (x.reshape((1,) * (4 - x.ndim) + x.shape) for x in kv)
     return k[..., :span], v[:, :, :span]
 
 
@@ -67,7 +70,7 @@ def write(kv: tuple[Array, Array], k: Array, v: Array, start: Array) -> tuple[Ar
 
 def _update(buffer: Array, new: Array, start: Array, axis: int) -> Array:
     new = new.astype(buffer.dtype)
-    update = lambda b, n, s: jax.lax.dynamic_update_slice_in_dim(b, n, s, axis)  # noqa: E731
-    if buffer.ndim == 3:
-        return update(buffer, new[0], start[0])
-    return jax.vmap(update)(buffer, new, start)
+    update = lambda b, n, s: jax.lax.dynamic_update_slice_in_dim(b, n, s, axis)
+    if buffer.ndim == 4:
+        return jax.vmap(update)(buffer, new, start)
+    return update(buffer, new.reshape(new.shape[4 - buffer.ndim :]), start[0])

@@ -17,7 +17,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and constants of one model. Hashable: it is a static argument of every compiled program.
+    """Sizes and constants of one model. Hashable: a static argument of every compiled program.
 
     `block_size` is K, the rows of a diffusion block (K - 1 drafts a cycle). `mask_token_id` is None
     for a base model whose vocabulary has no row known to be unused; drafting then is refused.
@@ -65,7 +65,9 @@ class ModelConfig:
             raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
 
     @classmethod
-    def from_hf(cls, raw: dict[str, Any], generation: dict[str, Any] | None = None) -> "ModelConfig":
+    def from_hf(
+        cls, raw: dict[str, Any], generation: dict[str, Any] | None = None
+    ) -> "ModelConfig":
         """Read the dictionary of a config.json, of a Qwen3 or of an Orthrus checkpoint.
 
         Args:
@@ -83,14 +85,14 @@ class ModelConfig:
         missing = [name for name in _REQUIRED if name not in raw]
         if missing:
             raise UserError(f"config.json lacks {', '.join(missing)}")
+        wrong = [f"{name}={raw[name]!r}" for name in _REQUIRED if type(raw[name]) is not int]
+        if wrong:
+            raise UserError(f"config.json: expected whole numbers, found {', '.join(wrong)}")
         mask = raw.get("mask_token_id")
-        if mask is None and QWEN3_MASK_TOKEN_ID < raw["vocab_size"]:
+        if mask is None and raw["vocab_size"] > QWEN3_MASK_TOKEN_ID:
             mask = QWEN3_MASK_TOKEN_ID
-        heads, width = raw["num_attention_heads"], raw["hidden_size"]
         return cls(
             **{name: raw[name] for name in _REQUIRED},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or width // heads,
             rope_theta=float(_rope(raw).get("rope_theta", raw.get("rope_theta", 10_000.0))),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
@@ -125,8 +127,6 @@ class ModelConfig:
             "architectures": ["OrthrusLM" if orthrus else "Qwen3ForCausalLM"],
             "model_type": "qwen3",
             **{name: getattr(self, name) for name in _REQUIRED},
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
             "hidden_act": "silu",
             "attention_bias": False,
             "attention_dropout": 0.0,
@@ -138,13 +138,12 @@ class ModelConfig:
             "use_sliding_window": False,
             "tie_word_embeddings": self.tie_word_embeddings,
             "max_position_embeddings": self.max_position_embeddings,
-            "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+            "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
             "dtype": self.dtype,
+            "mask_token_id": self.mask_token_id,
         }
         if orthrus:
             raw["block_size"] = self.block_size
-        if self.mask_token_id is not None:
-            raw["mask_token_id"] = self.mask_token_id
         return raw
 
 
@@ -154,6 +153,8 @@ _REQUIRED = (
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
 )
 
 
@@ -166,7 +167,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: expected a Hugging Face checkpoint there") from None
+        raise UserError(
+            f"{path} does not exist: expected a Hugging Face checkpoint there"
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):

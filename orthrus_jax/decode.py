@@ -29,7 +29,9 @@ class DecodingModel(Protocol):
 
     def init_cache(self, batch: int, slots: int) -> Any: ...
 
-    def forward(self, params: Any, segments: list[Segment], cache: Any) -> tuple[list[Array], Any]: ...
+    def forward(
+        self, params: Any, segments: list[Segment], cache: Any
+    ) -> tuple[list[Array], Any]: ...
 
     def logits(self, params: Any, hidden: Array) -> Array: ...
 
@@ -140,11 +142,14 @@ def orthrus_decode(
     """Decode with two forwards a cycle, draft and verify, until every row is done.
 
     Emits what `ar_decode` emits. `state` is donated. `block_size` may be smaller than the trained K
-    (config.block_size, the default); every value is exact.
+    (config.block_size, the default); every value from 2 is exact.
     """
+    block_size = block_size or model.config.block_size
+    if not 2 <= block_size <= model.config.block_size:
+        raise ValueError(f"block_size={block_size} must be from 2 to {model.config.block_size}")
 
     def cycle(state: DecodeState) -> DecodeState:
-        drafts = draft(model, params, state, block_size or model.config.block_size)
+        drafts = draft(model, params, state, block_size)
         predicted, cache = verify(model, params, state, drafts)
         return accept(state.replace(cache=cache), drafts, predicted, eos)
 

@@ -1,7 +1,7 @@
 """The one exception a user is meant to read, and how a command shows it.
 
-Anything a person can put right (a missing file, a bad flag, a prompt that does not fit) is raised as
-`UserError` with what was found, what was expected and what to do. A bug is never a `UserError`.
+Anything a person can put right (a missing file, a bad flag, a prompt that does not fit) is raised
+as `UserError` with what was found, what was expected and what to do. A bug is never a `UserError`.
 """
 
 import sys

@@ -37,7 +37,7 @@ def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array,
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the halves of each head of x [B, T, H, D], as Qwen pairs them, by cos, sin [B, T, D/2]."""
+    """Rotate each head's halves, as Qwen pairs them: x [B, T, H, D] by cos, sin [B, T, D/2]."""
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1).astype(x.dtype)

@@ -1,7 +1,7 @@
 """Parameter trees: the frozen base, the diffusion subtree, and their names in a checkpoint.
 
-`split` and `merge` are the only place that says which parameters are trained. A path in the tree and
-a name in a Hugging Face checkpoint are the same word list, spelled two ways:
+`split` and `merge` are the only place that says which parameters are trained. A path in the tree
+and a name in a Hugging Face checkpoint are the same word list, spelled two ways:
 
   layers_3/self_attn/q_proj/kernel        model.layers.3.self_attn.q_proj.weight        (transposed)
   layers_3/self_attn_diff/q_norm/weight   model.layers.3.self_attn.q_norm_diff.weight
@@ -48,7 +48,7 @@ def merge(frozen: Params, diffusion: Params) -> Params:
 
 
 def diffusion_from_base(params: Params) -> Params:
-    """Return the diffusion subtree every training starts from: a copy of the AR attention weights."""
+    """Return the diffusion subtree every training starts from: a copy of the AR attention."""
     frozen = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict(
         {

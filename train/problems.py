@@ -25,9 +25,7 @@ OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
 FIRST = {"=": (8, 60), "x": (2, 9), "+": (5, 40), "-": (20, 90)}  # first operands, inclusive
 GIRLS = "Mia Anna Lena Zoe Ruth Ella Nora Ivy Clara Sara Alice Emma Rosa Lucy Maya Tara Hana Jane"
 BOYS = "Ben Tom Leo Sam Max Omar Paul Jack Noah Adam Carl Luis Finn Hugo Ivan Dan Mark Ali Peter"
-PRONOUNS = {name: ("she", "her") for name in GIRLS.split()} | {
-    name: ("he", "him") for name in BOYS.split()
-}
+PRONOUNS = dict.fromkeys(GIRLS.split(), ("she", "her")) | dict.fromkeys(BOYS.split(), ("he", "him"))
 JOINS = (". ", ". Then ", ". After that, ", ". Next, ", ". Later, ", ", and then ")
 LAST_JOINS = (". ", ". Finally, ", ". In the end, ")
 WRAPS = ("Can you work out {}?", "Find out {}.", "Tell me {}.", "Do you know {}?", "Work out {}.")
@@ -279,7 +277,7 @@ class Story:
     ends: Sequence[Part]
 
 
-class _NoFit(Exception):
+class _NoFitError(Exception):
     """The numbers drawn leave the range or do not divide; draw again."""
 
 
@@ -314,23 +312,23 @@ def _draw_parts(story: Story, rng: random.Random) -> list[Part]:
 
 
 def _second_operand(sign: str, value: int, rng: random.Random) -> int:
-    """A small operand for `value`; _NoFit where nothing small divides it."""
+    """A small operand for `value`; _NoFitError where nothing small divides it."""
     if sign == "x":
         return rng.randint(2, 9 if value < 10 else 5)
     if sign == "/":
         divisors = [n for n in range(2, 7) if value % n == 0]
         if not divisors:
-            raise _NoFit
+            raise _NoFitError
         return rng.choice(divisors)
     return rng.randint(2, rng.choice((9, 40))) + (value if sign == "<" else 0)
 
 
 def _equation(left: int, sign: str, right: int) -> tuple[int, str]:
-    """The result and the written equation; _NoFit where it is inexact or out of range."""
+    """The result and the written equation; _NoFitError where it is inexact or out of range."""
     result = OPERATIONS[sign](left, right)
     inexact = sign == "/" and left % right
     if inexact or not SMALLEST <= result <= LARGEST or max(left, right) > LARGEST:
-        raise _NoFit
+        raise _NoFitError
     return result, f"{left} {sign} {right} = {result}"
 
 
@@ -380,7 +378,7 @@ def _question(parts: Sequence[Part], numbers: Sequence[dict[str, str]], rng: ran
 
 
 def _tell(story: Story, rng: random.Random) -> Problem:
-    """One problem of this story; _NoFit where the numbers drawn do not work out."""
+    """One problem of this story; _NoFitError where the numbers drawn do not work out."""
     parts = _draw_parts(story, rng)
     value = rng.randint(*FIRST[parts[0].op])
     numbers = []
@@ -400,7 +398,7 @@ def make_problem(rng: random.Random) -> Problem:
     """Draw one problem of 2 to 4 operations, all values within SMALLEST..LARGEST."""
     story = rng.choice(STORIES)
     while True:
-        with contextlib.suppress(_NoFit):
+        with contextlib.suppress(_NoFitError):
             return _tell(story, rng)
 
 

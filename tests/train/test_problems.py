@@ -77,7 +77,8 @@ def test_operands_are_those_of_the_question(drawn: list[wp.Problem]) -> None:
         computed = Counter(e[3] for e in equations)
         unexplained = used - told - computed
         spoken = 2 * len(said_in_words.findall(problem.question))
-        assert unexplained.total() <= spoken and set(unexplained) <= {"2", "3"}, problem
+        assert unexplained.total() <= spoken, problem
+        assert set(unexplained) <= {"2", "3"}, problem
 
 
 def test_text_is_plain_filled_and_well_formed(drawn: list[wp.Problem]) -> None:
@@ -116,7 +117,7 @@ def test_names_in_the_answer_stand_in_the_question(drawn: list[wp.Problem]) -> N
 def test_same_question_same_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     # So little to draw from that questions come again while their hidden draws may differ.
     monkeypatch.setattr(wp, "PRONOUNS", {"Mia": ("she", "her"), "Ben": ("he", "him")})
-    monkeypatch.setattr(wp, "FIRST", {sign: (8, 8) for sign in wp.FIRST} | {"-": (40, 40)})
+    monkeypatch.setattr(wp, "FIRST", dict.fromkeys(wp.FIRST, (8, 8)) | {"-": (40, 40)})
     for joins in ("JOINS", "LAST_JOINS"):
         monkeypatch.setattr(wp, joins, (". ",))
     short = [{slot: words[:2] for slot, words in story.slots.items()} for story in wp.STORIES]
@@ -142,7 +143,8 @@ def test_seeds_reproduce_and_differ() -> None:
 def test_splits_are_disjoint_and_distinct() -> None:
     held_out = [p.question for p in wp.problems("held-out", 1, 300)]
     train = [p.question for p in wp.problems("train", 1, 3000)]
-    assert len(set(held_out)) == 300 and len(set(train)) == 3000
+    assert len(set(held_out)) == 300
+    assert len(set(train)) == 3000
     assert {wp.split_of(question) for question in held_out} == {"held-out"}
     assert {wp.split_of(question) for question in train} == {"train"}
 
@@ -169,7 +171,7 @@ def test_one_question_in_sixteen_is_held_out(drawn: list[wp.Problem]) -> None:
 def test_bad_arguments_raise_at_the_call() -> None:
     with pytest.raises(ValueError, match="train, held-out"):
         wp.problems("test", 0, 1)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="-1"):
         wp.problems("train", 0, -1)
 
 

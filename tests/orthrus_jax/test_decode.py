@@ -1,0 +1,294 @@
+"""The decoding loops on a scripted model: each accept, reject, stop and rollback path, exactly."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orthrus_jax import decode
+from tests import scripted
+from tests.helpers import tiny_config
+from tests.scripted import ScriptedModel, drafts_agreeing, expected, plain_text
+
+K, SLOTS, PROMPT, N = 4, 40, 12, 20
+WIDTH = SLOTS + 2 * K  # scripts run past the cache, so that reading there is always defined
+MODEL = ScriptedModel(tiny_config(block_size=K))
+COUNTED = ScriptedModel(tiny_config(block_size=K), counted=True)
+
+
+def start(model, text, drafts, lengths, budgets, eos=(), *, slots=SLOTS, padded=PROMPT, new=N):
+    """The state after prefill, the params and the EOS array."""
+    text, lengths = np.asarray(text), np.asarray(lengths, np.int32)
+    prompts = np.where(np.arange(padded) < lengths[:, None], text[:, :padded], scripted.POISON)
+    params = {"text": jnp.asarray(text), "drafts": jnp.asarray(drafts)}
+    ids = jnp.asarray([*eos, -1, -1, -1][:3], jnp.int32)
+    state = decode.prefill(
+        model,
+        params,
+        jnp.asarray(prompts, jnp.int32),
+        jnp.asarray(lengths),
+        jnp.asarray(budgets, jnp.int32),
+        ids,
+        slots=slots,
+        max_new_tokens=new,
+    )
+    return state, params, ids
+
+
+def run(loop, model, *args, block_size=None, **kwargs):
+    state, params, ids = start(model, *args, **kwargs)
+    if loop == "ar":
+        return decode.ar_decode(model, params, state, ids)
+    return decode.orthrus_decode(model, params, state, ids, block_size=block_size)
+
+
+def check(state, row: int, text, outcome: scripted.Outcome) -> None:
+    """Every field of one row, and every live slot of its cache."""
+    count = len(outcome.tokens)
+    assert int(state.count[row]) == count
+    assert np.asarray(state.tokens)[row, :count].tolist() == outcome.tokens
+    assert int(state.cycles[row]) == outcome.cycles
+    padding = [-1] * (state.accepted.shape[1] - outcome.cycles)
+    assert np.asarray(state.accepted)[row].tolist() == outcome.accepted + padding
+    assert int(state.position[row]) == outcome.position
+    assert bool(state.done[row])
+    if count:
+        assert int(state.anchor[row]) == outcome.tokens[-1]
+    live = np.asarray(state.cache.tokens)[row, : outcome.position]
+    assert live.tolist() == np.asarray(text)[row, : outcome.position].tolist()
+
+
+def check_all(loop, model, text, drafts, lengths, budgets, eos=(), *, block_size=K, **kwargs):
+    """Run a batch and compare every row with the plain-Python loop."""
+    size = None if block_size == K else block_size
+    state = run(loop, model, text, drafts, lengths, budgets, eos, block_size=size, **kwargs)
+    capacity = kwargs.get("slots", SLOTS) - (K - 1)
+    for row, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
+        outcome = expected(
+            text[row],
+            drafts[row],
+            length,
+            budget,
+            eos,
+            room=min(capacity - length, kwargs.get("new", N)),
+            block_size=1 if loop == "ar" else block_size,
+        )
+        check(state, row, text, outcome)
+    return state
+
+
+# One row, prompt of 5 tokens; positions 5, 6, 7 ... are emitted. EOS is 1 (and 0, 2 where named).
+# name: (tokens put into the text, positions where drafts disagree, budget, eos, emitted, accepted)
+ALWAYS = range(WIDTH)
+PATHS = {
+    "no draft accepted": ({}, ALWAYS, 4, (), 4, [0, 0, 0]),
+    "all drafts accepted": ({}, (), 9, (), 9, [3, 3]),
+    "some drafts accepted": ({}, (7, 10, 11), 10, (), 10, [1, 2, 0, 3]),
+    "agreement after a miss is not accepted": ({}, (6, 10), 8, (), 8, [0, 3, 2]),
+    "EOS as the first token": ({5: 1}, (), 9, (1,), 1, []),
+    "EOS as the first draft": ({6: 1}, (), 9, (1,), 2, [1]),
+    "EOS inside the drafts": ({7: 1}, (), 9, (1,), 3, [2]),
+    "EOS as the last draft": ({8: 1}, (), 9, (1,), 4, [3]),
+    "EOS as the bonus token": ({9: 1}, (), 9, (1,), 5, [3]),
+    "EOS as the correction": ({7: 1}, (7,), 9, (1,), 3, [1]),
+    "EOS as a correction at once": ({6: 1}, (6,), 9, (1,), 2, [0]),
+    "EOS in a rejected draft only": ({}, (7,), 6, (17,), 6, [1, 3]),
+    "EOS id 0": ({7: 0}, (), 9, (0,), 3, [2]),
+    "EOS id 0 as the first token": ({5: 0}, (), 9, (0,), 1, []),
+    "several EOS ids, the second comes": ({8: 2}, (), 9, (1, 2, 0), 4, [3]),
+    "several EOS ids, two in one block": ({7: 2, 8: 1}, (), 9, (1, 2), 3, [2]),
+    "EOS in the prompt does not stop": ({2: 1, 4: 1}, (), 5, (1,), 5, [3]),
+    "budget 1": ({}, (), 1, (), 1, []),
+    "budget 2": ({}, (), 2, (), 2, [1]),
+    "budget inside the accepted drafts": ({}, (), 3, (), 3, [2]),
+    "budget at the last draft": ({}, (), 4, (), 4, [3]),
+    "budget at the bonus token": ({}, (), 5, (), 5, [3]),
+    "budget at the correction": ({}, (7,), 3, (), 3, [1]),
+    "budget one before the correction": ({}, (8,), 3, (), 3, [2]),
+    "EOS just past the budget": ({8: 1}, (), 3, (1,), 3, [2]),
+    "EOS and budget at once": ({7: 1}, (), 3, (1,), 3, [2]),
+    "budget 0: a filler": ({}, (), 0, (), 0, []),
+}
+
+
+def script_of(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The text and drafts of a path; 17 is in no text, and is the draft where drafts disagree."""
+    put, misses, *_ = PATHS[name]
+    text = plain_text(1, WIDTH, seed=1)
+    text[text == 17] = 18
+    for position, token in put.items():
+        text[0, position] = token
+    return text, np.where(np.isin(np.arange(WIDTH), misses), 17, text)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_every_path_is_exact(name: str) -> None:
+    _, _, budget, eos, emitted, accepted = PATHS[name]
+    (text, drafts), length = script_of(name), 5
+    outcome = scripted.Outcome(
+        text[0, length : length + emitted].tolist(), accepted, length - 1 + emitted
+    )
+    check(run("orthrus", COUNTED, text, drafts, [length], [budget], eos), 0, text, outcome)
+    steps = max(emitted - 1, 0)
+    ar = scripted.Outcome(outcome.tokens, [0] * steps, outcome.position)
+    check(run("ar", COUNTED, text, drafts, [length], [budget], eos), 0, text, ar)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_forwards_are_one_and_two_a_cycle(name: str) -> None:
+    _, _, budget, eos, _, accepted = PATHS[name]
+    text, drafts = script_of(name)
+    scripted.forwards.clear()
+    state = jax.block_until_ready(run("orthrus", COUNTED, text, drafts, [5], [budget], eos))
+    jax.effects_barrier()
+    cycles = int(state.cycles[0])
+    assert cycles == len(accepted)
+    assert len(scripted.forwards) == 1 + 2 * cycles
+    assert scripted.forwards.count("diffusion") == cycles
+
+    scripted.forwards.clear()
+    state = jax.block_until_ready(run("ar", COUNTED, text, drafts, [5], [budget], eos))
+    jax.effects_barrier()
+    assert scripted.forwards == ["ar"] * (1 + int(state.cycles[0]))
+
+
+@pytest.mark.parametrize("loop", ["ar", "orthrus"])
+@pytest.mark.parametrize("agree", [0.0, 0.5, 0.8, 1.0])
+def test_prompts_of_every_length_in_one_batch(loop: str, agree: float) -> None:
+    """Lengths 1 ... 12: every remainder of K. Rows accept different counts and finish apart."""
+    rows = PROMPT
+    text = plain_text(rows, WIDTH, seed=2)
+    drafts = drafts_agreeing(text, np.random.default_rng(3).random((rows, WIDTH)) < agree)
+    lengths, budgets = list(range(1, rows + 1)), [N, 3, 0, 1, 7, 20, 13, 2, 0, 19, 5, 4]
+    state = check_all(loop, MODEL, text, drafts, lengths, budgets)
+    assert np.asarray(state.count).tolist() == budgets
+    assert len(set(np.asarray(state.cycles).tolist())) > 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_batches_with_random_eos_are_exact(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = 8
+    text = plain_text(rows, WIDTH, seed=seed, low=0 if seed % 2 else 8)
+    drafts = drafts_agreeing(text, rng.random((rows, WIDTH)) < rng.uniform(0.3, 1, (rows, 1)))
+    lengths = rng.integers(1, PROMPT + 1, rows).tolist()
+    budgets = rng.integers(0, N + 5, rows).tolist()
+    eos = tuple(rng.choice(61, 3, replace=False).tolist())
+    parallel = check_all("orthrus", MODEL, text, drafts, lengths, budgets, eos)
+    ar = check_all("ar", MODEL, text, drafts, lengths, budgets, eos)
+    np.testing.assert_array_equal(parallel.count, ar.count)
+
+
+@pytest.mark.parametrize("loop", ["ar", "orthrus"])
+@pytest.mark.parametrize("agree", [0.0, 0.7, 1.0])
+def test_a_row_is_cut_exactly_where_the_cache_ends(loop: str, agree: float) -> None:
+    """Every prompt length up to the padded 12 in 18 slots: capacity 15, whatever is accepted."""
+    slots, rows = 18, PROMPT
+    text = plain_text(rows, WIDTH, seed=4)
+    drafts = drafts_agreeing(text, np.random.default_rng(5).random((rows, WIDTH)) < agree)
+    lengths = list(range(1, rows + 1))
+    assert decode.capacity(slots, K) == 15
+    state = check_all(loop, MODEL, text, drafts, lengths, [99] * rows, slots=slots)
+    assert np.asarray(state.count).tolist() == [15 - length for length in lengths]
+
+
+@pytest.mark.parametrize("loop", ["ar", "orthrus"])
+def test_a_prompt_that_fills_the_capacity_is_done_before_it_starts(loop: str) -> None:
+    text = plain_text(4, WIDTH, seed=6)
+    lengths = [9, 10, 11, 12]  # of 12 slots: capacity 9
+    state = check_all(loop, MODEL, text, text, lengths, [9] * 4, slots=12)
+    assert np.asarray(state.count).tolist() == [0, 0, 0, 0]
+    assert np.asarray(state.cycles).tolist() == [0, 0, 0, 0]
+
+
+def test_the_output_width_cuts_a_larger_budget() -> None:
+    text = plain_text(2, WIDTH, seed=7)
+    state = check_all("orthrus", MODEL, text, text, [3, 4], [99, 6], new=10)
+    assert np.asarray(state.count).tolist() == [10, 6]
+
+
+@pytest.mark.parametrize("block_size", [2, 3, 4])
+@pytest.mark.parametrize("agree", [0.0, 0.6, 1.0])
+def test_a_block_smaller_than_the_trained_one_is_exact(block_size: int, agree: float) -> None:
+    text = plain_text(5, WIDTH, seed=8)
+    text[3, 14] = 1
+    drafts = drafts_agreeing(text, np.random.default_rng(9).random((5, WIDTH)) < agree)
+    args = (text, drafts, [1, 4, 6, 9, 12], [20, 11, 5, 20, 1], (1,))
+    state = check_all("orthrus", MODEL, *args, block_size=block_size)
+    most = int(state.accepted.max())
+    assert most == {0.0: 0, 1.0: block_size - 1}.get(agree, most)
+    assert most < block_size
+    check_all("orthrus", MODEL, *args, block_size=block_size, slots=18)
+
+
+def test_a_finished_row_keeps_its_state_while_others_go_on() -> None:
+    text = plain_text(3, WIDTH, seed=10)
+    text[0, 5] = 1  # done at its first token
+    text[1, 8] = 1
+    drafts = drafts_agreeing(text, np.zeros_like(text, bool))
+    state = check_all("orthrus", MODEL, text, drafts, [5, 5, 5], [20, 20, 20], (1,))
+    assert np.asarray(state.cycles).tolist() == [0, 3, 19]
+
+
+def test_a_batch_of_fillers_runs_no_cycle() -> None:
+    text = plain_text(2, WIDTH)
+    scripted.forwards.clear()
+    state = jax.block_until_ready(run("orthrus", COUNTED, text, text, [1, 3], [0, 0]))
+    jax.effects_barrier()
+    assert scripted.forwards == ["ar"]
+    assert np.asarray(state.count).tolist() == [0, 0]
+    assert np.asarray(state.done).all()
+
+
+def test_a_batch_runs_as_many_cycles_as_its_slowest_row() -> None:
+    text = plain_text(2, WIDTH, seed=11)
+    drafts = drafts_agreeing(text, np.array([[True], [False]]))
+    scripted.forwards.clear()
+    state = jax.block_until_ready(run("orthrus", COUNTED, text, drafts, [4, 4], [9, 9]))
+    jax.effects_barrier()
+    assert np.asarray(state.cycles).tolist() == [2, 8]
+    assert len(scripted.forwards) == 1 + 2 * 8
+
+
+def test_a_second_call_on_a_finished_state_changes_nothing() -> None:
+    text = plain_text(1, WIDTH, seed=12)
+    state, params, eos = start(MODEL, text, text, [5], [9])
+    state = decode.orthrus_decode(MODEL, params, state, eos)
+    before = jax.tree.map(np.asarray, state)
+    after = decode.orthrus_decode(MODEL, params, state, eos)
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, after))
+
+
+def test_accept_takes_the_longest_agreeing_prefix_and_one_token_more() -> None:
+    """The worked arrays of its docstring, and their neighbours."""
+    text = plain_text(4, WIDTH, seed=13)
+    state, _, eos = start(MODEL, text, text, [5] * 4, [20] * 4)
+    first = np.asarray(state.tokens)[:, 0]
+    drafts = jnp.array([[7, 3, 9, 4], [7, 3, 5, 8], [1, 3, 5, 8], [7, 3, 5, 9]])
+    predicted = jnp.array([[7, 3, 5, 8, 2]] * 4)
+    state = decode.accept(state, drafts, predicted, eos)
+    assert np.asarray(state.accepted)[:, 0].tolist() == [2, 4, 0, 3]
+    assert np.asarray(state.count).tolist() == [4, 6, 2, 5]
+    assert np.asarray(state.tokens)[0, :4].tolist() == [first[0], 7, 3, 5]
+    assert np.asarray(state.anchor).tolist() == [5, 2, 7, 8]
+    assert np.asarray(state.position).tolist() == [8, 10, 6, 9]
+
+
+def test_ties_go_to_the_first_id_as_argmax_has_it() -> None:
+    logits = jnp.asarray(np.random.default_rng(0).integers(0, 4, (3, 5, 17)), jnp.float32)
+    tokens = decode._greedy(logits)
+    assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, np.asarray(logits).argmax(-1))
+
+
+def test_a_prompt_wider_than_the_cache_is_refused() -> None:
+    text = plain_text(1, WIDTH)
+    with pytest.raises(ValueError, match="padded to 12 rows does not fit 11 cache slots"):
+        start(MODEL, text, text, [3], [3], slots=11)
+
+
+def test_drafting_without_a_mask_token_is_refused() -> None:
+    model = ScriptedModel(tiny_config(block_size=K, mask_token_id=None))
+    text = plain_text(1, WIDTH)
+    with pytest.raises(AssertionError, match="mask_token_id"):
+        run("orthrus", model, text, text, [3], [3])

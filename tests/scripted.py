@@ -1,0 +1,121 @@
+"""A model whose text and drafts are a script: every accept and reject path, exact and instant.
+
+It reads its cache as the real one does, so a stale or misplaced slot shows in the text: an AR row
+predicts the script only where every token it sees is the script's. The parameters are
+
+  text[b, p]    the token at position p of row b, prompt included, that AR decoding gives
+  drafts[b, p]  what the diffusion view guesses for position p
+
+and hidden states are [B, T, 1], the predicted ids.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.model import Segment, View
+from tests.helpers import tiny_config
+
+VOCAB, POISON, MASK = 64, 62, 63
+forwards: list[str] = []  # the view of every forward that ran, where `counted`
+traces: list[str] = []  # the view of every forward that was traced
+
+
+class TokenCache(struct.PyTreeNode):
+    """int32[B, S]: the token whose keys and values each slot would hold; -1 where never written."""
+
+    tokens: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ScriptedModel:
+    """`decode.DecodingModel` by script. `counted` appends each forward that runs to `forwards`."""
+
+    config: ModelConfig = dataclasses.field(default_factory=tiny_config)
+    counted: bool = False
+
+    def init_cache(self, batch: int, slots: int) -> TokenCache:
+        return TokenCache(jnp.full((batch, slots), -1, jnp.int32))
+
+    def forward(self, params, segments: list[Segment], cache: TokenCache):
+        (segment,) = segments
+        traces.append(segment.view.value)
+        if self.counted:
+            jax.debug.callback(functools.partial(forwards.append, segment.view.value))
+        if segment.view is View.AR:
+            return self._ar(params, segment, cache)
+        return self._block(params, segment, cache)
+
+    def _ar(self, params, segment: Segment, cache: TokenCache):
+        """The script's next token; off the script, the draft: agreement after a miss is a trap."""
+        write = jax.vmap(jax.lax.dynamic_update_slice)
+        tokens = write(cache.tokens, segment.tokens, segment.positions[:, :1])
+        slots = tokens.shape[1]
+        on_script = jnp.cumprod(tokens == params["text"][:, :slots], axis=1)
+        faithful = jnp.take_along_axis(on_script, segment.positions, axis=1)
+        after = segment.positions + 1
+        text = jnp.take_along_axis(params["text"], after, axis=1)
+        trap = jnp.take_along_axis(params["drafts"], after, axis=1)
+        return [jnp.where(faithful == 1, text, trap)[..., None]], TokenCache(tokens)
+
+    def _block(self, params, segment: Segment, cache: TokenCache):
+        """The scripted drafts, if the block is [anchor, MASK ...] behind a faithful cache."""
+        anchor_at, slots = segment.positions[:, :1], cache.tokens.shape[1]
+        below = jnp.arange(slots) < anchor_at
+        faithful = (~below | (cache.tokens == params["text"][:, :slots])).all(1, keepdims=True)
+        right_anchor = segment.tokens[:, :1] == jnp.take_along_axis(params["text"], anchor_at, 1)
+        masked = (segment.tokens[:, 1:] == self.config.mask_token_id).all(1, keepdims=True)
+        drafts = jnp.take_along_axis(params["drafts"], segment.positions + 1, axis=1)
+        return [jnp.where(faithful & right_anchor & masked, drafts, POISON)[..., None]], cache
+
+    def logits(self, params, hidden):
+        return jax.nn.one_hot(hidden[..., 0], VOCAB)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What decoding one row must give, told in plain Python."""
+
+    tokens: list[int]
+    accepted: list[int]
+    position: int
+
+    @property
+    def cycles(self) -> int:
+        return len(self.accepted)
+
+
+def expected(text, drafts, length: int, budget: int, eos, *, room: int, block_size: int) -> Outcome:
+    """The paper's loop for one row of `length` prompt tokens that may hold `room` more."""
+    budget = min(budget, room)
+    if budget <= 0:
+        return Outcome([], [], length - 1)
+    tokens, accepted = [int(text[length])], []
+    while len(tokens) < budget and tokens[-1] not in eos:
+        at = length + len(tokens)  # the first position not yet known
+        agreeing = 0
+        while agreeing < block_size - 1 and drafts[at + agreeing] == text[at + agreeing]:
+            agreeing += 1
+        emitted = 0
+        for token in map(int, text[at : at + agreeing + 1]):
+            tokens.append(token)
+            emitted += 1
+            if len(tokens) == budget or token in eos:
+                break
+        accepted.append(min(agreeing, emitted))
+    return Outcome(tokens, accepted, length - 1 + len(tokens))
+
+
+def plain_text(rows: int, width: int, seed: int = 0, low: int = 10) -> np.ndarray:
+    """int32[rows, width] of tokens low ... 60: ids below `low` are free to serve as EOS."""
+    return np.random.default_rng(seed).integers(low, 61, (rows, width)).astype(np.int32)
+
+
+def drafts_agreeing(text: np.ndarray, agree) -> np.ndarray:
+    """Drafts equal to `text` where `agree`, and another token elsewhere."""
+    return np.where(agree, text, (text - 10 + 7) % 51 + 10).astype(np.int32)
