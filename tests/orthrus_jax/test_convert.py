@@ -1,0 +1,115 @@
+"""The convert command: a Qwen3 or an Orthrus in, an Orthrus out, and how it fails."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from orthrus_jax import params as params_lib
+from orthrus_jax.checkpoint import load_checkpoint, save_checkpoint
+from orthrus_jax.convert import main
+from orthrus_jax.errors import UserError
+from tests.helpers import DATA, flat, random_params, same_bits, tiny_config
+
+CONFIG = tiny_config(eos_token_ids=(7, 9), block_size=32)
+TREE = random_params(CONFIG, 1)
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def base(tmp_path: pathlib.Path) -> pathlib.Path:
+    save_checkpoint(tmp_path / "base", CONFIG, params_lib.split(TREE)[0])
+    return tmp_path / "base"
+
+
+def convert(source: pathlib.Path, target: pathlib.Path, *flags: str) -> None:
+    main(["--from", str(source), "--to", str(target), *flags], progress=False)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "orthrus_jax.convert", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=False,
+    )
+
+
+def test_a_qwen3_becomes_an_orthrus_whose_view_is_a_copy(base, tmp_path, capsys) -> None:
+    convert(base, tmp_path / "out")
+    raw = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (raw["architectures"], raw["block_size"]) == (["OrthrusLM"], 32)
+    loaded = load_checkpoint(tmp_path / "out")
+    assert loaded.config == CONFIG
+    leaves = flat(loaded.params)
+    for path, leaf in leaves.items():
+        assert same_bits(leaf, flat(TREE)[path.replace("self_attn_diff", "self_attn")]), path
+    frozen, diffusion = (params_lib.count(part) for part in params_lib.split(TREE))
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size / 1e9
+    told = capsys.readouterr()
+    assert told.out == (
+        f"wrote {tmp_path / 'out'}: {frozen:,} frozen parameters, {diffusion:,} in the diffusion "
+        f"view (a copy of the AR attention, untrained), {size:.3g} GB, float32\n"
+    )
+    assert told.err == ""
+
+
+def test_an_orthrus_keeps_its_trained_view_and_changes_dtype(tmp_path, capsys) -> None:
+    save_checkpoint(tmp_path / "trained", CONFIG, TREE, dtype="bfloat16")
+    convert(tmp_path / "trained", tmp_path / "out", "--dtype", "float32")
+    assert "(as it was)" in capsys.readouterr().out
+    loaded = load_checkpoint(tmp_path / "out")
+    assert loaded.trained
+    assert loaded.config.dtype == "float32"
+    source = load_checkpoint(tmp_path / "trained", dtype="float32")
+    for path, leaf in flat(loaded.params).items():
+        assert same_bits(leaf, flat(source.params)[path]), path
+
+
+def test_a_checkpoint_can_be_converted_in_place(base: pathlib.Path) -> None:
+    (base / "merges.txt").write_text("a b")
+    with pytest.raises(UserError, match="is not empty"):
+        convert(base, base)
+    convert(base, base, "--overwrite", "--dtype", "bfloat16")
+    assert load_checkpoint(base).config.dtype == "bfloat16"
+    assert (base / "merges.txt").read_text() == "a b"
+    assert list(base.parent.iterdir()) == [base]
+
+
+def test_a_taken_target_is_refused_before_anything_is_loaded(base, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("orthrus_jax.checkpoint.load_checkpoint", None)
+    with pytest.raises(UserError, match="is not empty"):
+        convert(base, base)
+
+
+def test_the_real_tokenizer_comes_along(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    if not (DATA / "qwen3_tokenizer").is_dir():
+        pytest.skip("no shared data here")
+    for path in (DATA / "qwen3_tokenizer").iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    convert(base, tmp_path / "out")
+    for path in (DATA / "qwen3_tokenizer").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_bad_source_ends_in_one_line_and_status_2(tmp_path: pathlib.Path) -> None:
+    done = command("--from", str(tmp_path), "--to", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: {tmp_path}: {tmp_path / 'config.json'} does not exist")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_and_bad_flags_do_not_wait_for_jax(capsys) -> None:
+    slow = "import sys, orthrus_jax.convert; sys.exit(bool({'jax', 'flax'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", slow], cwd=REPOSITORY, check=False).returncode == 0
+    with pytest.raises(SystemExit) as raised:
+        main(["--help"])
+    assert raised.value.code == 0
+    assert "--from DIR_OR_ID" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as raised:
+        main(["--from", "a", "--to", "b", "--dtype", "int8"])
+    assert raised.value.code == 2
