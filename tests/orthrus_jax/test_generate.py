@@ -1,0 +1,224 @@
+"""The command and its API: same text in both modes, few compiles, honest counts, plain errors."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from orthrus_jax import generate, params
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.errors import UserError
+from orthrus_jax.generate import Generator, bucket
+from orthrus_jax.model import Model
+from tests.helpers import DATA
+from train.pretrain import train_tokenizer
+
+TEXTS = ["How many apples are 12 and 30?", "They are 42 apples. The answer is \\boxed{42}."] * 20
+
+
+def config_for(vocab_size, **changes):
+    sizes = {
+        "vocab_size": vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "block_size": 5,
+        "mask_token_id": vocab_size - 1,
+        "max_position_embeddings": 512,
+        "eos_token_ids": (2,),
+        "dtype": "float32",
+    }
+    return ModelConfig(**{**sizes, **changes})
+
+
+def random_weights(config, scale=8.0):
+    tree = params.init(Model(config), jax.random.key(0))
+    return jax.tree.map(lambda x: x * scale if x.ndim > 1 else x, tree)
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = train_tokenizer(TEXTS, 400)
+    config = config_for(400)
+    return Generator(config, random_weights(config), tokenizer)
+
+
+def test_both_modes_give_the_same_text_and_count_their_forwards(model):
+    options = {"max_new_tokens": 40}
+    for prompt in ["How many?", "12 and 30", "The answer is"]:
+        (ar,) = model.generate([prompt], mode="ar", **options)
+        (orthrus,) = model.generate([prompt], mode="orthrus", **options)
+        assert orthrus.text == ar.text
+        assert orthrus.tokens == ar.tokens
+        assert ar.forwards == 1 + ar.cycles == len(ar.tokens)
+        assert orthrus.forwards == 1 + 2 * orthrus.cycles
+        assert len(orthrus.accepted) == orthrus.cycles
+        assert ar.acceptance_length == 0.0
+        assert ar.tokens_per_forward == 1.0
+
+
+def test_text_does_not_depend_on_the_batch(model):
+    prompts = ["How many?", "12 and 30 apples", "The", "They are 42 apples. How many apples?"] * 2
+    alone = [model.generate([p], max_new_tokens=30)[0].tokens for p in prompts]
+    for size in (3, 8):
+        found = model.generate(prompts, max_new_tokens=30, batch_size=size)
+        assert [c.tokens for c in found] == alone
+
+
+def test_every_block_size_gives_the_same_text(model):
+    expected = model.generate(["How many?"], mode="ar", max_new_tokens=30)[0].tokens
+    for size in (2, 3, 4, 5):
+        found = model.generate(["How many?"], max_new_tokens=30, block_size=size)[0]
+        assert found.tokens == expected
+
+
+def test_fifty_prompt_lengths_compile_once_a_bucket(model):
+    fresh = Generator(model.config, model.params, model.tokenizer)
+    for length in range(1, 51):
+        fresh.complete([[5] * length], max_new_tokens=20)
+    assert len(fresh._programs) == 2  # prefill and the loop, both for one bucket
+    compiled = dict(fresh._programs)
+    fresh.complete([[5] * 65], max_new_tokens=20)  # the next bucket: another prefill
+    assert {key: fresh._programs[key] for key in compiled} == compiled
+    assert 3 <= len(fresh._programs) <= 4
+
+
+def test_buckets_hold_what_they_must_and_waste_less_than_half():
+    assert [bucket(n) for n in (1, 64, 65, 96, 97, 129, 193, 300)] == [
+        64, 64, 96, 96, 128, 192, 256, 384,
+    ]  # fmt: skip
+    for n in range(64, 5000):
+        assert n <= bucket(n) < 1.5 * n
+
+
+def test_budget_is_exact_and_eos_ends_the_answer(model):
+    assert len(model.complete([[5, 6]], max_new_tokens=7)[0].tokens) == 7
+    tokens = model.complete([[5, 6]], max_new_tokens=30)[0].tokens
+    stop = tokens[11]
+    ended = Generator(
+        config_for(400, eos_token_ids=(stop,)), model.params, model.tokenizer
+    ).complete([[5, 6]], max_new_tokens=30)[0]
+    assert ended.tokens == tokens[: tokens.index(stop) + 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "fast"}, "mode='fast' is not one of orthrus, ar"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": 512}, "over the model's 512 positions"),
+        ({"block_size": 6}, "block_size=6 must be from 2 to 5"),
+        ({"block_size": 1}, "block_size=1 must be from 2 to 5"),
+    ],
+)
+def test_bad_arguments_are_refused_with_value_and_limit(model, change, message):
+    with pytest.raises(UserError, match=message):
+        model.complete([[1, 2]], **change)
+
+
+def test_empty_prompts_are_refused(model):
+    with pytest.raises(UserError, match="prompt is empty"):
+        model.generate([""])
+    with pytest.raises(UserError, match="prompt 1 is empty"):
+        model.complete([[1], []])
+
+
+def test_drafting_without_a_mask_token_is_refused(model):
+    bare = Generator(config_for(400, mask_token_id=None), model.params, model.tokenizer)
+    with pytest.raises(UserError, match="mask_token_id"):
+        bare.complete([[1]])
+    assert len(bare.complete([[1]], mode="ar", max_new_tokens=3)[0].tokens) == 3
+
+
+@pytest.fixture(scope="module")
+def directory(model, tmp_path_factory):
+    from orthrus_jax.checkpoint import save_checkpoint
+
+    path = tmp_path_factory.mktemp("model") / "orthrus"
+    save_checkpoint(path, model.config, model.params, tokenizer=model.tokenizer)
+    return path
+
+
+def test_the_command_prints_text_and_one_line_of_statistics(model, directory, capsys):
+    generate.main(["--model", str(directory), "--prompt", "How many?", "--max-new-tokens", "20"])
+    out = capsys.readouterr().out
+    expected = model.generate(["How many?"], max_new_tokens=20)[0].text
+    assert out.startswith(expected)
+    assert "20 tokens | " in out.splitlines()[-1]
+    for part in ("tokens/s", "acceptance length", "tokens per forward", "compile"):
+        assert part in out.splitlines()[-1]
+
+
+def test_json_output_has_the_agreed_fields(model, directory, tmp_path, capsys):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "How many?"}\n\n{"prompt": "The answer"}\n')
+    arguments = ["--model", str(directory), "--prompts", str(file), "--json"]
+    generate.main([*arguments, "--max-new-tokens", "9", "--no-chat"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = model.generate(["How many?", "The answer"], max_new_tokens=9, chat=False)
+    assert [line["text"] for line in lines] == [c.text for c in expected]
+    for line in lines:
+        assert set(line) == {
+            "text",
+            "tokens",
+            "acceptance_length",
+            "tokens_per_forward",
+            "cycles",
+            "seconds",
+            "compile_seconds",
+        }
+        assert line["tokens"] == 9
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", ":1 is not a JSON object"),
+        ('{"text": "x"}', ':1 is not a JSON object with a "prompt"'),
+        ("", "holds no prompt"),
+    ],
+)
+def test_bad_prompt_files_are_named(directory, tmp_path, line, message):
+    file = tmp_path / "bad.jsonl"
+    file.write_text(line)
+    with pytest.raises(UserError, match=message):
+        generate.main(["--model", str(directory), "--prompts", str(file)])
+
+
+def test_a_bad_model_ends_the_command_in_one_line_and_status_2(tmp_path):
+    found = subprocess.run(
+        [sys.executable, "-m", "orthrus_jax.generate", "--model", str(tmp_path), "--prompt", "x"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode == 2
+    assert found.stderr.splitlines()[-1].startswith("error: ")
+    assert "config.json" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_the_real_qwen3_tokenizer_and_template_go_through_generation():
+    if not DATA.exists():
+        pytest.skip("../shared is not here")
+    from orthrus_jax.tokenizer import encode, load_tokenizer
+
+    tokenizer = load_tokenizer(DATA / "qwen3_tokenizer")
+    ids = encode(tokenizer, "What is 2+2?", chat=True)
+    assert ids == [
+        151644, 872, 198, 3838, 374, 220, 17, 10, 17, 30, 151645, 198, 151644, 77091, 198,
+        151667, 271, 151668, 271,
+    ]  # fmt: skip
+    assert encode(tokenizer, "What is 2+2?", chat=True, thinking=True) == ids[:-4]
+    config = config_for(151_936, mask_token_id=151_669, eos_token_ids=(151_645, 151_643))
+    model = Generator(config, random_weights(config), tokenizer)
+    prompts = ["What is 2+2?", "Name a prime."]
+    ar = model.generate(prompts, mode="ar", max_new_tokens=24)
+    orthrus = model.generate(prompts, max_new_tokens=24)
+    assert [c.text for c in orthrus] == [c.text for c in ar]
+    assert all(c.text for c in ar)
