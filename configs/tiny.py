@@ -1,0 +1,48 @@
+"""The demo: a 3.6 M-parameter base on made problems, and its diffusion view, on two CPU cores."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Everything `train.pretrain`, `train.main` and `eval.demo` need for the embedded main job."""
+    c = ConfigDict()
+    c.run = "runs/demo"  # holds base/, model/, report.json and the pictures
+    c.base = "runs/demo/base"  # a Qwen3 directory: the frozen base
+    c.seed = 0
+
+    c.model = ConfigDict()  # read by train.pretrain only; train.main takes the base's own sizes
+    c.model.vocab_size = 1024
+    c.model.hidden_size = 320
+    c.model.intermediate_size = 896
+    c.model.num_hidden_layers = 3
+    c.model.num_attention_heads = 5
+    c.model.num_key_value_heads = 1
+    c.model.head_dim = 64
+
+    c.pretrain = ConfigDict()
+    c.pretrain.steps = 2600
+    c.pretrain.batch_size = 16
+    c.pretrain.row_length = 256
+    c.pretrain.learning_rate = 3e-3
+    c.pretrain.warmup = 0.05
+    c.pretrain.question_weight = 0.1  # of the loss on question tokens, beside 1 on answers
+
+    c.distill = ConfigDict()
+    c.distill.problems = 4000
+    c.distill.max_new_tokens = 128
+    c.distill.batch_size = 64
+
+    c.train = ConfigDict()
+    c.train.block_size = 16
+    c.train.row_length = 256
+    c.train.anchors = 24  # blocks a row
+    c.train.batch_size = 16
+    c.train.steps = 300
+    c.train.learning_rate = 2e-3
+    c.train.warmup = 0.05
+    c.train.seed = 0
+    c.train.log_every = 10
+    c.train.eval_every = 50
+    c.train.eval_prompts = 32
+
+    return c

@@ -1,0 +1,141 @@
+"""The training commands end to end on a miniature, and what they say to bad input."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import orthrus_jax
+from eval import demo
+from orthrus_jax import params
+from orthrus_jax.errors import UserError
+from train import main as train_main
+from train import pretrain
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def miniature(run):
+    """configs/tiny.py at a size that trains in seconds."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        from configs.tiny import get_config
+    finally:
+        sys.path.remove(str(ROOT))
+    c = get_config()
+    c.run, c.base = str(run), str(run / "base")
+    c.model.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
+    c.model.update(num_attention_heads=2, vocab_size=400)
+    c.pretrain.update(steps=12, batch_size=4)
+    c.distill.update(problems=24, max_new_tokens=24, batch_size=8)
+    c.train.update(block_size=6, steps=8, batch_size=2, anchors=6, log_every=2, eval_every=4)
+    c.train.update(eval_prompts=4)
+    return c
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("demo")
+    config = miniature(run)
+    pretrain.main(config, overwrite=False)
+    train_main.main(config, overwrite=False)
+    return run
+
+
+def test_the_base_is_a_plain_qwen3_with_tokenizer_and_template(run):
+    raw = json.loads((run / "base" / "config.json").read_text())
+    assert raw["architectures"] == ["Qwen3ForCausalLM"]
+    assert raw["dtype"] == "bfloat16"
+    base = orthrus_jax.load(run / "base")
+    prompt = base.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi 12"}], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt == "<|im_start|>user\nHi 12<|im_end|>\n<|im_start|>assistant\n"
+    digits = base.tokenizer("Hi 12", add_special_tokens=False)["input_ids"][-2:]
+    assert [base.tokenizer.decode([i]) for i in digits] == ["1", "2"]
+    assert len(base.tokenizer) <= base.config.mask_token_id  # MASK is a row no text uses
+
+
+def test_the_export_holds_the_base_unchanged_and_a_trained_view(run):
+    base = orthrus_jax.load(run / "base", dtype="float32")
+    model = orthrus_jax.load(run / "model")
+    assert model.config.block_size == 6
+    frozen, diffusion = params.split(model.params)
+    untouched, copy = params.split(base.params)
+    import jax
+
+    same = lambda a, b: all(
+        bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+    assert same(frozen, untouched)
+    assert not same(diffusion, copy)
+
+
+def test_responses_are_the_bases_own_greedy_answers(run):
+    base = orthrus_jax.load(run / "base", dtype="float32")
+    lines = [json.loads(x) for x in (run / "responses.jsonl").read_text().splitlines()]
+    assert len(lines) == 24
+    for line in lines[:4]:
+        (answer,) = base.generate([line["prompt"]], mode="ar", max_new_tokens=24)
+        assert line["response"] == answer.text
+        assert line["truncated"] == (answer.tokens[-1] not in base.config.eos_token_ids)
+
+
+def test_the_log_holds_loss_and_real_acceptance(run):
+    log = [json.loads(x) for x in (run / "train.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [1, 2, 4, 6, 8]
+    assert [record["step"] for record in log if "acceptance_length" in record] == [4, 8]
+
+
+def test_the_demo_report_has_the_agreed_fields_and_an_exact_match_of_one(run, capsys):
+    demo.main(["--run", str(run), "--prompts", "6", "--repeats", "2"])
+    report = json.loads((run / "report.json").read_text())
+    assert report["exact_match"] == 1.0
+    assert report["accuracy_ar"] == report["accuracy_orthrus"]
+    assert report["base_parameters"] > report["trained_parameters"] > 0
+    assert set(report["seconds"]) == {"distill", "train", "export", "measure"}
+    for name in ("acceptance_length", "tokens_per_forward", "tokens_per_forward_pooled"):
+        assert report[name] >= 0
+    assert report["speedup"] > 0
+    assert len(report["acceptance_by_position"]) == report["block_size"] - 1
+    assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "speedup" in capsys.readouterr().out
+
+
+def test_nothing_is_overwritten_unasked(run):
+    config = miniature(run)
+    with pytest.raises(UserError, match="base exists"):
+        pretrain.main(config, overwrite=False)
+    with pytest.raises(UserError, match="model exists"):
+        train_main.main(config, overwrite=False)
+
+
+def test_a_report_without_training_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no finished training"):
+        demo.main(["--run", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.nope=3", "the configuration has no key 'nope'"),
+        ("--config.train.steps=many", "invalid literal for int() with base 10: 'many'"),
+        ("--config=missing.py", "No such file or directory: 'missing.py'"),
+        ("--bogus", "Unknown command line flag 'bogus'"),
+        ("stray", "unexpected argument 'stray'"),
+        ("--config.base=nowhere", "nowhere"),
+    ],
+)
+def test_bad_command_lines_end_in_one_line_and_status_2(argument, message):
+    found = subprocess.run(
+        [sys.executable, "-m", "train.main", argument],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert found.returncode == 2
+    assert message in found.stderr.splitlines()[-1]
+    assert "Traceback" not in found.stderr

@@ -1,0 +1,111 @@
+"""The loop: what it trains, what it may not touch, and that it is a function of its arguments."""
+
+import itertools
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from orthrus_jax import params
+from orthrus_jax.model import ar_segment
+from tests.train.test_objective import made_rows, random_trees
+from train.data import batches
+from train.trainer import TrainState, adamw, fit, train_step
+
+RECIPE = types.SimpleNamespace(
+    steps=30, learning_rate=3e-3, warmup=0.1, anchors=5, seed=1, log_every=10, eval_every=20
+)
+
+
+def run(tmp_path, evaluate=lambda diffusion: {"acceptance_length": 0.0}):
+    model, frozen, diffusion = random_trees()
+    log = tmp_path / "train.jsonl"
+    stream = batches(made_rows(rows=8), 4, seed=0)
+    trained = fit(RECIPE, model, frozen, diffusion, stream, log, evaluate)
+    return model, frozen, diffusion, trained, [json.loads(x) for x in log.read_text().splitlines()]
+
+
+def test_training_lowers_the_loss_and_logs_every_tenth_step(tmp_path):
+    *_, log = run(tmp_path)
+    assert [record["step"] for record in log] == [1, 10, 20, 30]
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    assert len(log[0]["kl"]) == len(log[0]["agreement"]) == len(log[0]["overlap"]) == 4
+
+
+def test_decoding_is_measured_every_so_often_and_at_the_end(tmp_path):
+    seen = []
+
+    def evaluate(diffusion):
+        seen.append(jax.tree.map(np.array, diffusion))
+        return {"acceptance_length": float(len(seen))}
+
+    *_, log = run(tmp_path, evaluate)
+    assert [r.get("acceptance_length") for r in log] == [None, None, 1.0, 2.0]
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, seen), strict=True))
+
+
+def test_the_frozen_view_is_bit_identical_after_training(tmp_path):
+    tokens = jnp.arange(12)[None] % 40
+    logits = lambda model, frozen, diffusion: np.asarray(
+        model.logits(
+            frozen,
+            model.forward(
+                params.merge(frozen, diffusion), [ar_segment(tokens, jnp.zeros(1, jnp.int32))], None
+            )[0][0],
+        )
+    )
+    model, frozen, diffusion, trained, _ = run(tmp_path)
+    untouched = random_trees()[1]
+    for ours, theirs in zip(jax.tree.leaves(frozen), jax.tree.leaves(untouched), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(logits(model, frozen, diffusion), logits(model, frozen, trained))
+    changed = [
+        bool((a != b).any())
+        for a, b in zip(jax.tree.leaves(diffusion), jax.tree.leaves(trained), strict=True)
+    ]
+    assert all(changed)
+
+
+def test_the_optimizer_holds_nothing_of_the_frozen_tree():
+    _, frozen, diffusion = random_trees()
+    state = adamw(1e-3, 10, 0.1).init(diffusion)
+    held = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
+    assert held == 2 * params.count(diffusion)  # first and second moments
+    assert held < params.count(frozen) + params.count(diffusion)
+
+
+def test_two_runs_give_the_same_bits_and_another_seed_others():
+    model, frozen, diffusion = random_trees()
+    optimizer = adamw(1e-3, 10, 0.1)
+
+    def train(seed):
+        state = TrainState(
+            jax.tree.map(jnp.array, diffusion), optimizer.init(diffusion), jnp.int32(0)
+        )
+        for rows in itertools.islice(batches(made_rows(rows=8), 4, seed=0), 3):
+            state, _ = train_step(
+                state, frozen, rows, jnp.uint32(seed), model=model, optimizer=optimizer, anchors=5
+            )
+        return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.diffusion)])
+
+    np.testing.assert_array_equal(train(0), train(0))
+    assert (train(0) != train(1)).any()
+
+
+def test_the_schedule_warms_up_and_ends_at_a_tenth():
+    optimizer = adamw(1.0, 100, 0.05)
+    weights = {"w": jnp.ones(3)}
+    state = optimizer.init(weights)
+    sizes = []
+    for _ in range(101):
+        updates, state = optimizer.update({"w": jnp.ones(3)}, state, weights)
+        sizes.append(float(optax.tree.norm(updates)) / 3**0.5)
+    # A constant gradient makes Adam's step the learning rate itself.
+    assert sizes[0] == 0.0
+    np.testing.assert_allclose(sizes[5], 1.0, rtol=1e-3)
+    np.testing.assert_allclose(sizes[100], 0.1, rtol=1e-3)
+    assert sizes[1:6] == sorted(sizes[1:6])
+    assert sizes[5:] == sorted(sizes[5:], reverse=True)

@@ -1,0 +1,145 @@
+"""Train a tiny Qwen3 base from nothing on made problems: `python -m train.pretrain`.
+
+It stands in for a released Qwen3 where none can be fetched, and is saved like one: a Hugging Face
+directory with config, weights, its own BPE tokenizer and a chat template.
+"""
+
+import functools
+import itertools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+from orthrus_jax import checkpoint, params
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.errors import UserError
+from orthrus_jax.model import Model, Segment, View
+from orthrus_jax.tokenizer import Tokenizer, encode
+from train import command
+from train.data import Conversation, Rows, pack, stack
+from train.problems import Problem, problems
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+END_OF_TURN = "<|im_end|>"
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE of at most `vocab_size` - 1 ids: the last row stays free for MASK.
+
+    Digits are single tokens, so that the model computes with places rather than with words.
+    """
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Core
+    from transformers import PreTrainedTokenizerFast
+
+    core = Core(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=END_OF_TURN,
+        pad_token=SPECIAL[0],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def conversation(tokenizer: Tokenizer, problem: Problem) -> Conversation:
+    """Encode a problem the way generation will ask it, with its worked answer."""
+    answer = tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+    return Conversation(encode(tokenizer, problem.question, chat=True), [*answer, end])
+
+
+def next_token_loss(
+    model: Model, weights: Any, rows: Rows, question_weight: float
+) -> tuple[jax.Array, jax.Array]:
+    """Return weighted cross-entropy of each next token, and the plain mean over answer tokens."""
+    tokens = jnp.asarray(rows.tokens)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    segment = Segment(tokens, positions, View.AR, start=jnp.asarray(rows.start))
+    (hidden,), _ = model.forward(weights, [segment], None)
+    logits = model.logits(weights, hidden[:, :-1])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    answer = jnp.asarray(rows.answer[:, 1:], jnp.float32)
+    inside = rows.used[:, 1:] & (rows.start[:, 1:] == rows.start[:, :-1])
+    weight = jnp.where(inside, answer + question_weight * (1 - answer), 0.0)
+    return (loss * weight).sum() / weight.sum(), (loss * answer).sum() / answer.sum()
+
+
+def fit(config: Any, model: Model, rows: Any) -> params.Params:
+    """Train the base on an iterator of batches with AdamW and a cosine; show loss as it falls."""
+    steps = config.pretrain.steps
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.pretrain.learning_rate, int(steps * config.pretrain.warmup), steps
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01)
+    )
+    frozen, _ = params.split(params.init(model, jax.random.key(config.seed)))
+    state = optimizer.init(frozen)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(weights: Any, state: Any, rows: Rows) -> tuple[Any, Any, jax.Array]:
+        loss = lambda w: next_token_loss(model, w, rows, config.pretrain.question_weight)
+        gradient, answer_loss = jax.grad(loss, has_aux=True)(weights)
+        updates, state = optimizer.update(gradient, state, weights)
+        return optax.apply_updates(weights, updates), state, answer_loss
+
+    with tqdm(total=steps, desc="pretrain", unit="step") as bar:
+        for i in range(steps):
+            frozen, state, loss = step(frozen, state, next(rows))
+            bar.update()
+            if i % 20 == 0:
+                bar.set_postfix(answer_loss=f"{float(loss):.3f}")
+    return frozen
+
+
+def main(config: Any, overwrite: bool) -> None:
+    """Make the tokenizer and the base, and write both to `config.base`."""
+    if pathlib.Path(config.base).exists() and not overwrite:
+        raise UserError(f"{config.base} exists: give another --config.base, or --overwrite")
+    texts = [f"{p.question}\n{p.answer}" for p in problems("train", config.seed, 20_000)]
+    tokenizer = train_tokenizer(texts, config.model.vocab_size)
+    size = ModelConfig(
+        **config.model,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        eos_token_ids=tuple(tokenizer.convert_tokens_to_ids([END_OF_TURN, SPECIAL[0]])),
+        mask_token_id=config.model.vocab_size - 1,
+        dtype="float32",
+    )
+    made = (conversation(tokenizer, p) for p in problems("train", config.seed + 1))
+    packed = pack(made, config.pretrain.row_length, pad=tokenizer.pad_token_id)
+    rows = iter(lambda: stack(itertools.islice(packed, config.pretrain.batch_size)), None)
+    frozen = fit(config, Model(size), rows)
+    checkpoint.save_checkpoint(
+        config.base, size, frozen, tokenizer=tokenizer, dtype="bfloat16", overwrite=overwrite
+    )
+    print(f"base of {params.count(frozen) / 1e6:.2f} M parameters written to {config.base}")
+
+
+if __name__ == "__main__":
+    command.run(main, default="configs/tiny.py", description=__doc__ or "")
