@@ -1,0 +1,58 @@
+# Everything here works on a fresh machine: each target makes the environment it needs.
+#   make demo   train the diffusion view of a tiny base and measure exact parallel decoding
+#   make test   all fast tests          make test-slow   the long ones
+#   make lint   ruff and mypy           make base        rebuild the tiny base (about 25 minutes)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+BASE := assets/tiny-base
+
+.PHONY: demo base test test-slow test-ends lint format clean
+
+demo: $(VENV)/.demo
+	@echo "demo: starts from the trained base in $(BASE) (make base rebuilds it); distils, trains, measures"
+	rm -rf runs/demo && mkdir -p runs/demo && cp -R $(BASE) runs/demo/base
+	$(BIN)/python -m train.main --config configs/tiny.py
+	$(BIN)/python -m eval.demo --run runs/demo
+
+base: $(VENV)/.demo
+	$(BIN)/python -m train.pretrain --config configs/tiny.py --config.base=$(BASE) --overwrite
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The oldest and the newest supported JAX, each in an environment of its own.
+test-ends:
+	bash .ci/ends
+
+clean:
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than 3.11; try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml | $(BIN)/python
+	@echo "installing orthrus-jax into $(VENV) (a few minutes the first time)"
+	$(PIP) install --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	@echo "installing orthrus-jax and its test tools into $(VENV) (a few minutes the first time)"
+	$(PIP) install --editable '.[test]'
+	@touch $@ $(VENV)/.demo
