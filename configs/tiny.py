@@ -1,4 +1,4 @@
-"""The demo: a 3.6 M-parameter base on made problems, and its diffusion view, on two CPU cores."""
+"""The demo: a 3.4 M-parameter base on made problems, and its diffusion view, on two CPU cores."""
 
 from ml_collections import ConfigDict
 
@@ -12,24 +12,24 @@ def get_config() -> ConfigDict:
 
     c.model = ConfigDict()  # read by train.pretrain only; train.main takes the base's own sizes
     c.model.vocab_size = 1024
-    c.model.hidden_size = 320
-    c.model.intermediate_size = 896
-    c.model.num_hidden_layers = 3
-    c.model.num_attention_heads = 5
-    c.model.num_key_value_heads = 1
-    c.model.head_dim = 64
+    c.model.hidden_size = 256
+    c.model.intermediate_size = 768
+    c.model.num_hidden_layers = 4
+    c.model.num_attention_heads = 8
+    c.model.num_key_value_heads = 4
+    c.model.head_dim = 32
 
     c.pretrain = ConfigDict()
-    c.pretrain.steps = 2600
-    c.pretrain.batch_size = 16
-    c.pretrain.row_length = 256
+    c.pretrain.steps = 1700
+    c.pretrain.batch_size = 9
+    c.pretrain.row_length = 448
     c.pretrain.learning_rate = 3e-3
     c.pretrain.warmup = 0.05
     c.pretrain.question_weight = 0.1  # of the loss on question tokens, beside 1 on answers
 
     c.distill = ConfigDict()
-    c.distill.problems = 4000
-    c.distill.max_new_tokens = 128
+    c.distill.problems = 1600
+    c.distill.max_new_tokens = 224
     c.distill.batch_size = 64
 
     c.train = ConfigDict()

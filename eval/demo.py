@@ -23,7 +23,7 @@ from orthrus_jax.generate import Completion, Generator
 from orthrus_jax.tokenizer import encode
 from train.problems import Problem, is_correct, problems
 
-BLOCK_SIZES = (6, 8, 10, 12, 14, 16)
+BLOCK_SIZES = (4, 5, 6, 8, 10, 12, 16)
 
 
 def choose_block_size(model: Generator, prompts: list[list[int]], max_new_tokens: int) -> dict:
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--prompts", type=int, default=200, metavar="N", help="default: %(default)s"
     )
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="default: %(default)s")
     args = parser.parse_args(argv)
     run = pathlib.Path(args.run)
     if not (run / "train.json").exists():
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model = orthrus_jax.load(run / "model", dtype="float32")
     ids = lambda made: [encode(model.tokenizer, p.question, chat=True) for p in made]
-    options = {"max_new_tokens": 128}
+    options = {"max_new_tokens": 224}
     rates = choose_block_size(model, ids(problems("train", 10_001, 24)), **options)
     block_size = max(rates, key=rates.__getitem__)
     made = list(problems("held-out", 10_002, args.prompts))

@@ -421,7 +421,7 @@ def check_target(directory: str | pathlib.Path, *, overwrite: bool) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"{directory} is not empty: name another, or allow overwriting")
+        raise UserError(f"{directory} is not empty: name another directory, or give --overwrite")
     if not (target / "config.json").exists():
         raise UserError(f"{directory} holds no checkpoint (no config.json): not overwritten")
 

@@ -67,6 +67,7 @@ class Completion:
         return {
             "text": self.text,
             "tokens": len(self.tokens),
+            "token_ids": self.tokens,
             "acceptance_length": self.acceptance_length,
             "tokens_per_forward": self.tokens_per_forward,
             "cycles": self.cycles,
@@ -84,10 +85,21 @@ class Completion:
 
 
 class Generator:
-    """A loaded model that answers prompts; programs compile once a shape bucket and are kept."""
+    """A loaded model that answers prompts; programs compile once a shape bucket and are kept.
 
-    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer = None) -> None:
+    `trained` is False where the diffusion view is a mere copy: exact all the same, but slow.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer = None,
+        *,
+        trained: bool = True,
+    ) -> None:
         self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.trained = trained
         self.model = Model(config)
         self._programs: dict[tuple, Any] = {}
 
@@ -258,7 +270,8 @@ def load(source: str | pathlib.Path, *, dtype: str | None = None) -> Generator:
       UserError: naming what is missing or broken.
     """
     checkpoint = load_checkpoint(source, dtype=dtype)
-    return Generator(checkpoint.config, checkpoint.params, load_tokenizer(checkpoint.directory))
+    tokenizer = load_tokenizer(checkpoint.directory)
+    return Generator(checkpoint.config, checkpoint.params, tokenizer, trained=checkpoint.trained)
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
@@ -312,7 +325,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
     prompts = _read_prompts(args)
-    completions = load(args.model, dtype=args.dtype).generate(
+    model = load(args.model, dtype=args.dtype)
+    if args.mode == "orthrus" and not model.trained:
+        print(
+            "note: this model's diffusion view is untrained: the text is exact, but --mode ar is "
+            "faster until train.main has trained it",
+            file=sys.stderr,
+        )
+    completions = model.generate(
         prompts,
         mode=args.mode,
         max_new_tokens=args.max_new_tokens,

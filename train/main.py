@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from orthrus_jax import checkpoint, params
-from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator
 from orthrus_jax.tokenizer import encode, load_tokenizer
 from train import command, trainer
@@ -25,8 +24,7 @@ from train.problems import problems
 def main(config: Any, overwrite: bool) -> None:
     """Run the stages; leave `model/`, `responses.jsonl`, `train.jsonl`, `train.json` in the run."""
     run = pathlib.Path(config.run)
-    if (run / "model").exists() and not overwrite:
-        raise UserError(f"{run / 'model'} exists: give another --config.run, or --overwrite")
+    checkpoint.check_target(run / "model", overwrite=overwrite)
     base = checkpoint.load_checkpoint(config.base, dtype="float32")
     sizes = dataclasses.replace(base.config, block_size=config.train.block_size)
     frozen, diffusion = params.split(base.params)

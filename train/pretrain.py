@@ -6,7 +6,6 @@ directory with config, weights, its own BPE tokenizer and a chat template.
 
 import functools
 import itertools
-import pathlib
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from tqdm import tqdm
 
 from orthrus_jax import checkpoint, params
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View
 from orthrus_jax.tokenizer import Tokenizer, encode
 from train import command
@@ -119,8 +117,7 @@ def fit(config: Any, model: Model, rows: Any) -> params.Params:
 
 def main(config: Any, overwrite: bool) -> None:
     """Make the tokenizer and the base, and write both to `config.base`."""
-    if pathlib.Path(config.base).exists() and not overwrite:
-        raise UserError(f"{config.base} exists: give another --config.base, or --overwrite")
+    checkpoint.check_target(config.base, overwrite=overwrite)
     texts = [f"{p.question}\n{p.answer}" for p in problems("train", config.seed, 20_000)]
     tokenizer = train_tokenizer(texts, config.model.vocab_size)
     size = ModelConfig(

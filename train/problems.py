@@ -110,21 +110,6 @@ end /: {s} spends it all on pens that cost {n} {t} each. How many pens does {s} 
 end <: {s} wants a bike for {n} {t}. How much money is missing? -> For the bike {s} needs {eq} {t}.
   => {name} needs {box} more {t}.
 ---
-book: book, novel, diary, comic, report
-place: in the garden, on the train, in bed, at school
-start =: {s} has a {book} of {a} pages | ~the {book} has {a} pages -> The {book} has {a} pages.
-start -: a {book} has {a} pages and {s} knows the first {n} -> Of the {book} {eq} pages are new.
-start x: {s} wants to read a {book} with {a} parts of {n} pages -> The {book} has {eq} pages.
-step -: {s} reads {n} pages {place} -> After {n} pages {place}, {eq} pages are left.
-step -: {s} reads {n} pages with {f} -> With {f} {s} reads {n}, which leaves {eq} pages.
-step -: {s} skips {n} pages | {s} leaves out {n} pages -> Without those {n} there are {eq} pages.
-step -x: {s} reads {k} pages a day for {m} days -> These days take {mul} pages. So {eq} are left.
-step +: {f} adds {n} pages of notes -> The notes of {f} make it {eq} pages.
-step /2: {s} reads half of what is left -> Reading half leaves {eq} pages.
-end .: How many pages are left for {him}? | &how many pages {s} has left => {name} has {box} left.
-end /: {s} reads the rest in {n} equal evenings. How many pages does {s} read each evening? -> Over
-  {n} evenings that is {eq} pages each. => {name} reads {box} pages each evening.
----
 t: eggs, pears, carrots, melons, onions, pumpkins, lemons
 crates: crates, sacks, carts, pails
 start =: {s} gathers {a} {t} on the farm | ~at dawn {s} had {a} {t} -> {s} starts with {a} {t}.
@@ -142,23 +127,6 @@ end /: {s} packs the {t} into {n} equal {crates}. How many {t} are in one of the
 end -: {f} has only {n} {t}. How many more than {f} does {name} have? -> {s} is ahead of {f} by {eq}
   {t}. => {name} has {box} more than {f}.
 ---
-t: tulips, roses, herbs, bushes, beans, trees, ferns
-yard: garden, yard, field, park
-start x: {s} plants {a} rows of {n} {t} in the {yard} -> In the {yard} grow {eq} {t}.
-start =: {s} plants {a} {t} in the {yard} | ~last week {s} planted {a} {t} in the {yard} -> The
-  {yard} begins with {a} {t}.
-start +: {s} plants {a} {t} by the gate and {n} by the wall -> Gate and wall together have {eq} {t}.
-step -: a storm breaks {n} {t} | {n} {t} break in a storm -> The storm leaves {eq} {t}.
-step -: rabbits eat {n} {t} -> Rabbits eat {n}, which leaves {eq} {t}.
-step +: {s} plants {n} new {t} -> Planting {n} new ones makes {eq} {t}.
-step +x: {s} adds {m} rows of {k} {t} -> The added rows have {mul} {t}. Now {eq} {t} grow there.
-step x2: the {t} double over the summer -> Over the summer they double to {eq} {t}.
-end .: How many {t} does {s} see now? | &how many {t} {s} has there now => Now {box} {t} grow there.
-end /: {s} ties the {t} into {n} equal bundles. How many {t} are in a bundle? -> One of {n} bundles
-  has {eq} {t}. => A bundle has {box} {t}.
-end x: each of the {t} needs {n} cups of water. How many cups does {s} pour? -> With {n} cups for
-  each, {s} pours {eq} cups. => {name} pours {box} cups of water.
----
 name: the tank, the barrel, the vat, the tub, the old drum
 t: liters of water, liters of juice, gallons of oil, gallons of paint, pints of milk
 start =: {s} holds {a} {t} | ~at first {s} held {a} {t} -> At first {s} holds {a} {t}.
@@ -174,55 +142,6 @@ end .: How full is {s} now? | &how much is left in {s} => There are {box} {t} in
 end /: it all goes into {n} equal cans. How much is in each? -> Each gets {eq} {t}. => It is {box}
   {t}.
 end <: {s} can hold {n} {t}. How much more fits in? -> Now {eq} {t} fit. => It takes {box} more {t}.
----
-t: miles, kilometers, blocks
-ride: walks, runs, rides, skates
-goal: lake, tower, beach, castle
-start =: {s} {ride} {a} {t} to the {goal} | ~first {s} went {a} {t} -> It is {a} {t} at first.
-start x: for {a} days {s} {ride} {n} {t} a day -> In {a} days {s} {ride} {eq} {t}.
-start +: {s} {ride} {a} {t} uphill and {n} downhill -> Up and down make {eq} {t}.
-step +: {s} goes {n} {t} further with {f} | with {f} {s} goes {n} {t} -> With {f} it is {eq} {t}.
-step +: {s} takes a detour of {n} {t} -> The detour of {n} makes it {eq} {t}.
-step +x: {s} does {m} laps of {k} {t} each -> The laps are {mul} {t}. So far this is {eq} {t}.
-step x2: {s} returns the whole way -> With the way back it doubles to {eq} {t}.
-end .: How many {t} does {s} cover? | &how far {s} goes in all => {name} covers {box} {t}.
-end -: {f} goes only {n} {t}. How much further than {f} does {name} go? -> Compared with {f}, it is
-  {eq} {t} more. => {name} goes {box} {t} further.
-end /: the trip is cut into {n} equal stages. How many {t} long is each stage? -> Cut into {n}
-  stages, each has {eq} {t}. => Each stage is {box} {t} long.
-end <: {s} wants to cover {n} {t}. How many {t} are missing? -> To reach {n}, {eq} {t} are missing.
-  => {name} must go {box} {t} more.
----
-game: chess, darts, cards, tennis, bowling
-t: points, stars, credits
-start =: {s} plays {game} and scores {a} {t} | ~in {game} {s} had {a} {t} -> {s} has {a} {t}.
-start x: {s} wins {a} rounds of {game} worth {n} {t} each -> Winning {a} rounds gives {eq} {t}.
-start -: {s} scores {a} {t} in {game} with a penalty of {n} -> The penalty cuts it to {eq} {t}.
-step +: {s} gains {n} bonus {t} | a bonus brings {him} {n} {t} -> The bonus makes it {eq} {t}.
-step -: {s} drops {n} {t} for a foul -> For the foul {n} are dropped, leaving {eq} {t}.
-step +: {s} beats {f} for {n} {t} -> Beating {f} gives {eq} {t}.
-step +x: {s} hits {m} targets for {k} {t} each -> The targets give {mul} {t}. Now {s} has {eq} {t}.
-step x3: a lucky card triples the score -> The lucky card makes it {eq} {t}.
-end .: What score does {s} have now? | &how many {t} {s} has => {name} has {box} {t}.
-end <: {f} has {n} {t}. How far behind is {name}? -> {f} leads by {eq} {t}. => The gap is {box}.
-end /: {s} swaps every {n} {t} for one prize. How many prizes does {s} get? -> One prize for every
-  {n} gives {eq} prizes. => {name} gets {box} prizes.
----
-t: robots, boats, puppets, drums, puzzles, candles, masks
-helper: a robot, a cousin, an uncle, a neighbor
-start x: {s} makes {a} {t} a day for {n} days -> In {n} days {s} makes {eq} {t}.
-start =: {s} owns a shop with {a} {t} | ~at first the shop had {a} {t} -> The shop has {a} {t}.
-step +: {helper} makes {n} more {t} | {helper} adds {n} {t} -> With {n} from {helper} it is {eq}.
-step -: {n} {t} fail the test -> After {n} fail the test, {eq} {t} are fine.
-step -: {s} ships {n} {t} to {f} | {f} orders {n} of the {t} -> The order of {f} leaves {eq} {t}.
-step -x: {m} shops take {k} {t} each -> The shops take {mul} {t}. The stock is {eq} {t}.
-step +: {s} repairs {n} old {t} -> Repairing {n} old ones gives {eq} {t}.
-step x2: {s} makes as many again -> Making as many again gives {eq} {t}.
-end .: How many {t} can {s} sell? | &how many {t} {s} can sell => {name} has {box} {t} to sell.
-end x: every one of the {t} has {n} bells. How many bells does {s} need? -> With {n} bells on each,
-  {s} needs {eq} bells. => {name} needs {box} bells.
-end /: {s} places the {t} in {n} equal lines. How many {t} stand in a line? -> In {n} lines there
-  are {eq} {t} each. => A line has {box} {t}.
 ---
 task: homework, piano, painting, training, cooking, cleaning
 pause: a nap, lunch, a call, a film
@@ -361,11 +280,18 @@ def _polish(text: str, name: str) -> str:
     return re.sub(r"(?:^|[.?]\s+)[a-z]", lambda begin: begin[0].upper(), text)
 
 
-def _question(parts: Sequence[Part], numbers: Sequence[dict[str, str]], rng: random.Random) -> str:
-    """Tell the parts in a drawn wording and order, with the number words of each put in."""
+def _draw_told(
+    parts: Sequence[Part], numbers: Sequence[dict[str, str]], rng: random.Random
+) -> list[str]:
+    """A drawn wording of each part, with its number words put in."""
     has_steps = len(parts) > 2
     told = [rng.choice([t for t in p.told if has_steps or t[0] != "~"]) for p in parts]
-    start, *steps, end = map(_fill, told, numbers)
+    return list(map(_fill, told, numbers))
+
+
+def _question(told: Sequence[str], rng: random.Random) -> str:
+    """Put the told parts in a drawn order, joined by drawn words."""
+    start, *steps, end = told
     *last_facts, ask = end.split(". ")
     if ask.startswith("&"):
         ask = rng.choice(WRAPS).format(ask[1:])
@@ -375,6 +301,17 @@ def _question(parts: Sequence[Part], numbers: Sequence[dict[str, str]], rng: ran
     text += f". {start[1:]}" if late else ""
     text += "".join(rng.choice(LAST_JOINS) + fact for fact in last_facts)
     return f"{ask} {text}." if rng.random() < 0.2 else f"{text}. {ask}"
+
+
+def _answer(parts: Sequence[Part], numbers: Sequence[dict[str, str]], told: Sequence[str]) -> str:
+    """Work the parts one a line, each after what the question told, the way chat models do."""
+    lines = []
+    for part, found, fact in zip(parts, numbers, told, strict=True):
+        if part.worked:
+            fact = "" if part is parts[-1] else f"We know that {fact.lstrip('~')}. "
+            lines.append(f"Step {len(lines) + 1}: {fact}{_fill(part.worked, found)}")
+    body = "\n".join(lines)
+    return f"Let us solve this step by step.\n\n{body}\n\nSo this is the answer: {parts[-1].final}"
 
 
 def _tell(story: Story, rng: random.Random) -> Problem:
@@ -388,9 +325,9 @@ def _tell(story: Story, rng: random.Random) -> Problem:
     name, friend = rng.sample(list(PRONOUNS), 2)
     words = {"name": name, "f": friend, "box": rf"\boxed{{{value}}}"}
     words |= {slot: rng.choice(values) for slot, values in story.slots.items()}
-    question = _fill(_question(parts, numbers, rng), words)
-    worked = " ".join(_fill(p.worked, n) for p, n in zip(parts, numbers, strict=True) if p.worked)
-    answer = _fill(f"{worked}\n\n{parts[-1].final}", words)
+    told = _draw_told(parts, numbers, rng)
+    question = _fill(_question(told, rng), words)
+    answer = _fill(_answer(parts, numbers, told), words)
     return Problem(_polish(question, words["name"]), _polish(answer, words["name"]), value)
 
 
@@ -425,6 +362,8 @@ def problems(split: str, seed: int, count: int | None = None) -> Iterator[Proble
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    if count is not None and count < 0:
+        raise ValueError(f"count must not be negative, not {count}")
     return itertools.islice(_draw_split(split, seed), count)
 
 

@@ -162,10 +162,12 @@ def test_json_output_has_the_agreed_fields(model, directory, tmp_path, capsys):
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     expected = model.generate(["How many?", "The answer"], max_new_tokens=9, chat=False)
     assert [line["text"] for line in lines] == [c.text for c in expected]
+    assert [line["token_ids"] for line in lines] == [c.tokens for c in expected]
     for line in lines:
         assert set(line) == {
             "text",
             "tokens",
+            "token_ids",
             "acceptance_length",
             "tokens_per_forward",
             "cycles",
@@ -173,6 +175,14 @@ def test_json_output_has_the_agreed_fields(model, directory, tmp_path, capsys):
             "compile_seconds",
         }
         assert line["tokens"] == 9
+
+
+def test_an_untrained_view_is_told_on_standard_error(directory, tmp_path, capsys):
+    arguments = ["--prompt", "How many?", "--max-new-tokens", "3"]
+    generate.main(["--model", str(directory), *arguments])
+    assert "untrained" in capsys.readouterr().err  # random_weights copies the AR attention
+    generate.main(["--model", str(directory), *arguments, "--mode", "ar"])
+    assert "untrained" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import orthrus_jax
+from configs.tiny import get_config
 from eval import demo
 from orthrus_jax import params
 from orthrus_jax.errors import UserError
@@ -19,11 +21,6 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 def miniature(run):
     """configs/tiny.py at a size that trains in seconds."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        from configs.tiny import get_config
-    finally:
-        sys.path.remove(str(ROOT))
     c = get_config()
     c.run, c.base = str(run), str(run / "base")
     c.model.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
@@ -64,8 +61,6 @@ def test_the_export_holds_the_base_unchanged_and_a_trained_view(run):
     assert model.config.block_size == 6
     frozen, diffusion = params.split(model.params)
     untouched, copy = params.split(base.params)
-    import jax
-
     same = lambda a, b: all(
         bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
@@ -106,9 +101,9 @@ def test_the_demo_report_has_the_agreed_fields_and_an_exact_match_of_one(run, ca
 
 def test_nothing_is_overwritten_unasked(run):
     config = miniature(run)
-    with pytest.raises(UserError, match="base exists"):
+    with pytest.raises(UserError, match="base is not empty"):
         pretrain.main(config, overwrite=False)
-    with pytest.raises(UserError, match="model exists"):
+    with pytest.raises(UserError, match="model is not empty"):
         train_main.main(config, overwrite=False)
 
 
