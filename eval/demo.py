@@ -5,6 +5,7 @@ report.json and report.png beside the model.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import platform
@@ -18,12 +19,23 @@ import numpy as np
 from tqdm import tqdm
 
 import orthrus_jax
+from orthrus_jax import params
+from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Completion, Generator
+from orthrus_jax.model import Model
 from orthrus_jax.tokenizer import encode
 from train.problems import Problem, is_correct, problems
 
-BLOCK_SIZES = (4, 5, 6, 8, 10, 12, 16)
+LARGER = {
+    "hidden_size": 640,
+    "intermediate_size": 1920,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 5,
+    "head_dim": 64,
+}
+BLOCK_SIZES = (3, 4, 5, 6, 7, 8, 10, 12, 16)
 
 
 def choose_block_size(model: Generator, prompts: list[list[int]], max_new_tokens: int) -> dict:
@@ -36,6 +48,27 @@ def choose_block_size(model: Generator, prompts: list[list[int]], max_new_tokens
         ]
         rates[size] = max(tokens_per_second(run) for run in runs)
     return rates
+
+
+def cycle_cost(sizes: ModelConfig, block_size: int, steps: int = 64) -> dict[str, float]:
+    """Time an AR step and a draft-verify cycle of a shape with random weights, at batch 1.
+
+    Returns milliseconds of each (best of three, prefill spread over the steps) and their ratio: the
+    tokens a cycle must emit to break even.
+    """
+    model = Generator(sizes, params.init(Model(sizes), jax.random.key(0)))
+    prompt = [list(range(1, 61))]
+    cost = {}
+    for mode in ("ar", "orthrus"):
+        options: dict[str, Any] = {"mode": mode, "max_new_tokens": steps, "block_size": block_size}
+        found = [model.complete(prompt, **options)[0] for _ in range(4)][1:]
+        cost[mode] = min(1e3 * c.seconds / c.cycles for c in found)
+    return {
+        "parameters": params.count(params.split(model.params)[0]),
+        "ar_step_ms": cost["ar"],
+        "cycle_ms": cost["orthrus"],
+        "cycle_in_ar_steps": cost["orthrus"] / cost["ar"],
+    }
 
 
 def measure(
@@ -150,13 +183,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = orthrus_jax.load(run / "model", dtype="float32")
     ids = lambda made: [encode(model.tokenizer, p.question, chat=True) for p in made]
     options = {"max_new_tokens": 224}
-    rates = choose_block_size(model, ids(problems("train", 10_001, 24)), **options)
+    short = [prompt for prompt in ids(problems("train", 10_001, 60)) if len(prompt) <= 64][:24]
+    rates = choose_block_size(model, short, **options)
     block_size = max(rates, key=rates.__getitem__)
     made = list(problems("held-out", 10_002, args.prompts))
     runs = measure(model, ids(made), args.repeats, block_size=block_size, **options)
 
     result = report(runs, made, block_size) | {"tokens_per_second_by_block_size": rates}
     result |= {name: stages[name] for name in ("base_parameters", "trained_parameters")}
+    larger = dataclasses.replace(model.config, **LARGER)
+    result["cost"] = cycle_cost(model.config, block_size)
+    result["cost_of_larger_shape"] = cycle_cost(larger, block_size)
     result["seconds"] = stages["seconds"] | {"measure": time.perf_counter() - begin}
     (run / "report.json").write_text(json.dumps(result, indent=2) + "\n")
     draw(run / "report.png", result, training)
@@ -172,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"  speedup           {result['speedup']:.2f}x "
         f"({result['speedup_range'][0]:.2f}-{result['speedup_range'][1]:.2f} in "
         f"{args.repeats} interleaved runs)\n"
+        f"  one cycle costs   {result['cost']['cycle_in_ar_steps']:.2f} AR steps here, "
+        f"{result['cost_of_larger_shape']['cycle_in_ar_steps']:.2f} at "
+        f"{result['cost_of_larger_shape']['parameters'] / 1e6:.0f} M parameters (random weights)\n"
         f"written: {run / 'report.json'}, {run / 'report.png'}"
     )
 

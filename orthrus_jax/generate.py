@@ -247,14 +247,14 @@ class Generator:
 
 
 def bucket(n: int) -> int:
-    """Return the smallest of 64, 96, 128, 192, 256, 384, 512, ... that holds n.
+    """Return the smallest of 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ... that holds n.
 
-    Steps of at most a third keep padding small and the number of programs logarithmic.
+    Four steps an octave keep padding under a quarter and the number of programs logarithmic.
     """
-    size = 64
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return size
+    if n <= 64:
+        return 64
+    step = 1 << ((n - 1).bit_length() - 3)
+    return -(-n // step) * step
 
 
 def load(source: str | pathlib.Path, *, dtype: str | None = None) -> Generator:
