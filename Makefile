@@ -1,7 +1,7 @@
 # Everything here works on a fresh machine: each target makes the environment it needs.
 #   make demo   train the diffusion view of a tiny base and measure exact parallel decoding
 #   make test   all fast tests          make test-slow   the long ones
-#   make lint   ruff and mypy           make base        rebuild the tiny base (about 25 minutes)
+#   make lint   ruff and mypy           make base        rebuild the tiny base (about 20 minutes)
 
 PYTHON ?= python3
 VENV ?= .venv

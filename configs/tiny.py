@@ -33,16 +33,16 @@ def get_config() -> ConfigDict:
     c.distill.batch_size = 64
 
     c.train = ConfigDict()
-    c.train.block_size = 16
+    c.train.block_size = 8  # on two cores longer blocks cost more than they bring
     c.train.row_length = 256
     c.train.anchors = 24  # blocks a row
-    c.train.batch_size = 16
-    c.train.steps = 300
-    c.train.learning_rate = 2e-3
+    c.train.batch_size = 4
+    c.train.steps = 1300
+    c.train.learning_rate = 4e-3
     c.train.warmup = 0.05
     c.train.seed = 0
-    c.train.log_every = 10
-    c.train.eval_every = 50
+    c.train.log_every = 20
+    c.train.eval_every = 200
     c.train.eval_prompts = 32
 
     return c

@@ -35,7 +35,7 @@ LARGER = {
     "num_key_value_heads": 5,
     "head_dim": 64,
 }
-BLOCK_SIZES = (3, 4, 5, 6, 7, 8, 10, 12, 16)
+BLOCK_SIZES = (4, 5, 6, 7, 8, 10, 12, 16)
 
 
 def choose_block_size(model: Generator, prompts: list[list[int]], max_new_tokens: int) -> dict:
