@@ -27,7 +27,7 @@ from orthrus_jax.model import Model
 from orthrus_jax.tokenizer import encode
 from train.problems import Problem, is_correct, problems
 
-LARGER = {
+LARGER: dict[str, Any] = {
     "hidden_size": 640,
     "intermediate_size": 1920,
     "num_hidden_layers": 8,
@@ -143,7 +143,6 @@ def draw(path: pathlib.Path, result: dict[str, Any], training: list[dict[str, An
 
     shares = result["acceptance_by_position"]
     middle.bar(range(1, len(shares) + 1), shares)
-    middle.axvline(result["acceptance_length"], color="black", linestyle=":")
     middle.set(
         xlabel="draft position",
         ylabel="accepted (share of cycles)",
@@ -155,8 +154,7 @@ def draw(path: pathlib.Path, result: dict[str, Any], training: list[dict[str, An
     right.bar_label(bars, fmt="%.0f")
     right.set(
         ylabel="tokens/s, batch 1",
-        title=f"Same text, {result['speedup']:.2f}x as fast "
-        f"(exact match {result['exact_match']:.3f})",
+        title=f"Speedup {result['speedup']:.2f}, exact match {result['exact_match']:.3f}",
     )
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -305,7 +305,7 @@ def _question(told: Sequence[str], rng: random.Random) -> str:
 
 def _answer(parts: Sequence[Part], numbers: Sequence[dict[str, str]], told: Sequence[str]) -> str:
     """Work the parts one a line, each after what the question told, the way chat models do."""
-    lines = []
+    lines: list[str] = []
     for part, found, fact in zip(parts, numbers, told, strict=True):
         if part.worked:
             fact = "" if part is parts[-1] else f"We know that {fact.lstrip('~')}. "
