@@ -3,9 +3,10 @@
 The `ml_collections` config_flags convention; this file only turns its failures into one line.
 """
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -29,25 +30,32 @@ def run(main: Callable[[Any, bool], None], *, default: str, description: str) ->
       description: what `--help` says first.
     """
     sys.modules["__main__"].__doc__ = description + USAGE.format(default=default)
-    holder = config_flags.DEFINE_config_file("config", default, "The run's configuration file.")
+    with _told_in_one_line():  # defining the flag already reads the file and its overrides
+        holder = config_flags.DEFINE_config_file("config", default, "The run's configuration file.")
     overwrite = flags.DEFINE_bool("overwrite", False, "Replace results that are already there.")
 
     def parse(argv: Sequence[str]) -> list[str]:
-        try:
+        with _told_in_one_line():
             rest = flags.FLAGS(list(argv))
             if len(rest) > 1:
                 raise UserError(f"unexpected argument {rest[1]!r}")
-            assert holder.value is not None  # reads the file, so that its errors are told here
-        except AttributeError as error:  # how config_flags says that there is no such key
-            key = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error
-            _refuse(f"the configuration has no key {key}")
-        except Exception as error:  # a wrong flag or value, or whatever the file's own code raises
-            _refuse(str(error))
+            holder.value.to_dict()  # a file that could not be loaded says so here
         return rest
 
     app.run(lambda _: run_command(lambda: main(holder.value, overwrite.value)), flags_parser=parse)
 
 
-def _refuse(message: str) -> None:
+@contextlib.contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except AttributeError as error:  # how config_flags says that there is no such key
+        name = str(error).strip("\"'")
+        _refuse(f"the configuration has no key {name!r}")
+    except Exception as error:  # a wrong flag or value, or whatever the file's own code raises
+        _refuse(str(error))
+
+
+def _refuse(message: str) -> NoReturn:
     print(f"error: {' '.join(message.split())}; see --help", file=sys.stderr)
     sys.exit(2)

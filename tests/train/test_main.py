@@ -24,8 +24,8 @@ def miniature(run):
     c = get_config()
     c.run, c.base = str(run), str(run / "base")
     c.model.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
-    c.model.update(num_attention_heads=2, vocab_size=400)
-    c.pretrain.update(steps=12, batch_size=4)
+    c.model.update(num_attention_heads=2, num_key_value_heads=1, vocab_size=400)
+    c.pretrain.update(steps=12, batch_size=4, row_length=256)
     c.distill.update(problems=24, max_new_tokens=24, batch_size=8)
     c.train.update(block_size=6, steps=8, batch_size=2, anchors=6, log_every=2, eval_every=4)
     c.train.update(eval_prompts=4)
@@ -123,9 +123,9 @@ def test_a_report_without_training_is_refused(tmp_path):
         ("--config.base=nowhere", "nowhere"),
     ],
 )
-def test_bad_command_lines_end_in_one_line_and_status_2(argument, message):
+def test_bad_command_lines_end_in_one_line_and_status_2(tmp_path, argument, message):
     found = subprocess.run(
-        [sys.executable, "-m", "train.main", argument],
+        [sys.executable, "-m", "train.main", argument, f"--config.run={tmp_path}"],
         capture_output=True,
         text=True,
         cwd=ROOT,
