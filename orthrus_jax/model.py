@@ -178,7 +178,7 @@ class DualViewTransformer(nn.Module):
         """hidden [..., T, E] -> float32 logits [..., T, V]."""
         c = self.config
         if c.tie_word_embeddings:
-            # Table first: for the few rows of a block, hidden @ table.T is 3x slower on CPU.
+            # Table first: with hidden @ table.T a whole cycle was 1.2-1.4x slower on CPU.
             table = self.embed_tokens.embedding.astype(c.dtype)
             columns = hidden.swapaxes(-1, -2)
             logits = jnp.matmul(table, columns, preferred_element_type=jnp.float32)

@@ -1,1 +1,1 @@
-"""Training of the small demo models: their problems, their runs."""
+"""Training: data, the objective, the loop, and the commands around them."""
