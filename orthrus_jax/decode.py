@@ -46,7 +46,7 @@ class DecodeState(struct.PyTreeNode):
       anchor: int32[B], the last emitted token, whose keys and values are not in the cache yet.
       position: int32[B], the anchor's position, which is also the number of live cache slots.
       done: bool[B], the row has emitted an EOS or spent its budget.
-      cycles: int32[B], forwards pairs (or AR steps) the row took part in.
+      cycles: int32[B], draft-verify pairs (or AR steps) the row took part in.
       accepted: int32[B, N], drafts accepted and emitted in each cycle; -1 where there was none.
       cache: the shared cache.
     """
