@@ -1,24 +1,26 @@
 # Everything here works on a fresh machine: each target makes the environment it needs.
 #   make demo   train the diffusion view of a tiny base and measure exact parallel decoding
 #   make test   all fast tests          make test-slow   the long ones
-#   make lint   ruff and mypy           make base        rebuild the tiny base (about 20 minutes)
+#   make lint   ruff and mypy           make base        rebuild the tiny base (about half an hour)
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-BASE := assets/tiny-base
+BASE := assets/tiny-base.tar.xz
 
 .PHONY: demo base test test-slow test-ends lint format clean
 
 demo: $(VENV)/.demo
 	@echo "demo: starts from the trained base in $(BASE) (make base rebuilds it); distils, trains, measures"
-	rm -rf runs/demo && mkdir -p runs/demo && cp -R $(BASE) runs/demo/base
+	rm -rf runs/demo && mkdir -p runs/demo
+	$(BIN)/python -m tarfile --filter data -e $(BASE) runs/demo
 	$(BIN)/python -m train.main --config configs/tiny.py
 	$(BIN)/python -m eval.demo --run runs/demo
 
 base: $(VENV)/.demo
-	$(BIN)/python -m train.pretrain --config configs/tiny.py --config.base=$(BASE) --overwrite
+	$(BIN)/python -m train.pretrain --config configs/tiny.py --config.base=runs/pretrain/base --overwrite
+	cd runs/pretrain && ../../$(BIN)/python -m tarfile -c ../../$(BASE) base
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow"

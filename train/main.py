@@ -44,7 +44,7 @@ def main(config: Any, overwrite: bool) -> None:
     rows = stack(pack(conversations, config.train.row_length, pad=pad))
     diffusion = trainer.fit(
         config.train,
-        generator.model,
+        generator.engine.model,
         frozen,
         diffusion,
         batches(rows, config.train.batch_size, config.seed),
