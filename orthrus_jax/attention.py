@@ -3,15 +3,26 @@
 Two shapes of visibility cover everything the project does: a row that sees a range of slots
 (prefill, AR decoding, verification), and a block that sees a range of slots and itself (drafting,
 training). Scores and softmax are float32.
+
+Over many slots the work follows the rows' real length: `used`, known only at run time, says how
+many slots are alive, and a loop walks that many in steps of SLOT_STEP with a running softmax (arXiv
+2112.05682). Few slots are one plain softmax, which is faster, and the form that has a gradient.
 """
+
+import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+SLOT_STEP = 512
+MANY_SLOTS = 1024  # more than this are walked in steps
 
 
-def attend(q: Array, k: Array, v: Array, start: Array | None, end: Array) -> Array:
+def attend(
+    q: Array, k: Array, v: Array, start: Array | None, end: Array, used: Array | None = None
+) -> Array:
     """Each query row sees the slots start <= s < end.
 
     Args:
@@ -19,20 +30,31 @@ def attend(q: Array, k: Array, v: Array, start: Array | None, end: Array) -> Arr
       k: [B, G, D, S]. v: [B, G, S, D].
       start: int32[B, T] or None for 0.
       end: int32[B, T], at least start + 1.
+      used: int32[], a bound on `end` that may save work, or None for S.
 
     Returns:
       [B, T, H, D] in q's dtype.
     """
     queries = _by_group(q, k.shape[1])  # [B, G, T * H/G, D]
     per_row = q.shape[2] // k.shape[1]
-    visible = jnp.repeat(_in_range(k.shape[3], start, end), per_row, axis=1)  # [B, T * H/G, S]
-    scores = jnp.where(visible[:, None], _scores(queries, k), -jnp.inf)
+    if used is not None and k.shape[3] > MANY_SLOTS:
+        out, _ = _walk(queries, k, v, lambda s: _in_range(s, start, end, per_row), used)
+        return _by_row(out.astype(v.dtype), q.shape)
+    visible = _in_range(jnp.arange(k.shape[3]), start, end, per_row)
+    scores = jnp.where(visible, _scores(queries, k), -jnp.inf)
     out = jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
     return _by_row(out, q.shape)
 
 
 def attend_blocks(
-    q: Array, k: Array, v: Array, own_k: Array, own_v: Array, start: Array | None, end: Array
+    q: Array,
+    k: Array,
+    v: Array,
+    own_k: Array,
+    own_v: Array,
+    start: Array | None,
+    end: Array,
+    used: Array | None = None,
 ) -> Array:
     """Each row of a block sees the slots start <= s < end, and every row of its own block.
 
@@ -44,6 +66,7 @@ def attend_blocks(
       own_k, own_v: [B, A, K, G, D].
       start: int32[B, A] or None for 0.
       end: int32[B, A]; end = start is a block that sees only itself.
+      used: int32[], a bound on `end` that may save work, or None for S.
 
     Returns:
       [B, A, K, H, D] in q's dtype.
@@ -52,16 +75,75 @@ def attend_blocks(
     groups, slots = k.shape[1], k.shape[3]
     rows = t * (h // groups)  # of a block, in a group
     queries = _by_group(q.reshape(b, a * t, h, d), groups)  # [B, G, A * rows, D]
-    visible = jnp.repeat(_in_range(slots, start, end), rows, axis=1)  # [B, A * rows, S]
-    prefix = jnp.where(visible[:, None], _scores(queries, k), -jnp.inf)
-
     by_block = (b, groups, a, rows, -1)
     own = _scores(queries.reshape(by_block), own_k.transpose(0, 3, 1, 4, 2))
+    own_v = own_v.transpose(0, 3, 1, 2, 4)
+    if used is not None and slots > MANY_SLOTS:
+        before, log_mass = _walk(queries, k, v, lambda s: _in_range(s, start, end, rows), used)
+        own_mass = jax.nn.logsumexp(own, axis=-1, keepdims=True)
+        share = jax.nn.sigmoid(log_mass.reshape(by_block) - own_mass)  # of the slots
+        inside = jax.nn.softmax(own, axis=-1).astype(v.dtype) @ own_v
+        out = share * before.reshape(by_block) + (1 - share) * inside.astype(jnp.float32)
+        return _by_row(out.astype(v.dtype).reshape(queries.shape), (b, a * t, h, d)).reshape(
+            q.shape
+        )
+
+    visible = _in_range(jnp.arange(slots), start, end, rows)  # [B, 1, A * rows, S]
+    prefix = jnp.where(visible, _scores(queries, k), -jnp.inf)
     scores = jnp.concatenate([prefix.reshape(by_block), own], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = weights[..., :slots].reshape(b, groups, a * rows, slots) @ v
-    out += (weights[..., slots:] @ own_v.transpose(0, 3, 1, 2, 4)).reshape(out.shape)
+    out += (weights[..., slots:] @ own_v).reshape(out.shape)
     return _by_row(out, (b, a * t, h, d)).reshape(q.shape)
+
+
+def _walk(
+    q: Array, k: Array, v: Array, visible: Callable[[Array], Array], used: Array
+) -> tuple[Array, Array]:
+    """Attend to the first `used` slots, SLOT_STEP at a time.
+
+    Args:
+      q: [B, G, R, D]. k: [B, G, D, S]. v: [B, G, S, D]; S is a multiple of SLOT_STEP.
+      visible: of slot numbers [s], which each row sees: bool[B, 1, R, s].
+      used: int32[].
+
+    Returns:
+      The mean of v under the softmax, float32[B, G, R, D], and the log of the softmax's
+      denominator, float32[B, G, R, 1]: 0 and very negative for a row that sees nothing.
+    """
+    assert k.shape[3] % SLOT_STEP == 0, f"{k.shape[3]} slots are no multiple of {SLOT_STEP}"
+    least = jnp.finfo(jnp.float32).min / 2  # finite, so that nothing is inf - inf
+
+    # The loop must read the cache in the cache's own shape: reshaped, XLA's CPU compiler copies the
+    # whole of it in every AR step of one row (found in the program: four times).
+    k_rest, v_rest = _at_rest(k), _at_rest(v)
+
+    def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        peak, mass, out = carry
+        first = i * SLOT_STEP
+        k_step = jax.lax.dynamic_slice_in_dim(k_rest, first, SLOT_STEP, axis=-1)
+        k_step = k_step.reshape(*k.shape[:3], SLOT_STEP)
+        v_step = jax.lax.dynamic_slice_in_dim(v_rest, first, SLOT_STEP, axis=-2)
+        v_step = v_step.reshape(*v.shape[:2], SLOT_STEP, v.shape[3])
+        inside = visible(first + jnp.arange(SLOT_STEP))
+        scores = jnp.where(inside, _scores(q, k_step), -jnp.inf)
+        new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
+        weights, fade = jnp.exp(scores - new_peak), jnp.exp(peak - new_peak)
+        mixed = jnp.matmul(weights.astype(v.dtype), v_step, preferred_element_type=jnp.float32)
+        mass = mass * fade + weights.sum(axis=-1, keepdims=True)
+        return new_peak, mass, out * fade + mixed
+
+    rows = (*q.shape[:3], 1)
+    empty = (jnp.full(rows, least), jnp.zeros(rows), jnp.zeros(q.shape, jnp.float32))
+    steps = (used + SLOT_STEP - 1) // SLOT_STEP
+    peak, mass, out = jax.lax.fori_loop(0, steps, step, empty)
+    mass = jnp.maximum(mass, jnp.finfo(jnp.float32).tiny)
+    return out / mass, peak + jnp.log(mass)
+
+
+def _at_rest(x: Array) -> Array:
+    """Drop the leading axes of size 1, as KVCache does."""
+    return x.reshape(*itertools.dropwhile(lambda n: n == 1, x.shape[:2]), *x.shape[2:])
 
 
 def _by_group(q: Array, groups: int) -> Array:
@@ -82,8 +164,9 @@ def _scores(q: Array, k: Array) -> Array:
     return jnp.matmul(q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
 
-def _in_range(slots: int, start: Array | None, end: Array) -> Array:
-    """bool[B, T, S]: which of the `slots` lie in [start, end) of each row."""
-    index = jnp.arange(slots)
-    inside = index < end[..., None]
-    return inside if start is None else inside & (index >= start[..., None])
+def _in_range(slots: Array, start: Array | None, end: Array, repeat: int) -> Array:
+    """bool[B, 1, T * repeat, S]: which of `slots` [S] lie in [start, end) of each of T rows."""
+    inside = slots < end[..., None]
+    if start is not None:
+        inside &= slots >= start[..., None]
+    return jnp.repeat(inside, repeat, axis=1)[:, None]

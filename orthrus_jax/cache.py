@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from orthrus_jax.attention import MANY_SLOTS, SLOT_STEP
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.layers import rotary_angles
 
@@ -36,7 +37,12 @@ class KVCache(struct.PyTreeNode):
 
     @classmethod
     def zeros(cls, config: ModelConfig, batch: int, slots: int) -> "KVCache":
-        """An empty cache of `slots` positions for `batch` rows, in the config's dtype."""
+        """An empty cache of `slots` positions for `batch` rows, in the config's dtype.
+
+        Many slots are rounded up to what attention walks in whole steps.
+        """
+        if slots > MANY_SLOTS:
+            slots = -(-slots // SLOT_STEP) * SLOT_STEP
         c, layers = config, range(config.num_hidden_layers)
         lead = tuple(itertools.dropwhile(lambda n: n == 1, (batch, c.num_key_value_heads)))
         cos, sin = rotary_angles(jnp.arange(slots), c.head_dim, c.rope_theta)
@@ -45,6 +51,17 @@ class KVCache(struct.PyTreeNode):
             v=tuple(jnp.zeros((*lead, slots, c.head_dim), c.dtype) for _ in layers),
             rotary=(cos, sin),
         )
+
+    def insert(self, row: "KVCache", at: Array) -> "KVCache":
+        """Put a batch of one with as many slots in place of row `at`."""
+
+        def put(old: Array, new: Array) -> Array:
+            if old.ndim < 4:  # a batch of one itself
+                return new
+            new = new.reshape((1,) * (old.ndim - new.ndim) + new.shape)
+            return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0)
+
+        return self.replace(k=tuple(map(put, self.k, row.k)), v=tuple(map(put, self.v, row.v)))
 
 
 def as_slots(k: Array, v: Array) -> tuple[Array, Array]:

@@ -88,17 +88,20 @@ class Layer(nn.Module):
         segments: Sequence[Segment],
         rotary: list[tuple[Array, Array]],
         kv: tuple[Array, Array] | None,
-        join: bool,
+        cached: bool,
     ) -> tuple[list[Array], tuple[Array, Array] | None]:
         """Move the rows [B, T, E] of all segments through the layer; return them and the new kv."""
-        normed = _together(self.input_layernorm, rows, join)
+        normed = _together(self.input_layernorm, rows, cached)
         mixed: list[Array] = [None] * len(rows)  # type: ignore[list-item]
         order = sorted(range(len(rows)), key=lambda i: segments[i].view is View.DIFFUSION)
         for i in order:  # AR first: what it writes, the blocks of this pass may read
-            mix = self._attend_ar if segments[i].view is View.AR else self._attend_blocks
-            mixed[i], kv = mix(normed[i], segments[i], rotary[i], kv)
+            args = normed[i], segments[i], rotary[i], kv
+            if segments[i].view is View.AR:
+                mixed[i], kv = self._attend_ar(*args)
+            else:
+                mixed[i] = self._attend_blocks(*args, cached)
         rows = [x + y for x, y in zip(rows, mixed, strict=True)]
-        out = _together(lambda x: self.mlp(self.post_attention_layernorm(x)), rows, join)
+        out = _together(lambda x: self.mlp(self.post_attention_layernorm(x)), rows, cached)
         return [x + y for x, y in zip(rows, out, strict=True)], kv
 
     def _attend_ar(
@@ -109,9 +112,13 @@ class Layer(nn.Module):
         kv: tuple[Array, Array] | None,
     ) -> tuple[Array, tuple[Array, Array]]:
         q, k, v = self.self_attn.qkv(x, *rotary)
-        # Without a cache the segment's own rows are the slots.
-        kv = as_slots(k, v) if kv is None else write(kv, k, v, segment.positions[:, 0])
-        heads = attention.attend(q, *seen(kv, segment.span), segment.start, segment.positions + 1)
+        end = segment.positions + 1
+        used = None
+        if kv is None:  # without a cache the segment's own rows are the slots
+            kv = as_slots(k, v)
+        else:
+            kv, used = write(kv, k, v, segment.positions[:, 0]), end.max()
+        heads = attention.attend(q, *seen(kv, segment.span), segment.start, end, used)
         return self.self_attn.out(heads), kv
 
     def _attend_blocks(
@@ -120,14 +127,16 @@ class Layer(nn.Module):
         segment: Segment,
         rotary: tuple[Array, Array],
         kv: tuple[Array, Array] | None,
-    ) -> tuple[Array, tuple[Array, Array]]:
+        cached: bool,
+    ) -> Array:
         assert kv is not None, "a diffusion segment needs a cache or an AR segment to read"
         by_block = lambda x: x.reshape(x.shape[0], -1, segment.block, *x.shape[2:])
         q, k, v = (by_block(x) for x in self.self_attn_diff.qkv(x, *rotary))
         anchors = segment.positions[:, :: segment.block]
         start = None if segment.start is None else segment.start[:, :: segment.block]
-        heads = attention.attend_blocks(q, *seen(kv, segment.span), k, v, start, anchors)
-        return self.self_attn_diff.out(heads.reshape(*x.shape[:2], *heads.shape[3:])), kv
+        used = anchors.max() if cached else None
+        heads = attention.attend_blocks(q, *seen(kv, segment.span), k, v, start, anchors, used)
+        return self.self_attn_diff.out(heads.reshape(*x.shape[:2], *heads.shape[3:]))
 
 
 class DualViewTransformer(nn.Module):
@@ -155,15 +164,15 @@ class DualViewTransformer(nn.Module):
         # Decoding is bound by reading weights: the rows of all segments go through each matmul
         # together. Training is bound by arithmetic, and rows kept apart let the backward pass skip
         # the teacher's: it has no gradient to carry.
-        join = cache is not None
+        cached = cache is not None
         rows = [self.embed_tokens(segment.tokens) for segment in segments]
         rotary = [self._rotary(segment.positions, cache) for segment in segments]
         kvs = []
         for i, layer in enumerate(self.layers):
             kv = None if cache is None else (cache.k[i], cache.v[i])
-            rows, kv = layer(rows, segments, rotary, kv, join)
+            rows, kv = layer(rows, segments, rotary, kv, cached)
             kvs.append(kv)
-        hidden = _together(self.norm, rows, join)
+        hidden = _together(self.norm, rows, cached)
         if cache is None:
             return hidden, None
         k, v = zip(*kvs, strict=True)

@@ -270,5 +270,5 @@ def test_greedy_text_is_token_identical_to_transformers_generate(tied: bool) -> 
             slots=256,
             max_new_tokens=new,
         )
-        state = loop(model, params, state, NO_EOS)
+        state = loop(model, params, state)
         np.testing.assert_array_equal(state.tokens, theirs)
