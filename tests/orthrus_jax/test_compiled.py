@@ -35,7 +35,7 @@ def test_fifty_prompt_lengths_of_one_bucket_compile_each_program_once() -> None:
     prompt = np.random.default_rng(0).integers(0, 63, 64)
     for length in range(1, 51):
         for loop in LOOPS.values():
-            state = loop(model, params, prefilled(model, params, prompt, length), NO_EOS)
+            state = loop(model, params, prefilled(model, params, prompt, length))
             assert int(state.count[0]) == N
     assert [program._cache_size() for program in programs] == [n + 1 for n in before]
 
@@ -49,7 +49,7 @@ def test_each_program_traces_its_forwards_once() -> None:
     for length in range(1, 51):
         model = ScriptedModel(config)
         state = prefilled(model, params, text[0, :64], length)
-        state = decode.orthrus_decode(model, params, state, NO_EOS)
+        state = decode.orthrus_decode(model, params, state)
         assert np.asarray(state.tokens)[0].tolist() == text[0, length : length + N].tolist()
     prefill, *cycle = scripted.traces
     assert prefill == "ar"
@@ -66,7 +66,7 @@ def test_the_passed_state_is_donated(loop: str, batch: int) -> None:
     state = prefilled(model, params, np.arange(8), 5, batch=batch)
     if not donates():
         pytest.skip("this backend does not donate")
-    after = LOOPS[loop](model, params, state, NO_EOS)
+    after = LOOPS[loop](model, params, state)
     for name in ("k", "v"):
         for old, new in zip(getattr(state.cache, name), getattr(after.cache, name), strict=True):
             assert old.is_deleted()
@@ -102,7 +102,7 @@ def test_a_loop_of_one_row_copies_no_cache(loop: str, groups: int) -> None:
     config = tiny_config(num_key_value_heads=groups)
     model, params = Model(config), random_params(config, 0)
     state = prefilled(model, params, np.arange(8), 5, slots=slots)
-    program = LOOPS[loop].lower(model, params, state, NO_EOS).compile().as_text()
+    program = LOOPS[loop].lower(model, params, state).compile().as_text()
     assert re.search(rf"f32\[(1,)?({groups},)?{slots},16\]", program), (
         "the cache is not in the text"
     )

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from orthrus_jax import decode
+from orthrus_jax.sampling import accept_equal, greedy
 from tests import scripted
 from tests.helpers import tiny_config
-from tests.scripted import ScriptedModel, drafts_agreeing, expected, plain_text
+from tests.scripted import VOCAB, ScriptedModel, drafts_agreeing, expected, plain_text
 
 K, SLOTS, PROMPT, N = 4, 40, 12, 20
 WIDTH = SLOTS + 2 * K  # scripts run past the cache, so that reading there is always defined
@@ -32,14 +33,14 @@ def start(model, text, drafts, lengths, budgets, eos=(), *, slots=SLOTS, padded=
         slots=slots,
         max_new_tokens=new,
     )
-    return state, params, ids
+    return state, params
 
 
 def run(loop, model, *args, block_size=None, **kwargs):
-    state, params, ids = start(model, *args, **kwargs)
+    state, params = start(model, *args, **kwargs)
     if loop == "ar":
-        return decode.ar_decode(model, params, state, ids)
-    return decode.orthrus_decode(model, params, state, ids, block_size=block_size)
+        return decode.ar_decode(model, params, state)
+    return decode.orthrus_decode(model, params, state, block_size=block_size)
 
 
 def check(state, row: int, text, outcome: scripted.Outcome) -> None:
@@ -252,21 +253,21 @@ def test_a_batch_runs_as_many_cycles_as_its_slowest_row() -> None:
 
 def test_a_second_call_on_a_finished_state_changes_nothing() -> None:
     text = plain_text(1, WIDTH, seed=12)
-    state, params, eos = start(MODEL, text, text, [5], [9])
-    state = decode.orthrus_decode(MODEL, params, state, eos)
+    state, params = start(MODEL, text, text, [5], [9])
+    state = decode.orthrus_decode(MODEL, params, state)
     before = jax.tree.map(np.asarray, state)
-    after = decode.orthrus_decode(MODEL, params, state, eos)
+    after = decode.orthrus_decode(MODEL, params, state)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, after))
 
 
 def test_accept_takes_the_longest_agreeing_prefix_and_one_token_more() -> None:
     """The worked arrays of its docstring, and their neighbours."""
     text = plain_text(4, WIDTH, seed=13)
-    state, _, eos = start(MODEL, text, text, [5] * 4, [20] * 4)
+    state, _ = start(MODEL, text, text, [5] * 4, [20] * 4)
     first = np.asarray(state.tokens)[:, 0]
     drafts = jnp.array([[7, 3, 9, 4], [7, 3, 5, 8], [1, 3, 5, 8], [7, 3, 5, 9]])
     predicted = jnp.array([[7, 3, 5, 8, 2]] * 4)
-    state = decode.accept(state, drafts, predicted, eos)
+    state = decode.accept(state, accept_equal(drafts, predicted), jnp.zeros((4, 5, VOCAB)))
     assert np.asarray(state.accepted)[:, 0].tolist() == [2, 4, 0, 3]
     assert np.asarray(state.count).tolist() == [4, 6, 2, 5]
     assert np.asarray(state.tokens)[0, :4].tolist() == [first[0], 7, 3, 5]
@@ -276,7 +277,7 @@ def test_accept_takes_the_longest_agreeing_prefix_and_one_token_more() -> None:
 
 def test_ties_go_to_the_first_id_as_argmax_has_it() -> None:
     logits = jnp.asarray(np.random.default_rng(0).integers(0, 4, (3, 5, 17)), jnp.float32)
-    tokens = decode._greedy(logits)
+    tokens = greedy(logits)
     assert tokens.dtype == jnp.int32
     np.testing.assert_array_equal(tokens, np.asarray(logits).argmax(-1))
 

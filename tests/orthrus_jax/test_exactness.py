@@ -63,7 +63,7 @@ def decoded(loop: str, model, params, prompts, lengths, budgets, eos=NO_EOS, *, 
         model, params, jnp.asarray(prompts), lengths, budgets, eos, slots=slots, max_new_tokens=N
     )
     run = {"ar": decode.ar_decode, "orthrus": decode.orthrus_decode}[loop]
-    return jax.tree.map(np.asarray, run(model, params, state, eos))
+    return jax.tree.map(np.asarray, run(model, params, state))
 
 
 def texts(state) -> list[list[int]]:
