@@ -5,18 +5,26 @@ model = orthrus_jax.load("path/or/hub-id")
 print(model.generate(["What is 2+2?"])[0].text)
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from orthrus_jax.chat import Conversation
     from orthrus_jax.generate import Completion, Generator, load
+    from orthrus_jax.sampling import SamplingParams
 
-__all__ = ["Completion", "Generator", "load"]
+_HOMES = {
+    "Completion": "generate",
+    "Conversation": "chat",
+    "Generator": "generate",
+    "SamplingParams": "sampling",
+    "load": "generate",
+}
+__all__ = ["Completion", "Conversation", "Generator", "SamplingParams", "load"]
 
 
 def __getattr__(name: str) -> object:
     # Late, so that `--help` and submodules do not pay for importing jax and all of generation.
-    if name in __all__:
-        from orthrus_jax import generate
-
-        return getattr(generate, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"orthrus_jax.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

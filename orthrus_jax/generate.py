@@ -1,33 +1,31 @@
 """Text in, text out: `python -m orthrus_jax.generate`, and the Python API behind it.
 
-Decides how prompts become a few static shapes (buckets), so that a new prompt length compiles
-nothing, and what is counted as time. Knows nothing of how a token is chosen: that is decode.py.
+Chat template, sampling options, streaming and statistics around engine.py, which works on ids.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import pathlib
 import sys
-import time
+from collections.abc import Generator as PythonGenerator
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from orthrus_jax import decode
+from orthrus_jax import tune
 from orthrus_jax.checkpoint import load_checkpoint
 from orthrus_jax.config import DTYPES, ModelConfig
+from orthrus_jax.engine import MODES, Answer, Engine, Memory, Plan, Request
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.model import Model, Params
+from orthrus_jax.model import Params
+from orthrus_jax.sampling import Rule, SamplingParams
 from orthrus_jax.tokenizer import Tokenizer, load_tokenizer
 from orthrus_jax.tokenizer import decode as decode_text
 from orthrus_jax.tokenizer import encode as encode_text
-
-MODES = ("orthrus", "ar")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,22 +33,29 @@ class Completion:
     """One row's answer and what it took.
 
     Attributes:
-      text: the answer without special tokens ("" when generated from ids without a tokenizer).
-      tokens: its ids, an EOS included where one ended it.
+      text: the answer without special tokens and stop string ("" without a tokenizer).
+      tokens: its ids, an end token included where one ended it, or the stop string's.
+      finish_reason: "stop" at an end token or a stop string, "length" at the budget.
       cycles: draft-verify cycles, or AR steps in mode "ar", after the prefill.
       accepted: drafts accepted in each cycle; all 0 in mode "ar".
       forwards: passes through the model: 1 prefill, then 2 a cycle (1 an AR step).
-      seconds: wall-clock of the batch this row was in, prefill included, compilation excluded.
-      compile_seconds: what compiling for that batch took; 0 when its shapes were seen before.
+      seconds: wall-clock from prefill to end, with the batch it was in, compilation excluded.
+      compile_seconds: what was compiled meanwhile; 0 when all shapes were seen before.
+      logprobs: log p of each token under the base model, where asked for.
+      prompt, sample: the place of its prompt in the call, and which of the prompt's n samples.
     """
 
     text: str
     tokens: list[int]
+    finish_reason: str
     cycles: int
     accepted: list[int]
     forwards: int
     seconds: float
     compile_seconds: float
+    logprobs: list[float] | None = None
+    prompt: int = 0
+    sample: int = 0
 
     @property
     def acceptance_length(self) -> float:
@@ -64,15 +69,20 @@ class Completion:
 
     def summary(self) -> dict[str, Any]:
         """Return the object that `--json` prints."""
+        extra = {} if self.logprobs is None else {"logprobs": self.logprobs}
         return {
             "text": self.text,
             "tokens": len(self.tokens),
             "token_ids": self.tokens,
+            "finish_reason": self.finish_reason,
+            "prompt": self.prompt,
+            "sample": self.sample,
             "acceptance_length": self.acceptance_length,
             "tokens_per_forward": self.tokens_per_forward,
             "cycles": self.cycles,
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
+            **extra,
         }
 
     def __str__(self) -> str:
@@ -84,10 +94,14 @@ class Completion:
         )
 
 
+Pieces = PythonGenerator[str, None, Completion]  # text as it grows; returns the Completion
+
+
 class Generator:
     """A loaded model that answers prompts; programs compile once a shape bucket and are kept.
 
     `trained` is False where the diffusion view is a mere copy: exact all the same, but slow.
+    `draft_length` is what a call that names none drafts with; None is the trained K.
     """
 
     def __init__(
@@ -97,35 +111,38 @@ class Generator:
         tokenizer: Tokenizer = None,
         *,
         trained: bool = True,
+        draft_length: int | None = None,
     ) -> None:
-        self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.trained = trained
-        self.model = Model(config)
-        self._programs: dict[tuple, Any] = {}
+        self.engine = Engine(config, params, tokenizer)
+        self.config, self.tokenizer, self.trained = config, tokenizer, trained
+        self.draft_length = draft_length
+
+    @property
+    def params(self) -> Params:
+        """Both views' parameters; may be replaced by others of the same shapes."""
+        return self.engine.params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        self.engine.params = params
 
     def generate(
         self,
         prompts: Sequence[str],
+        sampling: SamplingParams | None = None,
         *,
-        mode: str = "orthrus",
-        max_new_tokens: int = 256,
         chat: bool = True,
         thinking: bool = False,
-        batch_size: int = 1,
-        block_size: int | None = None,
-        progress: bool = False,
+        **options: Any,
     ) -> list[Completion]:
-        """Answer each prompt greedily; both modes give the same text.
+        """Answer each prompt; greedy unless `sampling` says otherwise.
 
         Args:
           prompts: user messages, or plain text with `chat=False`.
-          mode: "orthrus" (draft and verify) or "ar" (one token a forward, the baseline).
-          max_new_tokens: tokens an answer may have, EOS included.
+          sampling: how tokens are chosen and when answers end.
           chat: wrap each prompt in the tokenizer's chat template.
           thinking: let the template open a thinking part.
-          batch_size: prompts decoded together.
-          block_size: rows of a block; None is the trained K. Every value gives the same text.
-          progress: show a bar on standard error.
+          options: those of `complete`.
 
         Raises:
           UserError: for an empty prompt, one that does not fit, or a bad argument.
@@ -133,134 +150,146 @@ class Generator:
         if self.tokenizer is None:
             raise UserError("this model was loaded without a tokenizer: use complete() with ids")
         ids = [encode_text(self.tokenizer, p, chat=chat, thinking=thinking) for p in prompts]
-        return self.complete(
-            ids,
-            mode=mode,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            block_size=block_size,
-            progress=progress,
-        )
+        return self.complete(ids, sampling, **options)
 
     def complete(
         self,
         prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | None = None,
         *,
         mode: str = "orthrus",
-        max_new_tokens: int = 256,
+        accept: str = "rejection",
+        draft_length: int | None = None,
         batch_size: int = 1,
-        block_size: int | None = None,
+        refill: bool = True,
         progress: bool = False,
+        **fields: Any,
     ) -> list[Completion]:
-        """Do what `generate` does, from prompt ids."""
-        self._check(prompts, mode, max_new_tokens, block_size)
-        completions: list[Completion] = []
-        with tqdm(total=len(prompts), desc=mode, unit="prompt", disable=not progress) as bar:
-            for i in range(0, len(prompts), batch_size):
-                batch = prompts[i : i + batch_size]
-                completions += self._batch(batch, mode, max_new_tokens, batch_size, block_size)
-                bar.update(len(batch))
-        return completions
+        """Do what `generate` does, from prompt ids.
 
-    def _check(
+        Args:
+          prompts: ids of each prompt.
+          sampling: one for all prompts.
+          mode: "orthrus" (draft and verify) or "ar" (one token a forward, the baseline). Greedy
+            text is the same in both.
+          accept: "rejection" or "coupled", when a sampled draft is accepted; see sampling.Rule.
+          draft_length: rows of a draft block, the anchor included; None is `self.draft_length`.
+            Every value gives an exact text.
+          batch_size: rows decoded together; a finished row's place goes to the next prompt.
+          refill: False decodes whole batches one after another.
+          progress: show a bar on standard error.
+          fields: of SamplingParams, in place of `sampling`: max_new_tokens=64, temperature=0.7.
+
+        Returns:
+          One completion for each prompt and sample, the samples of a prompt side by side.
+        """
+        sampling = _sampling(sampling, fields)
+        if sampling.n > max(batch_size, 1):  # a batch_size below 1 is refused by itself
+            raise UserError(f"n={sampling.n} is over batch_size={batch_size}")
+        rule = _member(Rule, "accept", accept)
+        length = self.draft_length if draft_length is None else draft_length
+        plan = Plan(mode, rule, draft_length=length, batch_size=batch_size, refill=refill)
+        pairs = list(itertools.product(range(len(prompts)), range(sampling.n)))
+        requests = [Request(prompts[i], sampling, sample) for i, sample in pairs]
+        answers: dict[int, Answer] = {}
+        with tqdm(total=len(pairs), desc=mode, unit="answer", disable=not progress) as bar:
+            for event in self.engine.serve(requests, plan) if requests else ():
+                if event.answer is not None:
+                    answers[event.index] = event.answer
+                    bar.update()
+        return [self._completion(answers[j], mode, *pair) for j, pair in enumerate(pairs)]
+
+    def stream(
         self,
-        prompts: Sequence[Sequence[int]],
-        mode: str,
-        max_new_tokens: int,
-        block_size: int | None,
-    ) -> None:
-        config = self.config
-        if mode not in MODES:
-            raise UserError(f"mode={mode!r} is not one of {', '.join(MODES)}")
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={max_new_tokens} must be at least 1")
-        if mode == "orthrus" and config.mask_token_id is None:
-            raise UserError("config.json names no mask_token_id, which drafting needs: use mode ar")
-        if block_size is not None and not 2 <= block_size <= config.block_size:
-            raise UserError(f"block_size={block_size} must be from 2 to {config.block_size}")
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise UserError(f"prompt {i} is empty: give at least one token")
-            if len(prompt) + max_new_tokens > config.max_position_embeddings:
-                raise UserError(
-                    f"prompt {i} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} "
-                    f"that is over the model's {config.max_position_embeddings} positions"
-                )
+        prompt: str,
+        sampling: SamplingParams | None = None,
+        *,
+        chat: bool = True,
+        thinking: bool = False,
+        **options: Any,
+    ) -> Pieces:
+        """Answer one prompt piece by piece: whole characters, nothing at or behind a stop string.
 
-    def _batch(
+        The pieces together are `generate`'s text. The generator returns the Completion, which
+        `completion = yield from model.stream(...)` gives. Arguments are those of `generate`.
+        """
+        if self.tokenizer is None:
+            raise UserError("this model was loaded without a tokenizer: it has no text to stream")
+        ids = encode_text(self.tokenizer, prompt, chat=chat, thinking=thinking)
+        return self.stream_ids(ids, sampling, **options)
+
+    def stream_ids(
         self,
-        prompts: Sequence[Sequence[int]],
-        mode: str,
-        max_new_tokens: int,
-        rows: int,
-        block_size: int | None,
-    ) -> list[Completion]:
-        """Decode up to `rows` prompts as one batch; missing rows are filled and done at once."""
-        longest = max(len(p) for p in prompts)
-        padded, width = bucket(longest), bucket(max_new_tokens)
-        slots = bucket(padded + width + self.config.block_size)
-        ids = np.zeros((rows, padded), np.int32)
-        lengths, budget = np.ones(rows, np.int32), np.zeros(rows, np.int32)
-        for i, prompt in enumerate(prompts):
-            ids[i, : len(prompt)], lengths[i], budget[i] = prompt, len(prompt), max_new_tokens
-        eos = jnp.array(self.config.eos_token_ids, jnp.int32)
+        prompt: Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        mode: str = "orthrus",
+        accept: str = "rejection",
+        draft_length: int | None = None,
+        memory: Memory | None = None,
+        **fields: Any,
+    ) -> Pieces:
+        """Do what `stream` does, from prompt ids; with a `memory`, only what it lacks is read."""
+        sampling = _sampling(sampling, fields)
+        if sampling.n > 1:
+            raise UserError(f"n={sampling.n}: a stream is of one sample")
+        rule = _member(Rule, "accept", accept)
+        length = self.draft_length if draft_length is None else draft_length
+        plan = Plan(mode, rule, draft_length=length, stream=True)
+        request = Request(prompt, sampling)
+        self.engine.check([request], plan)
+        return self._pieces(request, plan, memory)
 
-        start = time.perf_counter()
-        arguments = [jnp.array(x) for x in (ids, lengths, budget)]
-        prefill = self._compiled(decode.prefill, *arguments, eos, slots=slots, max_new_tokens=width)
-        if mode == "ar":
-            loop = self._compiled(decode.ar_decode, prefill.out_info, eos)
-        else:
-            loop = self._compiled(
-                decode.orthrus_decode, prefill.out_info, eos, block_size=block_size
-            )
-        compiled = time.perf_counter()
-        state = loop(self.params, prefill(self.params, *arguments, eos), eos)
-        result = jax.device_get((state.tokens, state.count, state.cycles, state.accepted))
-        seconds = time.perf_counter() - compiled
-        rows_done = list(zip(*result, strict=True))[: len(prompts)]
-        return [self._completion(row, mode, seconds, compiled - start) for row in rows_done]
+    def _pieces(self, request: Request, plan: Plan, memory: Memory | None) -> Pieces:
+        for event in self.engine.serve([request], plan, memory):
+            if event.text:
+                yield event.text
+            if event.answer is not None:
+                return self._completion(event.answer, plan.mode, 0, 0)
+        raise AssertionError("a served request ends with its answer")
 
-    def _completion(
-        self, row: tuple[np.ndarray, ...], mode: str, seconds: float, compile_seconds: float
-    ) -> Completion:
-        tokens, count, cycles, accepted = row
-        ids, n = tokens[:count].tolist(), int(cycles)
+    def _completion(self, answer: Answer, mode: str, prompt: int, sample: int) -> Completion:
+        text = answer.text
+        if text is None:
+            text = "" if self.tokenizer is None else decode_text(self.tokenizer, answer.tokens)
         return Completion(
-            text="" if self.tokenizer is None else decode_text(self.tokenizer, ids),
-            tokens=ids,
-            cycles=n,
-            accepted=accepted[:n].tolist(),
-            forwards=1 + (2 * n if mode == "orthrus" else n),
-            seconds=seconds,
-            compile_seconds=compile_seconds,
+            text=text,
+            tokens=answer.tokens,
+            finish_reason=answer.finish_reason,
+            cycles=answer.cycles,
+            accepted=answer.accepted,
+            forwards=1 + (2 if mode == "orthrus" else 1) * answer.cycles,
+            seconds=answer.seconds,
+            compile_seconds=answer.compile_seconds,
+            logprobs=answer.logprobs,
+            prompt=prompt,
+            sample=sample,
         )
 
-    def _compiled(self, function: Any, *arguments: Any, **static: Any) -> Any:
-        """Compile function(model, params, *arguments, **static) ahead of time, once a shape."""
-        shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(arguments))
-        key = (function, shapes, *static.items())
-        if key not in self._programs:
-            lowered = function.lower(self.model, self.params, *arguments, **static)
-            self._programs[key] = lowered.compile()
-        return self._programs[key]
+
+def _sampling(sampling: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
+    known = [field.name for field in dataclasses.fields(SamplingParams)]
+    if unknown := sorted(set(fields) - set(known)):
+        raise UserError(f"unknown option {', '.join(unknown)}: sampling has {', '.join(known)}")
+    if sampling is None:
+        return SamplingParams(**fields)
+    return dataclasses.replace(sampling, **fields)
 
 
-def bucket(n: int) -> int:
-    """Return the smallest of 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ... that holds n.
-
-    Four steps an octave keep padding under a quarter and the number of programs logarithmic.
-    """
-    if n <= 64:
-        return 64
-    step = 1 << ((n - 1).bit_length() - 3)
-    return -(-n // step) * step
+def _member(kind: Any, name: str, value: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise UserError(
+            f"{name}={value!r} is not one of {', '.join(m.value for m in kind)}"
+        ) from None
 
 
 def load(source: str | pathlib.Path, *, dtype: str | None = None) -> Generator:
     """Load a Qwen3 or Orthrus checkpoint, from a directory or a hub id, with its tokenizer.
 
     A plain Qwen3 gets a diffusion view that copies its attention: exact, and slow until trained.
+    The draft length that orthrus_jax.tune measured on this kind of device, if any, is the default.
 
     Args:
       source: directory or "owner/name".
@@ -271,13 +300,22 @@ def load(source: str | pathlib.Path, *, dtype: str | None = None) -> Generator:
     """
     checkpoint = load_checkpoint(source, dtype=dtype)
     tokenizer = load_tokenizer(checkpoint.directory)
-    return Generator(checkpoint.config, checkpoint.params, tokenizer, trained=checkpoint.trained)
+    return Generator(
+        checkpoint.config,
+        checkpoint.params,
+        tokenizer,
+        trained=checkpoint.trained,
+        draft_length=tune.preferred(checkpoint.directory, checkpoint.config.block_size),
+    )
 
 
-def _read_prompts(args: argparse.Namespace) -> list[str]:
-    if args.prompts is None:
-        return [sys.stdin.read() if args.prompt == "-" else args.prompt]
-    path = pathlib.Path(args.prompts)
+def read_prompts(path: str | pathlib.Path) -> list[str]:
+    """Read a file of one {"prompt": TEXT} a line, as --prompts takes it.
+
+    Raises:
+      UserError: naming the file and the line.
+    """
+    path = pathlib.Path(path)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -307,7 +345,6 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--prompt", metavar="TEXT", help="one prompt; - reads standard input")
     source.add_argument("--prompts", metavar="FILE.jsonl", help='one {"prompt": TEXT} a line')
     parser.add_argument("--mode", choices=MODES, default="orthrus", help="default: orthrus")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="default: 256")
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -315,16 +352,86 @@ def _parser() -> argparse.ArgumentParser:
         help="wrap the prompt in the chat template",
     )
     parser.add_argument("--thinking", action="store_true", help="let the model think first")
+    add_sampling(parser)
+    parser.add_argument(
+        "--n", type=int, default=1, metavar="N", help="samples a prompt; default: 1"
+    )
+    parser.add_argument("--logprobs", action="store_true", help="with --json: log p of each token")
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="answers decoded together; default: n"
+    )
+    parser.add_argument("--stream", action="store_true", help="print text as it grows")
+    parser.add_argument("--json", action="store_true", help="print one JSON object an answer")
     return parser
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add the options of decoding that generate and chat share."""
+    default = SamplingParams()
+    number = lambda flag, kind, text: parser.add_argument(
+        flag,
+        type=kind,
+        default=getattr(default, flag[2:].replace("-", "_")),
+        metavar="N" if kind is int else "X",
+        help=f"{text}; default: %(default)s",
+    )
+    number("--max-new-tokens", int, "tokens an answer may have")
+    number("--min-new-tokens", int, "no end token before so many")
+    number("--temperature", float, "0 is greedy")
+    number("--top-k", int, "keep the k likeliest tokens, 0 is off")
+    number("--top-p", float, "keep the likeliest tokens of this probability, 1 is off")
+    number("--min-p", float, "keep tokens of this share of the likeliest one's, 0 is off")
+    number("--seed", int, "with the prompt, it fixes a sampled text")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
+    )
+    parser.add_argument(
+        "--stop-token-id", action="append", default=[], type=int, metavar="ID", help="end there too"
+    )
+    parser.add_argument(
+        "--accept",
+        choices=[rule.value for rule in Rule],
+        default=Rule.REJECTION.value,
+        help="sampled drafts: most often (rejection) or only AR's own text (coupled); "
+        "default: %(default)s",
+    )
+    parser.add_argument(
+        "--draft-length",
+        type=int,
+        metavar="K",
+        help="rows of a draft block, from 2; default: what tune measured here, or the trained K",
+    )
+
+
+def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_sampling` and --mode parsed, as arguments of Generator.stream."""
+    same = (
+        "mode accept draft_length max_new_tokens min_new_tokens temperature top_k top_p min_p seed"
+    )
+    options = {name: getattr(args, name) for name in same.split()}
+    return options | {"stop": tuple(args.stop), "stop_token_ids": tuple(args.stop_token_id)}
+
+
+def print_pieces(pieces: Pieces) -> Completion:
+    """Print text as it grows; return the completion."""
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            return end.value
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    args = _parser().parse_args(argv)
-    prompts = _read_prompts(args)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.stream and (args.json or args.n > 1):
+        parser.error("--stream goes with neither --json nor --n")
+    if args.prompts is not None:
+        prompts = read_prompts(args.prompts)
+    else:
+        prompts = [sys.stdin.read() if args.prompt == "-" else args.prompt]
     model = load(args.model, dtype=args.dtype)
     if args.mode == "orthrus" and not model.trained:
         print(
@@ -332,14 +439,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             "faster until train.main has trained it",
             file=sys.stderr,
         )
+    options = decoding_options(args)
+    if args.stream:
+        for prompt in prompts:
+            pieces = model.stream(prompt, chat=args.chat, thinking=args.thinking, **options)
+            print(f"\n\n{print_pieces(pieces)}")
+        return
     completions = model.generate(
         prompts,
-        mode=args.mode,
-        max_new_tokens=args.max_new_tokens,
         chat=args.chat,
         thinking=args.thinking,
-        batch_size=args.batch_size,
+        n=args.n,
+        logprobs=args.logprobs,
+        batch_size=args.n if args.batch_size is None else args.batch_size,
         progress=len(prompts) > 1,
+        **options,
     )
     for completion in completions:
         if args.json:

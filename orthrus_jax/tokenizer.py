@@ -40,17 +40,26 @@ def encode(tokenizer: Tokenizer, text: str, *, chat: bool, thinking: bool = Fals
     if not text:
         raise UserError("the prompt is empty: give at least one character of text")
     if chat:
-        if not tokenizer.chat_template:
-            raise UserError("the tokenizer has no chat template: use --no-chat for plain text")
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=thinking,
-        )
+        return encode_messages(tokenizer, [{"role": "user", "content": text}], thinking=thinking)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encode_messages(
+    tokenizer: Tokenizer, messages: list[dict[str, str]], *, thinking: bool = False
+) -> list[int]:
+    """Return the ids of a dialogue up to where the assistant answers.
+
+    Raises:
+      UserError: when the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template: use --no-chat for plain text")
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    )
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Return the text of generated ids, without special tokens."""
-    return tokenizer.decode(ids, skip_special_tokens=True)
+    """Return the text of generated ids, without special tokens, otherwise as it is."""
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

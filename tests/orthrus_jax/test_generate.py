@@ -9,8 +9,9 @@ import pytest
 
 from orthrus_jax import generate, params
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.engine import bucket
 from orthrus_jax.errors import UserError
-from orthrus_jax.generate import Generator, bucket
+from orthrus_jax.generate import Generator
 from orthrus_jax.model import Model
 from tests.helpers import DATA
 from train.pretrain import train_tokenizer
@@ -73,7 +74,7 @@ def test_text_does_not_depend_on_the_batch(model):
 def test_every_block_size_gives_the_same_text(model):
     expected = model.generate(["How many?"], mode="ar", max_new_tokens=30)[0].tokens
     for size in (2, 3, 4, 5):
-        found = model.generate(["How many?"], max_new_tokens=30, block_size=size)[0]
+        found = model.generate(["How many?"], max_new_tokens=30, draft_length=size)[0]
         assert found.tokens == expected
 
 
@@ -81,11 +82,11 @@ def test_fifty_prompt_lengths_compile_once_a_bucket(model):
     fresh = Generator(model.config, model.params, model.tokenizer)
     for length in range(1, 51):
         fresh.complete([[5] * length], max_new_tokens=20)
-    assert len(fresh._programs) == 2  # prefill and the loop, both for one bucket
-    compiled = dict(fresh._programs)
+    assert len(fresh.engine._programs) == 2  # prefill and the loop, both for one bucket
+    compiled = dict(fresh.engine._programs)
     fresh.complete([[5] * 65], max_new_tokens=20)  # the next bucket: another prefill
-    assert {key: fresh._programs[key] for key in compiled} == compiled
-    assert 3 <= len(fresh._programs) <= 4
+    assert {key: fresh.engine._programs[key] for key in compiled} == compiled
+    assert 3 <= len(fresh.engine._programs) <= 4
 
 
 def test_buckets_hold_what_they_must_and_waste_less_than_a_quarter():
@@ -112,8 +113,8 @@ def test_budget_is_exact_and_eos_ends_the_answer(model):
         ({"mode": "fast"}, "mode='fast' is not one of orthrus, ar"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"max_new_tokens": 512}, "over the model's 512 positions"),
-        ({"block_size": 6}, "block_size=6 must be from 2 to 5"),
-        ({"block_size": 1}, "block_size=1 must be from 2 to 5"),
+        ({"draft_length": 6}, "draft_length=6 must be from 2 to 5"),
+        ({"draft_length": 1}, "draft_length=1 must be from 2 to 5"),
     ],
 )
 def test_bad_arguments_are_refused_with_value_and_limit(model, change, message):
@@ -168,6 +169,9 @@ def test_json_output_has_the_agreed_fields(model, directory, tmp_path, capsys):
             "text",
             "tokens",
             "token_ids",
+            "finish_reason",
+            "prompt",
+            "sample",
             "acceptance_length",
             "tokens_per_forward",
             "cycles",

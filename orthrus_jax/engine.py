@@ -1,0 +1,392 @@
+"""Ids in, ids out: requests go through the compiled loops in a batch that is kept full.
+
+Decides how requests become a few static shapes (buckets), so that a new prompt length compiles
+nothing; when the loop pauses for the host; and what is counted as time. How a token is chosen is
+decode.py and sampling.py; text is generate.py and stream.py.
+"""
+
+import collections
+import dataclasses
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orthrus_jax import decode
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.errors import UserError
+from orthrus_jax.model import Model, Params
+from orthrus_jax.sampling import Filters, Proposal, Rule, Sampler, SamplingParams
+from orthrus_jax.stream import TextStream
+from orthrus_jax.tokenizer import Tokenizer
+
+MODES = ("orthrus", "ar")
+STREAM_CYCLES = 8  # cycles between two looks of the host at the text, where it has to look
+FOREVER = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One answer to make: prompt ids, how to sample, which of the prompt's samples this is."""
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    sample: int = 0
+
+    @property
+    def stream(self) -> int:
+        """What keys the noise beside the seed: prompt and sample, not the place in a list."""
+        return zlib.crc32(np.array([*self.prompt, self.sample], "<i4").tobytes())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How requests are decoded; none of it changes a greedy or coupled text.
+
+    Attributes:
+      mode: "orthrus" (draft and verify) or "ar" (one token a forward, the baseline).
+      accept: the rule for sampled drafts.
+      proposal: what the rejection rule proposes.
+      draft_length: rows of a draft block, the anchor included; None is the trained K.
+      batch_size: rows decoded together.
+      refill: put the next request in a finished row's place at once; else wait for the whole batch.
+      stream: report text as it grows.
+    """
+
+    mode: str = "orthrus"
+    accept: Rule = Rule.REJECTION
+    proposal: Proposal = Proposal.ARGMAX
+    draft_length: int | None = None
+    batch_size: int = 1
+    refill: bool = True
+    stream: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One request's tokens and what they took; see generate.Completion for the fields."""
+
+    tokens: list[int]
+    text: str | None  # None where no stream followed the text
+    finish_reason: str
+    logprobs: list[float] | None
+    cycles: int
+    accepted: list[int]
+    seconds: float
+    compile_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Text that has become certain for request `index`, and its answer once it is finished."""
+
+    index: int
+    text: str = ""
+    answer: Answer | None = None
+
+
+@dataclasses.dataclass
+class Memory:
+    """A conversation's cache between turns: `ids` are the tokens of its live slots."""
+
+    slots: int
+    cache: Any = None
+    ids: list[int] = dataclasses.field(default_factory=list)
+
+    def common(self, prompt: Sequence[int]) -> int:
+        """How many live slots begin `prompt`; its last token is always read anew."""
+        if self.cache is None:
+            return 0
+        limit = min(len(self.ids), len(prompt) - 1)
+        return next((i for i in range(limit) if self.ids[i] != prompt[i]), limit)
+
+
+@dataclasses.dataclass
+class _Row:
+    """A request in flight."""
+
+    index: int
+    request: Request
+    text: TextStream | None
+    began: float
+    compiled: float  # the engine's compile seconds when it began
+    read: int = 0  # tokens the host has looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """What all programs of one serving share."""
+
+    slots: int
+    width: int
+    ends: int
+    sampled: bool
+    filtered: bool
+    least: bool
+    logprobs: bool
+
+
+class Engine:
+    """A model's compiled programs, kept by shape, and the loop that feeds them."""
+
+    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer = None) -> None:
+        self.config, self.params, self.tokenizer = config, params, tokenizer
+        self.model = Model(config)
+        self.compile_seconds = 0.0
+        self._programs: dict[tuple, Any] = {}
+
+    def check(self, requests: Sequence[Request], plan: Plan) -> None:
+        """Refuse what cannot be done.
+
+        Raises:
+          UserError: naming the value and its limit.
+        """
+        config = self.config
+        if plan.mode not in MODES:
+            raise UserError(f"mode={plan.mode!r} is not one of {', '.join(MODES)}")
+        if plan.batch_size < 1:
+            raise UserError(f"batch_size={plan.batch_size} must be at least 1")
+        if plan.mode == "orthrus" and config.mask_token_id is None:
+            raise UserError("config.json names no mask_token_id, which drafting needs: use mode ar")
+        if plan.draft_length is not None and not 2 <= plan.draft_length <= config.block_size:
+            raise UserError(
+                f"draft_length={plan.draft_length} must be from 2 to {config.block_size}"
+            )
+        for i, request in enumerate(requests):
+            new = request.sampling.max_new_tokens
+            if not len(request.prompt):
+                raise UserError(f"prompt {i} is empty: give at least one token")
+            if len(request.prompt) + new > config.max_position_embeddings:
+                raise UserError(
+                    f"prompt {i} has {len(request.prompt)} tokens; with max_new_tokens={new} "
+                    f"that is over the model's {config.max_position_embeddings} positions"
+                )
+            beyond = [t for t in request.sampling.stop_token_ids if t >= config.vocab_size]
+            if beyond:
+                raise UserError(
+                    f"stop_token_ids={beyond} are not below the vocabulary's {config.vocab_size}"
+                )
+            if request.sampling.stop and self.tokenizer is None:
+                raise UserError("stop strings need a tokenizer: this model was loaded without one")
+
+    def serve(
+        self, requests: Sequence[Request], plan: Plan, memory: Memory | None = None
+    ) -> Iterator[Event]:
+        """Answer all requests, in the order they finish.
+
+        Args:
+          requests: at least one.
+          plan: how.
+          memory: a conversation to continue, and to leave its new state in; one request then.
+        """
+        self.check(requests, plan)
+        shape = self._shape(requests, memory)
+        queue = collections.deque(enumerate(requests))
+        rows: list[_Row | None] = [None] * plan.batch_size
+        state: Any = None
+        while queue or any(rows):
+            if not any(rows):
+                rows = [self._admit(queue, plan) for _ in rows]
+                state = self._prefill(rows, shape, memory)
+            state = self._advance(state, rows, plan, refilling=plan.refill and bool(queue))
+            found = _fetch(state)
+            for i, row in enumerate(rows):
+                if row is None:
+                    continue
+                event = self._look(row, *(x[i] for x in found))
+                if memory is not None:
+                    memory.cache = state.cache
+                    memory.ids = [*requests[0].prompt, *found.tokens[0][: found.emitted[0] - 1]]
+                if event.answer is not None:
+                    rows[i] = None
+                if event.text or event.answer is not None:
+                    yield event
+            if not any(rows):
+                continue
+            idle = np.array([row is None for row in rows])
+            if (idle & ~found.done).any():  # ended by a stop string
+                state = self._run(decode.stop, state, jnp.array(idle))
+            for i in idle.nonzero()[0].tolist() if plan.refill else ():
+                rows[i] = self._admit(queue, plan)
+                if rows[i] is not None:
+                    fresh = self._prefill([rows[i]], shape)
+                    state = self._run(decode.insert, state, fresh, jnp.int32(i))
+
+    def _admit(self, queue: collections.deque, plan: Plan) -> _Row | None:
+        if not queue:
+            return None
+        index, request = queue.popleft()
+        text = None
+        if request.sampling.stop or plan.stream:
+            text = TextStream(self.tokenizer, request.sampling.stop)
+        return _Row(index, request, text, time.perf_counter(), self.compile_seconds)
+
+    def _shape(self, requests: Sequence[Request], memory: Memory | None) -> _Shape:
+        asked = [request.sampling for request in requests]
+        longest = bucket(max(len(request.prompt) for request in requests))
+        width = bucket(max(sampling.max_new_tokens for sampling in asked))
+        slots = bucket(longest + width + self.config.block_size)
+        if memory is not None:
+            if slots > memory.slots:
+                memory.slots, memory.cache = slots, None
+            slots = memory.slots
+        ends = len(self.config.eos_token_ids) + max(len(s.stop_token_ids) for s in asked)
+        return _Shape(
+            slots=slots,
+            width=width,
+            ends=1 << max(ends - 1, 0).bit_length(),
+            sampled=any(s.temperature > 0 for s in asked),
+            filtered=any(s.temperature > 0 and s.filtered for s in asked),
+            least=any(s.min_new_tokens for s in asked),
+            logprobs=any(s.logprobs for s in asked),
+        )
+
+    def _prefill(
+        self, rows: Sequence[_Row | None], shape: _Shape, memory: Memory | None = None
+    ) -> decode.DecodeState:
+        """Start rows as one batch; a missing row is filled and done at once."""
+        kept = 0
+        prompts = [[0] if row is None else list(row.request.prompt) for row in rows]
+        if memory is not None:
+            kept = memory.common(prompts[0])
+            if kept + bucket(len(prompts[0]) - kept) > shape.slots:
+                kept = 0
+            prompts = [prompts[0][kept:]]
+        ids = np.zeros((len(rows), bucket(max(map(len, prompts)))), np.int32)
+        for i, prompt in enumerate(prompts):
+            ids[i, : len(prompt)] = prompt
+        asked = [row.request.sampling if row else None for row in rows]
+        ends = np.full((len(rows), shape.ends), -1, np.int32)
+        for i, sampling in enumerate(asked):
+            own = (*self.config.eos_token_ids, *(sampling.stop_token_ids if sampling else ()))
+            ends[i, : len(own)] = own
+        of_each = lambda get, dtype: jnp.array([get(s) if s else 0 for s in asked], dtype)
+        resumed = {}
+        if memory is not None and kept:
+            resumed = {"cache": memory.cache, "start": jnp.array([kept], jnp.int32)}
+        return self._run(
+            decode.prefill,
+            jnp.array(ids),
+            jnp.array([len(prompt) for prompt in prompts], jnp.int32),
+            of_each(lambda s: s.max_new_tokens, jnp.int32),
+            jnp.array(ends),
+            sampler=self._sampler(rows, shape),
+            min_tokens=of_each(lambda s: s.min_new_tokens, jnp.int32) if shape.least else None,
+            **resumed,
+            static={
+                "slots": shape.slots,
+                "max_new_tokens": shape.width,
+                "logprobs": shape.logprobs,
+            },
+        )
+
+    def _sampler(self, rows: Sequence[_Row | None], shape: _Shape) -> Sampler | None:
+        if not shape.sampled:
+            return None
+        filler = Request([0], SamplingParams())
+        requests = [row.request if row else filler for row in rows]
+        array = lambda get, dtype: jnp.array(np.array([get(r) for r in requests], dtype))
+        filters = None
+        if shape.filtered:
+            filters = Filters(
+                top_k=array(lambda r: r.sampling.top_k, np.int32),
+                top_p=array(lambda r: r.sampling.top_p, np.float32),
+                min_p=array(lambda r: r.sampling.min_p, np.float32),
+            )
+        return Sampler(
+            temperature=array(lambda r: r.sampling.temperature, np.float32),
+            seed=array(lambda r: r.sampling.seed, np.uint32),
+            stream=array(lambda r: r.stream, np.uint32),
+            filters=filters,
+        )
+
+    def _advance(
+        self, state: decode.DecodeState, rows: Sequence[_Row | None], plan: Plan, refilling: bool
+    ) -> decode.DecodeState:
+        """Run the loop until the host has something to do."""
+        active = sum(row is not None for row in rows)
+        watched = any(row is not None and row.text is not None for row in rows)
+        pause = {
+            "cycles": jnp.int32(STREAM_CYCLES if watched else FOREVER),
+            "leave": jnp.int32(active - 1 if refilling else 0),
+        }
+        if plan.mode == "ar":
+            return self._run(decode.ar_decode, state, **pause)
+        static: dict[str, Any] = {"block_size": plan.draft_length}
+        if state.sampler is not None:
+            static |= {"rule": plan.accept, "proposal": plan.proposal}
+        return self._run(decode.orthrus_decode, state, **pause, static=static)
+
+    def _look(self, row: _Row, *found: Any) -> Event:
+        """What is new of a row since the host last looked."""
+        tokens, count, done, cycles, accepted, logprobs = found
+        text = ""
+        if row.text is not None:
+            text = row.text.push(tokens[row.read : count].tolist())
+            row.read = int(count)
+            text += row.text.close() if done else ""
+        stopped = row.text is not None and row.text.stopped
+        if not (done or stopped):
+            return Event(row.index, text)
+        ids = tokens[: row.text.used if row.text is not None and stopped else count].tolist()
+        ends = (*self.config.eos_token_ids, *row.request.sampling.stop_token_ids)
+        compiled = self.compile_seconds - row.compiled
+        answer = Answer(
+            tokens=ids,
+            text=None if row.text is None else row.text.text,
+            finish_reason="stop" if stopped or ids[-1] in ends else "length",
+            logprobs=logprobs[: len(ids)].tolist() if row.request.sampling.logprobs else None,
+            cycles=int(cycles),
+            accepted=accepted[:cycles].tolist(),
+            seconds=time.perf_counter() - row.began - compiled,
+            compile_seconds=compiled,
+        )
+        return Event(row.index, text, answer)
+
+    def _run(
+        self, function: Any, *arguments: Any, static: dict[str, Any] | None = None, **named: Any
+    ) -> Any:
+        """Call a function of decode.py, compiled ahead of time once a shape."""
+        static = static or {}
+        leaves, tree = jax.tree.flatten((arguments, named))
+        key = (function, tree, tuple((x.shape, x.dtype) for x in leaves), *static.items())
+        of_model = function not in (decode.stop, decode.insert)
+        if key not in self._programs:
+            begin = time.perf_counter()
+            first = (self.model, self.params) if of_model else ()
+            self._programs[key] = function.lower(*first, *arguments, **named, **static).compile()
+            self.compile_seconds += time.perf_counter() - begin
+        weights = (self.params,) if of_model else ()
+        return self._programs[key](*weights, *arguments, **named)
+
+
+class _Found(NamedTuple):
+    """What the host reads of a state, in one transfer."""
+
+    tokens: np.ndarray
+    emitted: np.ndarray
+    done: np.ndarray
+    cycles: np.ndarray
+    accepted: np.ndarray
+    logprobs: np.ndarray
+
+
+def _fetch(state: decode.DecodeState) -> _Found:
+    logprobs = state.tokens if state.logprobs is None else state.logprobs
+    found = (state.tokens, state.count, state.done, state.cycles, state.accepted, logprobs)
+    return _Found(*jax.device_get(found))
+
+
+def bucket(n: int) -> int:
+    """Return the smallest of 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ... that holds n.
+
+    Four steps an octave keep padding under a quarter and the number of programs logarithmic.
+    """
+    if n <= 64:
+        return 64
+    step = 1 << ((n - 1).bit_length() - 3)
+    return -(-n // step) * step

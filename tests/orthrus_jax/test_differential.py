@@ -1,0 +1,164 @@
+"""Orthrus against AR on whatever hypothesis thinks of: models, prompts, batches, options.
+
+What needs a program of its own (sizes, batch, block, which options are on) is drawn from short
+lists; weights, prompts, budgets, seeds, end tokens and stop strings are free.
+"""
+
+import functools
+import itertools
+
+import hypothesis
+import jax.numpy as jnp
+import pytest
+from hypothesis import strategies as st
+
+from orthrus_jax import params as params_lib
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.generate import Generator
+from tests.helpers import random_params, tiny_config
+
+VOCAB = 24
+PIECES = ["", *("".join(p) for n in (1, 2, 3) for p in itertools.product("abc", repeat=n))][:VOCAB]
+SHAPES = {  # layers, heads, key heads, K, tied embeddings, the model's own end tokens
+    "small": (1, 2, 1, 4, False, ()),
+    "two layers": (2, 4, 2, 5, False, (0, 7)),
+    "tied": (2, 2, 2, 3, True, ()),
+    "shortest block": (1, 4, 1, 2, False, (5,)),
+    "long block": (1, 6, 2, 6, False, (0,)),
+    "three key heads": (2, 3, 3, 6, True, (1, 2)),
+}
+
+
+class Letters:
+    """A tokenizer as far as answers need one: each id is a few letters, id 0 is none."""
+
+    def decode(self, ids, **_) -> str:
+        return "".join(PIECES[i] for i in ids)
+
+
+@functools.cache
+def config_of(shape: str) -> ModelConfig:
+    layers, heads, groups, block, tied, eos = SHAPES[shape]
+    return tiny_config(
+        vocab_size=VOCAB,
+        mask_token_id=VOCAB - 1,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        block_size=block,
+        tie_word_embeddings=tied,
+        eos_token_ids=eos,
+    )
+
+
+@functools.cache
+def generator_of(shape: str) -> Generator:
+    return Generator(config_of(shape), weights_of(shape, 0, False), Letters())
+
+
+@functools.cache
+def weights_of(shape: str, seed: int, copy: bool) -> dict:
+    """Random weights that prefer a few tokens, so that drafts are right now and then."""
+    config = config_of(shape)
+    tree = random_params(config, seed, gain=2.0, copy=copy)
+    liked = 1 + 1.5 * jnp.isin(jnp.arange(VOCAB), jnp.array([3, 4, 9, 14]))
+    frozen, diffusion = params_lib.split(tree)
+    if config.tie_word_embeddings:
+        table = frozen["embed_tokens"]["embedding"] * liked[:, None]
+        frozen = frozen | {"embed_tokens": {"embedding": table}}
+    else:
+        frozen = frozen | {"lm_head": {"kernel": frozen["lm_head"]["kernel"] * liked}}
+    return params_lib.merge(frozen, diffusion)
+
+
+@st.composite
+def cases(draw, shapes, batches, draft_lengths, leasts):
+    """A model, its prompts, and the options of both modes."""
+    shape = draw(st.sampled_from(shapes))
+    ids = st.integers(0, VOCAB - 2)
+    prompts = draw(st.lists(st.lists(ids, min_size=1, max_size=40), min_size=1, max_size=5))
+    budget = draw(st.integers(1, 24))
+    eos = SHAPES[shape][5]
+    stops = st.lists(st.text("abc", min_size=1, max_size=6), max_size=2)
+    options = {
+        "max_new_tokens": budget,
+        # With the model's own always three or four: one shape.
+        "stop_token_ids": draw(st.lists(ids, min_size=3 - len(eos), max_size=4 - len(eos))),
+        "stop": draw(stops),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+    }
+    if draw(st.sampled_from(leasts)):
+        options["min_new_tokens"] = draw(st.integers(1, budget))
+    if draw(st.booleans()):
+        options |= {
+            "temperature": draw(st.sampled_from([0.3, 0.7, 1.0, 1.5])),
+            "top_p": draw(st.sampled_from([0.5, 0.9, 0.99])),
+            "top_k": draw(st.sampled_from([0, 1, 5])),
+            "min_p": draw(st.sampled_from([0.0, 0.05])),
+        }
+    how = {
+        "batch_size": draw(st.sampled_from(batches)),
+        "draft_length": draw(st.sampled_from(draft_lengths)),
+        "refill": draw(st.booleans()),
+    }
+    weights = draw(st.integers(0, 7)), draw(st.booleans())
+    return shape, weights, prompts, options, how
+
+
+def assert_orthrus_is_ar(case) -> None:
+    shape, weights, prompts, options, how = case
+    generator = generator_of(shape)
+    generator.params = weights_of(shape, *weights)
+    ar = generator.complete(prompts, mode="ar", **options)
+    orthrus = generator.complete(prompts, mode="orthrus", accept="coupled", **options, **how)
+    shown = lambda found: [(c.prompt, c.tokens, c.text, c.finish_reason) for c in found]
+    assert shown(orthrus) == shown(ar)
+
+    ends = {*SHAPES[shape][5], *options["stop_token_ids"]}
+    budget, least = options["max_new_tokens"], options.get("min_new_tokens", 0)
+    for completion in orthrus:
+        tokens = completion.tokens
+        assert 1 <= len(tokens) <= budget
+        assert not set(tokens[:-1]) & ends
+        whole = Letters().decode(tokens)
+        assert whole.startswith(completion.text)
+        stopped = any(s in whole for s in options["stop"])
+        assert stopped or whole == completion.text
+        assert not any(s in completion.text for s in options["stop"])
+        assert stopped or len(tokens) == budget or tokens[-1] in ends
+        assert not set(tokens[:least]) & ends
+        reason = "stop" if stopped or tokens[-1] in ends else "length"
+        assert completion.finish_reason == reason
+        accepted.append(sum(completion.accepted) / max(len(completion.accepted), 1))
+
+
+accepted: list[float] = []  # acceptance lengths seen: a drafter that is never right tests little
+unhurried = functools.partial(
+    hypothesis.settings, deadline=None, derandomize=True, database=None, print_blob=False
+)
+
+
+def test_orthrus_is_ar_on_a_few_random_cases() -> None:
+    accepted.clear()
+
+    @unhurried(max_examples=25)
+    @hypothesis.given(cases(["small", "two layers"], [3], [None], [False]))
+    def check(case) -> None:
+        assert_orthrus_is_ar(case)
+
+    check()
+    assert max(accepted) > 1
+
+
+@pytest.mark.slow
+def test_orthrus_is_ar_on_many_random_cases() -> None:
+    accepted.clear()
+
+    @unhurried(max_examples=600)
+    @hypothesis.given(cases(list(SHAPES), [1, 3], [None, 2], [False, True]))
+    def check(case) -> None:
+        assert_orthrus_is_ar(case)
+
+    check()
+    assert len(accepted) > 600
+    assert sum(accepted) / len(accepted) > 0.2
