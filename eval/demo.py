@@ -19,11 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 import orthrus_jax
-from orthrus_jax import params
+from eval.speed import time_forwards
+from orthrus_jax import params, tune
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Completion, Generator
-from orthrus_jax.model import Model
+from orthrus_jax.model import Model, Params
 from orthrus_jax.tokenizer import encode
 from train.problems import Problem, is_correct, problems
 
@@ -35,40 +36,16 @@ LARGER: dict[str, Any] = {
     "num_key_value_heads": 5,
     "head_dim": 64,
 }
-BLOCK_SIZES = (4, 5, 6, 7, 8, 10, 12, 16)
 
 
-def choose_block_size(model: Generator, prompts: list[list[int]], max_new_tokens: int) -> dict:
-    """Measure tokens/s of every block size on `prompts` (not the held-out ones), best of three."""
-    rates = {}
-    for size in [k for k in BLOCK_SIZES if k <= model.config.block_size]:
-        runs = [
-            model.complete(prompts, max_new_tokens=max_new_tokens, block_size=size)
-            for _ in range(3)
-        ]
-        rates[size] = max(tokens_per_second(run) for run in runs)
-    return rates
+def cycle_cost(config: ModelConfig, weights: Params, block_size: int) -> dict[str, float]:
+    """Time an AR step and a draft-verify cycle at batch 1 behind 128 tokens.
 
-
-def cycle_cost(sizes: ModelConfig, block_size: int, steps: int = 64) -> dict[str, float]:
-    """Time an AR step and a draft-verify cycle of a shape with random weights, at batch 1.
-
-    Returns milliseconds of each (best of three, prefill spread over the steps) and their ratio: the
-    tokens a cycle must emit to break even.
+    Returns milliseconds of each and their ratio: the tokens a cycle must emit to break even.
     """
-    model = Generator(sizes, params.init(Model(sizes), jax.random.key(0)))
-    prompt = [list(range(1, 61))]
-    cost = {}
-    for mode in ("ar", "orthrus"):
-        options: dict[str, Any] = {"mode": mode, "max_new_tokens": steps, "block_size": block_size}
-        found = [model.complete(prompt, **options)[0] for _ in range(4)][1:]
-        cost[mode] = min(1e3 * c.seconds / c.cycles for c in found)
-    return {
-        "parameters": params.count(params.split(model.params)[0]),
-        "ar_step_ms": cost["ar"],
-        "cycle_ms": cost["orthrus"],
-        "cycle_in_ar_steps": cost["orthrus"] / cost["ar"],
-    }
+    found = time_forwards(Model(config), weights, 1, 128, block_size, repeats=7)
+    cost = {name: found[name] for name in ("ar_step_ms", "cycle_ms", "cycle_in_ar_steps")}
+    return {"parameters": params.count(params.split(weights)[0]), **cost}
 
 
 def measure(
@@ -167,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--run", default="runs/demo", help="directory of train.main; default: %(default)s"
     )
     parser.add_argument(
-        "--prompts", type=int, default=200, metavar="N", help="default: %(default)s"
+        "--prompts", type=int, default=120, metavar="N", help="default: %(default)s"
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="default: %(default)s")
     args = parser.parse_args(argv)
@@ -181,17 +158,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = orthrus_jax.load(run / "model", dtype="float32")
     ids = lambda made: [encode(model.tokenizer, p.question, chat=True) for p in made]
     options = {"max_new_tokens": 224}
-    short = [prompt for prompt in ids(problems("train", 10_001, 60)) if len(prompt) <= 64][:24]
-    rates = choose_block_size(model, short, **options)
-    block_size = max(rates, key=rates.__getitem__)
+    short = [prompt for prompt in ids(problems("train", 10_001, 60)) if len(prompt) <= 64][:12]
+    rates = tune.measure(model, short, repeats=2, **options)
+    block_size = tune.save(run / "model", rates)
     made = list(problems("held-out", 10_002, args.prompts))
-    runs = measure(model, ids(made), args.repeats, block_size=block_size, **options)
+    runs = measure(model, ids(made), args.repeats, draft_length=block_size, **options)
 
     result = report(runs, made, block_size) | {"tokens_per_second_by_block_size": rates}
     result |= {name: stages[name] for name in ("base_parameters", "trained_parameters")}
     larger = dataclasses.replace(model.config, **LARGER)
-    result["cost"] = cycle_cost(model.config, block_size)
-    result["cost_of_larger_shape"] = cycle_cost(larger, block_size)
+    result["cost"] = cycle_cost(model.config, model.params, block_size)
+    random = params.init(Model(larger), jax.random.key(0))
+    result["cost_of_larger_shape"] = cycle_cost(larger, random, block_size)
     result["seconds"] = stages["seconds"] | {"measure": time.perf_counter() - begin}
     (run / "report.json").write_text(json.dumps(result, indent=2) + "\n")
     draw(run / "report.png", result, training)

@@ -1,0 +1,310 @@
+"""Measure AR against Orthrus on one device: `python -m eval.speed --model DIR_OR_ID`.
+
+Two parts. Forwards: the time of an AR step, a draft, a verification and a whole cycle at each batch
+size and context, with the memory of both programs and the floor set by reading weights and cache.
+Text: tokens/s of both loops over the same prompts, their runs interleaved. Everything is compiled
+and warm before a clock starts, and every clock waits for the device. `--random-weights PRESET`
+measures a size without its weights: forwards only, for acceptance cannot be claimed there.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+import orthrus_jax
+from orthrus_jax import decode, params
+from orthrus_jax.config import DTYPES, PRESETS
+from orthrus_jax.engine import bucket
+from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.generate import Completion, Generator, read_prompts
+from orthrus_jax.model import Model
+from orthrus_jax.tokenizer import encode
+
+CYCLES = 16  # of one timed call; the context grows by what they emit
+
+
+def copy_bandwidth(repeats: int = 5) -> float:
+    """Bytes/s of the device's memory, from reading and writing 256 MiB: the roofline's slope."""
+    x = jnp.zeros(1 << 26, jnp.float32)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)  # in place: no fresh pages to fault in
+    best = math.inf
+    for _ in range(repeats):
+        x = jax.block_until_ready(x)
+        begin = time.perf_counter()
+        x = jax.block_until_ready(add(x))
+        best = min(best, time.perf_counter() - begin)
+    return 2 * x.nbytes / best
+
+
+def standing_at(model: Model, batch: int, context: int, slots: int) -> decode.DecodeState:
+    """A state whose rows stand behind `context` tokens (of zero keys) and never end."""
+    full = lambda n: jnp.full(batch, n, jnp.int32)
+    width = CYCLES * model.config.block_size + 1
+    make = lambda: decode.DecodeState(
+        tokens=jnp.zeros((batch, width), jnp.int32),
+        count=full(0),
+        budget=full(1 << 30),
+        anchor=full(1),
+        position=full(context),
+        done=jnp.zeros(batch, bool),
+        cycles=full(0),
+        accepted=jnp.full((batch, width), -1, jnp.int32),
+        eos=jnp.full((batch, 1), -1, jnp.int32),
+        cache=model.init_cache(batch, slots),
+    )
+    return jax.jit(make)()
+
+
+def time_forwards(
+    model: Model, weights: Any, batch: int, context: int, block_size: int, repeats: int
+) -> dict[str, Any]:
+    """Milliseconds a forward of each kind (medians), spreads, memory; see the module."""
+    slots = bucket(context + (CYCLES + 1) * block_size)  # as generation rounds them
+    limit = jnp.int32(CYCLES)
+    alone = lambda body: jax.jit(
+        lambda weights, state: jax.lax.fori_loop(
+            0, CYCLES, lambda i, s: s.replace(anchor=body(weights, s)), state
+        )
+    )
+    drafting = lambda w, s: decode.draft(model, w, s, block_size).tokens[:, 0] % 7 + s.anchor % 2
+
+    def verifying(w: Any, s: Any) -> Any:
+        guesses = decode.Drafts(jnp.tile(s.anchor[:, None], (1, block_size - 1)))
+        logits, _ = decode.verify(model, w, s, guesses)
+        return decode.choose(s, logits)[:, 0]
+
+    loops: dict[str, tuple[Any, dict[str, Any]]] = {
+        "ar_step": (decode.ar_decode, {}),
+        "cycle": (decode.orthrus_decode, {"block_size": block_size}),
+    }
+    make = lambda: standing_at(model, batch, context, slots)
+    result: dict[str, Any] = {"batch": batch, "context": context, "block_size": block_size}
+    times: dict[str, list[float]] = {}
+    calls: dict[str, Callable[[Any], Any]] = {}
+    for name, (loop, static) in loops.items():
+        begin = time.perf_counter()
+        lowered = loop.lower(model, weights, make(), cycles=limit, **static)
+        program = lowered.compile()
+        result[f"{name}_compile_seconds"] = time.perf_counter() - begin
+        memory = program.memory_analysis()
+        result[f"{name}_temporary_bytes"] = getattr(memory, "temp_size_in_bytes", None)
+        calls[name] = functools.partial(program, weights, cycles=limit)
+    for name, body in {"draft": drafting, "verify": verifying}.items():
+        program = alone(body).lower(weights, make()).compile()
+        calls[name] = functools.partial(program, weights)
+    for name, call in calls.items():
+        jax.block_until_ready(call(make()))
+        times[name] = []
+    for _ in range(repeats):  # interleaved: a slow spell of the machine hits all alike
+        for name, call in calls.items():
+            state = jax.block_until_ready(make())
+            begin = time.perf_counter()
+            jax.block_until_ready(call(state))
+            times[name].append((time.perf_counter() - begin) / CYCLES * 1e3)
+    for name, found in times.items():
+        result[f"{name}_ms"] = statistics.median(found)
+        result[f"{name}_ms_range"] = [min(found), max(found)]
+    result["cycle_in_ar_steps"] = result["cycle_ms"] / result["ar_step_ms"]
+    return result
+
+
+def floor_ms(model: Model, weights: Any, batch: int, context: int, bandwidth: float) -> float:
+    """The least milliseconds an AR step can take: its weights and live cache, read once."""
+    frozen, _ = params.split(weights)
+    c = model.config
+    # An untied embedding is looked up; a tied one is also the head, and read whole.
+    table = 0 if c.tie_word_embeddings else frozen["embed_tokens"]["embedding"].nbytes
+    row = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * jnp.dtype(c.dtype).itemsize
+    read = sum(x.nbytes for x in jax.tree.leaves(frozen)) - table + batch * context * row
+    return read / bandwidth * 1e3
+
+
+def time_text(
+    model: Generator,
+    prompts: list[list[int]],
+    batch: int,
+    repeats: int,
+    variants: dict[str, dict[str, Any]],
+    **options: Any,
+) -> dict[str, Any]:
+    """Tokens/s of each variant over all prompts, interleaved; whether they say the same."""
+    runs: dict[str, list[float]] = {name: [] for name in variants}
+    last: dict[str, list[Completion]] = {}
+    call = lambda name: model.complete(prompts, batch_size=batch, **options, **variants[name])
+    for name in variants:
+        call(name)
+    for _ in range(repeats):
+        for name in variants:
+            begin = time.perf_counter()
+            last[name] = call(name)
+            tokens = sum(len(c.tokens) for c in last[name])
+            runs[name].append(tokens / (time.perf_counter() - begin))
+    result: dict[str, Any] = {"batch": batch, "prompts": len(prompts)}
+    first = next(iter(variants))
+    texts = {name: [c.tokens for c in found] for name, found in last.items()}
+    for name, rates in runs.items():
+        result[name] = {
+            "tokens_per_second": statistics.median(rates),
+            "range": [min(rates), max(rates)],
+            "speedup": statistics.median([a / b for a, b in zip(rates, runs[first], strict=True)]),
+            "same_text": statistics.mean(
+                a == b for a, b in zip(texts[name], texts[first], strict=True)
+            ),
+        }
+    return result
+
+
+def draw(path: pathlib.Path, result: dict[str, Any]) -> None:
+    """Plot time a cycle against context, and tokens/s against batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for batch in sorted({f["batch"] for f in result["forwards"]}):
+        found = [f for f in result["forwards"] if f["batch"] == batch]
+        contexts = [f["context"] for f in found]
+        for name, style in {"ar_step": "o--", "cycle": "s-"}.items():
+            label = f"{name.replace('_', ' ')}, batch {batch}"
+            left.plot(contexts, [f[f"{name}_ms"] for f in found], style, label=label)
+    left.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="ms", title="Time")
+    left.legend(fontsize=8)
+    batches = [t["batch"] for t in result["text"]]
+    for name in [n for n in ("ar", "orthrus", "orthrus, no refill") if result["text"]]:
+        found = [t[name]["tokens_per_second"] for t in result["text"] if name in t]
+        if found:
+            right.plot(batches[: len(found)], found, "o-", label=name)
+    right.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s", title="Text")
+    if result["text"]:
+        right.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,4,16") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint or hub id")
+    source.add_argument("--random-weights", choices=sorted(PRESETS), help="a size, no weights")
+    parser.add_argument(
+        "--prompts", metavar="FILE.jsonl", help='one {"prompt": TEXT} a line; without: no text part'
+    )
+    parser.add_argument("--limit", type=int, default=64, help="prompts used; default: %(default)s")
+    parser.add_argument("--modes", default="ar,orthrus", help="default: %(default)s")
+    parser.add_argument("--batch-sizes", type=_numbers, default=[1], help="default: 1")
+    parser.add_argument("--contexts", type=_numbers, default=[128, 1024], help="default: 128,1024")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--draft-length", type=int, metavar="K", help="default: the trained K")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--refill", action="store_true", help="also time batches without refill")
+    parser.add_argument("--json", metavar="OUT", help="write all figures there")
+    parser.add_argument("--plot", metavar="OUT.png", help="draw them")
+    return parser
+
+
+def _loaded(args: argparse.Namespace) -> Generator:
+    if args.model:
+        return orthrus_jax.load(args.model, dtype=args.dtype)
+    sizes = dataclasses.replace(PRESETS[args.random_weights], dtype=args.dtype or "bfloat16")
+    weights = jax.jit(lambda key: params.init(Model(sizes), key))(jax.random.key(0))
+    return Generator(sizes, jax.tree.map(lambda x: x.astype(sizes.dtype), weights))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    args = _parser().parse_args(argv)
+    modes = args.modes.split(",")
+    if unknown := set(modes) - {"ar", "orthrus"}:
+        raise UserError(f"--modes {args.modes}: {', '.join(sorted(unknown))} is not ar or orthrus")
+    if args.prompts and not args.model:
+        raise UserError("--prompts needs --model: random weights make no text worth timing")
+    model = _loaded(args)
+    inner, weights = model.engine.model, model.params
+    block_size = args.draft_length or model.config.block_size
+    bandwidth = copy_bandwidth()
+    result: dict[str, Any] = {
+        "hardware": f"{jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}",
+        "dtype": model.config.dtype,
+        "parameters": params.count(params.split(weights)[0]),
+        "copy_bytes_per_second": bandwidth,
+        "forwards": [],
+        "text": [],
+    }
+    shapes = [(b, c) for b in args.batch_sizes for c in args.contexts]
+    for batch, context in tqdm(shapes, desc="forwards", file=sys.stderr):
+        found = time_forwards(inner, weights, batch, context, block_size, args.repeats)
+        found["ar_step_floor_ms"] = floor_ms(inner, weights, batch, context, bandwidth)
+        result["forwards"].append(found)
+    if args.prompts:
+        texts = read_prompts(args.prompts)[: args.limit]
+        ids = [encode(model.tokenizer, text, chat=True) for text in texts]
+        variants: dict[str, dict[str, Any]] = {mode: {"mode": mode} for mode in modes}
+        for batch in tqdm(args.batch_sizes, desc="text", file=sys.stderr):
+            both = variants
+            if args.refill and batch > 1:
+                both = variants | {f"{m}, no refill": {"mode": m, "refill": False} for m in modes}
+            options = {"max_new_tokens": args.max_new_tokens, "draft_length": args.draft_length}
+            result["text"].append(time_text(model, ids, batch, args.repeats, both, **options))
+    print(table(result))
+    if args.json:
+        pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+    if args.plot:
+        draw(pathlib.Path(args.plot), result)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures as two Markdown tables."""
+    lines = [
+        f"{result['parameters'] / 1e6:.1f} M parameters, {result['dtype']}, {result['hardware']}; "
+        f"copies at {result['copy_bytes_per_second'] / 1e9:.0f} GB/s",
+        "",
+        "| batch | context | AR step ms (floor) | draft | verify | cycle | cycle in AR steps "
+        "| temporaries AR / Orthrus, MiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for f in result["forwards"]:
+        memory = [f[f"{name}_temporary_bytes"] for name in ("ar_step", "cycle")]
+        mib = " / ".join("?" if m is None else f"{m / 2**20:.2f}" for m in memory)
+        lines.append(
+            f"| {f['batch']} | {f['context']} | {f['ar_step_ms']:.3f} ({f['ar_step_floor_ms']:.3f})"
+            f" | {f['draft_ms']:.3f} | {f['verify_ms']:.3f} | {f['cycle_ms']:.3f}"
+            f" | {f['cycle_in_ar_steps']:.2f} | {mib} |"
+        )
+    if result["text"]:
+        lines += ["", "| batch | loop | tokens/s | range | speedup | same text |"]
+        lines += ["|---|---|---|---|---|---|"]
+    for t in result["text"]:
+        for name in [name for name in t if isinstance(t[name], dict)]:
+            f = t[name]
+            low, high = f["range"]
+            lines.append(
+                f"| {t['batch']} | {name} | {f['tokens_per_second']:.0f} | {low:.0f}-{high:.0f}"
+                f" | {f['speedup']:.2f} | {f['same_text']:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)
