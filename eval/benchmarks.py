@@ -1,0 +1,365 @@
+r"""What is asked and what counts as right: the benchmarks, their files, prompts and graders.
+
+A row of a file, with the fields of its source or of the hub's copy, becomes a `Problem`. Prompts of
+mathematics are the Qwen3 model cards'. Knows nothing of models, runs or numbers.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import logging
+import pathlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from eval.grading import Grade, grade_integer, grade_math
+from eval.sandbox import Outcome, check_humaneval, check_mbpp, run_program
+from orthrus_jax.errors import UserError
+
+Row = Mapping[str, Any]
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+HUMANEVAL = "Complete this Python function. Answer with the whole function, and with every import \
+it needs, in one ```python block.\n\n```python\n{prompt}\n```"
+MBPP = "{text}\nThe code has to pass these tests:\n\n```python\n{tests}\n```\n\nAnswer with the \
+whole code, and with every import it needs, in one ```python block."
+MULTI_TURN = {  # the categories of MT-Bench, which Spec-Bench counts as one task
+    *("writing", "roleplay", "reasoning", "math"),
+    *("coding", "extraction", "stem", "humanities"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One row of a benchmark.
+
+    Attributes:
+      id: unique in its benchmark.
+      turns: the user's messages, at least one.
+      gold: the right answer, where it is a text.
+      groups: what it is also counted under, {"level": "5"}.
+      tests: the fields that eval.sandbox needs of a programming problem.
+    """
+
+    id: str
+    turns: tuple[str, ...]
+    gold: str = ""
+    groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tests: Row = dataclasses.field(default_factory=dict)
+
+
+class Hub(NamedTuple):
+    """Where a benchmark lies on the Hugging Face hub."""
+
+    id: str
+    split: str
+    config: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """How one benchmark is read and graded.
+
+    Attributes:
+      name: of its command and its run directory.
+      title: for people.
+      hub: None where there is no usual copy, and `source` says where the file is.
+      read: a row as a problem; raises UserError for what is wrong with it. An id of "" stands for
+        the row's number.
+      grade: judges the final part of an answer; None where only speed is measured.
+      ready: fails early where `grade` would fail whatever the answer is.
+      runs_code: grading runs what the model wrote.
+      source: of the file, where it is not on the hub.
+    """
+
+    name: str
+    title: str
+    hub: Hub | None
+    read: Callable[[Row], Problem]
+    grade: Callable[[Problem, str], Grade] | None = None
+    ready: Callable[[], Any] = lambda: None
+    runs_code: bool = False
+    source: str = ""
+
+
+def _value(row: Row, names: Sequence[str]) -> Any:
+    """The first of these fields that is there."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise UserError(f'there is no "{names[0]}"')
+
+
+def _text(row: Row, *names: str) -> str:
+    """The first of these fields that is there, a text (or an integer, as a text)."""
+    value = _value(row, names)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f'"{names[0]}" must be a text that is not empty, not {value!r:.60}')
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f'"{names[0]}" holds half a surrogate pair: it is no Unicode text'
+        ) from None
+    return value
+
+
+def _texts(row: Row, *names: str) -> tuple[str, ...]:
+    """The first of these fields that is there, a list of texts with at least one in it."""
+    value = _value(row, names)
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise UserError(f'"{names[0]}" must be a list of texts, not {value!r:.60}')
+    return tuple(_text({names[0]: each}, names[0]) for each in value)
+
+
+def _integer(answer: str) -> str:
+    try:
+        grade_integer("", answer)
+    except ValueError:
+        raise UserError(f"the answer {answer!r:.60} is no integer") from None
+    return answer
+
+
+def read_math(row: Row) -> Problem:
+    """MATH-500: problem, answer, subject, level, unique_id."""
+    return Problem(
+        id=_text(row, "unique_id") if row.get("unique_id") is not None else "",
+        turns=(f"{_text(row, 'problem')}\n{BOXED}",),
+        gold=_text(row, "answer"),
+        groups={name: _text(row, name) for name in ("subject", "level")},
+    )
+
+
+def read_gsm8k(row: Row) -> Problem:
+    """GSM8K: question, answer; the number behind the last #### is the gold answer."""
+    gold = _text(row, "answer").rpartition("####")[2].strip()
+    return Problem(id="", turns=(f"{_text(row, 'question')}\n{BOXED}",), gold=_integer(gold))
+
+
+def read_aime(row: Row) -> Problem:
+    """AIME: problem, answer, id; also the fields of other copies."""
+    return Problem(
+        id=_text(row, "id", "ID", "problem_idx") if {"id", "ID", "problem_idx"} & set(row) else "",
+        turns=(f"{_text(row, 'problem', 'Problem', 'question')}\n{BOXED}",),
+        gold=_integer(_text(row, "answer", "Answer")),
+    )
+
+
+def read_humaneval(row: Row) -> Problem:
+    """HumanEval: task_id, prompt, entry_point, test."""
+    tests = {name: _text(row, name) for name in ("prompt", "entry_point", "test")}
+    turn = HUMANEVAL.format(prompt=tests["prompt"].strip("\n"))
+    return Problem(id=_text(row, "task_id"), turns=(turn,), tests=tests)
+
+
+def read_mbpp(row: Row) -> Problem:
+    """MBPP, full (text, test_setup_code) or sanitized (prompt, test_imports): task_id, test_list.
+
+    The groups are the paper's splits: published figures are of "test".
+    """
+    number = _text(row, "task_id")
+    if not number.isdecimal():
+        raise UserError(f'"task_id" must be a number, not {number!r:.60}')
+    tests = _texts(row, "test_list")
+    setup = row.get("test_setup_code") or ""
+    if row.get("test_imports"):
+        setup = "\n".join(_texts(row, "test_imports"))
+    if not isinstance(setup, str):
+        raise UserError(f'"test_setup_code" must be a text, not {setup!r:.60}')
+    turn = MBPP.format(text=_text(row, "text", "prompt"), tests="\n".join(tests))
+    return Problem(
+        id=number,
+        turns=(turn,),
+        groups={"split": _mbpp_split(int(number))},
+        tests={"test_setup_code": setup, "test_list": tests},
+    )
+
+
+def _mbpp_split(number: int) -> str:
+    last = {10: "few-shot", 510: "test", 600: "validation"}
+    return next((split for end, split in last.items() if number <= end), "train")
+
+
+def read_mt_bench(row: Row) -> Problem:
+    """MT-Bench: question_id, category, turns; on the hub prompt_id, category, prompt."""
+    return Problem(
+        id=_text(row, "question_id", "prompt_id"),
+        turns=_texts(row, "turns", "prompt"),
+        groups={"category": _text(row, "category")},
+    )
+
+
+def read_spec_bench(row: Row) -> Problem:
+    """Spec-Bench, as MT-Bench; its six tasks count the eight categories of MT-Bench as one."""
+    problem = read_mt_bench(row)
+    category = problem.groups["category"]
+    task = "multi-turn" if category in MULTI_TURN else category
+    return dataclasses.replace(problem, groups={"task": task, **problem.groups})
+
+
+def _code(check: Callable[[Row, str], Outcome]) -> Callable[[Problem, str], Grade]:
+    """A grader that runs the answer; the note is how it ended and what it said last."""
+
+    def grade(problem: Problem, text: str) -> Grade:
+        outcome = check(problem.tests, text)
+        if outcome.passed:
+            return Grade(True, None)
+        return Grade(False, None, f"{outcome.status}: {outcome.stderr[-200:]}")
+
+    return grade
+
+
+def final_part(text: str) -> str:
+    """What an answer says behind its thinking; a thinking part that never ended is no answer."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
+
+
+_math = lambda problem, text: grade_math(text, problem.gold)
+_aime = lambda problem, text: grade_integer(text, problem.gold)
+_gsm8k = lambda problem, text: grade_integer(text, problem.gold, last_number=True)
+_judge_ready = lambda: grade_math(r"\boxed{\frac12}", "0.5")
+
+
+def _sandbox_ready() -> None:
+    try:
+        outcome = run_program("", seconds=60)
+        told = "" if outcome.passed else f"{outcome.status}: {outcome.stderr}"
+    except RuntimeError as error:  # it could not start
+        told = str(error)
+    if told:
+        raise UserError(f"an empty program cannot be run here: {told.splitlines()[-1]}")
+
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            "math500",
+            "MATH-500",
+            Hub("HuggingFaceH4/MATH-500", "test"),
+            read_math,
+            _math,
+            _judge_ready,
+        ),
+        Benchmark("gsm8k", "GSM8K", Hub("openai/gsm8k", "test", "main"), read_gsm8k, _gsm8k),
+        Benchmark("aime24", "AIME 2024", Hub("HuggingFaceH4/aime_2024", "train"), read_aime, _aime),
+        Benchmark("aime25", "AIME 2025", Hub("math-ai/aime25", "test"), read_aime, _aime),
+        Benchmark(
+            "humaneval",
+            "HumanEval",
+            Hub("openai/openai_humaneval", "test"),
+            read_humaneval,
+            _code(check_humaneval),
+            _sandbox_ready,
+            runs_code=True,
+        ),
+        Benchmark(
+            "mbpp",
+            "MBPP",
+            Hub("google-research-datasets/mbpp", "test", "full"),
+            read_mbpp,
+            _code(check_mbpp),
+            _sandbox_ready,
+            runs_code=True,
+        ),
+        Benchmark(
+            "mt_bench", "MT-Bench", Hub("HuggingFaceH4/mt_bench_prompts", "train"), read_mt_bench
+        ),
+        Benchmark(
+            "spec_bench",
+            "Spec-Bench",
+            None,
+            read_spec_bench,
+            source="data/spec_bench/question.jsonl of github.com/hemingkx/Spec-Bench",
+        ),
+    )
+}
+
+
+def load(
+    benchmark: Benchmark, path: str | pathlib.Path | None = None, limit: int | None = None
+) -> list[Problem]:
+    """Read the problems of a benchmark, all of them checked, and return the first `limit`.
+
+    Args:
+      benchmark: how its rows are read.
+      path: JSONL, or JSONL in gzip (.gz); None is the hub's copy, or the machine's cache of it.
+      limit: None is all.
+
+    Raises:
+      UserError: in one line: the file and line, or the two ways to get the data.
+    """
+    rows = _hub_rows(benchmark) if path is None else _file_rows(benchmark, pathlib.Path(path))
+    found: dict[str, Problem] = {}
+    for number, (place, row) in enumerate(rows):
+        try:
+            if not isinstance(row, Mapping):
+                raise UserError(f"expected a JSON object, not {row!r:.60}")
+            problem = benchmark.read(row)
+            if not problem.id:
+                problem = dataclasses.replace(problem, id=f"{benchmark.name}/{number}")
+            if problem.id in found:
+                raise UserError(f"the id {problem.id} has come before")
+        except UserError as error:
+            raise UserError(f"{place} is no row of {benchmark.title}: {error}") from None
+        found[problem.id] = problem
+    if not found:
+        raise UserError(f"{path} holds no problem: expected the rows of {benchmark.title}")
+    return list(found.values())[:limit]
+
+
+def digest(problems: Sequence[Problem]) -> str:
+    """A checksum of all that is asked and all that counts as right."""
+    whole = [dataclasses.astuple(problem) for problem in problems]
+    return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
+
+
+def _hub_words(benchmark: Benchmark) -> str:
+    if benchmark.hub is None:
+        return f"it is {benchmark.source}"
+    return f"without --data it is fetched from the hub ({benchmark.hub.id})"
+
+
+def _file_rows(benchmark: Benchmark, path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """Each line's place, FILE:LINE, and its JSON value; blank lines are left out."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rb") as file:
+            lines = file.read().split(b"\n")
+    except (OSError, EOFError) as error:  # BadGzipFile is an OSError
+        raise UserError(
+            f"--data {path} cannot be read ({getattr(error, 'strerror', None) or error}): give a "
+            f"JSONL file of {benchmark.title}; {_hub_words(benchmark)}"
+        ) from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line.decode())
+            except (ValueError, RecursionError):  # bad UTF-8 and bad JSON are ValueErrors
+                raise UserError(f"{path}:{number} is not JSON") from None
+
+
+def _hub_rows(benchmark: Benchmark) -> Iterator[tuple[str, Any]]:
+    hub = benchmark.hub
+    if hub is None:
+        raise UserError(
+            f"{benchmark.title} has no usual copy on the hub: give --data FILE.jsonl, "
+            f"{benchmark.source}"
+        )
+    print(f"fetching {hub.id} from the hub (or this machine's cache of it)", file=sys.stderr)
+    for name in ("datasets", "huggingface_hub"):  # offline they tell each of many retries
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        import datasets  # late: it takes seconds
+
+        rows = datasets.load_dataset(hub.id, hub.config, split=hub.split)
+    except Exception as error:  # offline, no such set, a damaged cache: the library raises anything
+        told = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"{hub.id} cannot be fetched from the hub ({told:.120}): give --data FILE.jsonl with "
+            f"the rows of {benchmark.title}, or go online"
+        ) from None
+    return ((f"{hub.id} row {number}", row) for number, row in enumerate(rows))

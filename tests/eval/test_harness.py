@@ -1,0 +1,482 @@
+"""Benchmark runs end to end: the same text in both loops, real grades, runs that are killed and go
+on, and what is refused before anything is decoded."""
+
+import functools
+import json
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import orthrus_jax
+from eval import aime, harness, report
+from eval.benchmarks import BENCHMARKS, Benchmark, Problem, load
+from eval.grading import grade_integer
+from eval.harness import Loops, Run, command_parser, fingerprint, run
+from orthrus_jax.chat import Conversation
+from orthrus_jax.checkpoint import save_checkpoint
+from orthrus_jax.errors import UserError
+from orthrus_jax.sampling import Rule, SamplingParams
+from tests.helpers import DATA, random_params, tiny_config
+from train.pretrain import train_tokenizer
+from train.problems import is_correct, problems
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TEXTS = ["How many apples are 12 and 30?", "They are 42 apples. The answer is \\boxed{42}."] * 20
+REAL = {
+    "math500": "math500_test.jsonl",
+    "gsm8k": "gsm8k_test_first1000.jsonl",
+    "aime24": "aime24.jsonl",
+    "aime25": "aime25.jsonl",
+    "humaneval": "humaneval.jsonl",
+    "mbpp": "mbpp.jsonl",
+    "mt_bench": "mt_bench.jsonl",
+    "spec_bench": "spec_bench.jsonl",
+}
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="the shared data is not here")
+TIMES = {"seconds", "tokens_per_second", "speedup", "speedup_range"}
+
+
+_load = functools.cache(orthrus_jax.load)
+
+
+@pytest.fixture(autouse=True)
+def _loaded_once(monkeypatch):
+    """A checkpoint is loaded and compiled once for all tests."""
+    monkeypatch.setattr(orthrus_jax, "load", _load)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A checkpoint with random weights in both views: its drafts are sometimes right."""
+    config = tiny_config(
+        vocab_size=400, mask_token_id=399, eos_token_ids=(2,), max_position_embeddings=512
+    )
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    weights = random_params(config, 3, gain=3.0)
+    save_checkpoint(path, config, weights, tokenizer=train_tokenizer(TEXTS, 400))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """96 rows of GSM8K, all unlike."""
+    rows = [
+        {"question": f"How many apples are {i} and {i % 7}?", "answer": f"#### {i + i % 7}"}
+        for i in range(96)
+    ]
+    return write(tmp_path_factory.mktemp("data") / "gsm8k.jsonl", rows)
+
+
+def write(path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def gsm8k(directory, data, out, *more) -> dict:
+    """Run the command; its numbers."""
+    arguments = ["--model", directory, "--data", data, "--out", str(out), "--max-new-tokens", "24"]
+    harness.main("gsm8k", [*arguments, *more])
+    return json.loads((pathlib.Path(out) / report.RESULTS).read_text())
+
+
+def rows_of(out) -> list[dict]:
+    return [json.loads(line) for line in (pathlib.Path(out) / report.ANSWERS).open()]
+
+
+def timeless(value):
+    """Numbers without those that a clock gave."""
+    if isinstance(value, dict):
+        return {name: timeless(part) for name, part in value.items() if name not in TIMES}
+    return [timeless(part) for part in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def whole(directory, data, tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, gsm8k(directory, data, out)
+
+
+def test_a_run_keeps_every_answer_and_what_it_was_asked(directory, data, whole):
+    out, result = whole
+    model = orthrus_jax.load(directory)
+    rows = rows_of(out)
+    asked = load(BENCHMARKS["gsm8k"], data)
+    assert [row["id"] for row in rows] == [problem.id for problem in asked]
+    expected = {
+        loop: model.generate(
+            [p.turns[0] for p in asked[:5]], mode=loop, max_new_tokens=24, batch_size=5
+        )
+        for loop in report.LOOPS
+    }
+    for i, (row, problem) in enumerate(zip(rows, asked, strict=True)):
+        assert row["turns"] == list(problem.turns)
+        assert row["gold"] == problem.gold
+        assert [a["loop"] for a in row["answers"]] == ["ar", "orthrus"]
+        for answer in row["answers"]:
+            grade = grade_integer(answer["text"], problem.gold, last_number=True)
+            assert (answer["correct"], answer["answer"]) == (grade.correct, grade.answer)
+            assert answer["forwards"] == 1 + (1 + (answer["loop"] == "orthrus")) * answer["cycles"]
+            if i < 5:
+                completion = expected[answer["loop"]][i]
+                assert answer["text"] == completion.text
+                assert answer["tokens"] == len(completion.tokens)
+                assert answer["forwards"] == completion.forwards
+                assert answer["accepted"] in (completion.accepted, [])
+    assert result["same_text"] == 1.0
+    assert result["unlike"] == []
+    assert result["asked"]["max_new_tokens"] == 24
+    assert 0 < result["loops"]["orthrus"]["acceptance_length"] < 3
+    assert sum(row["seconds"]["ar"] for row in rows) == pytest.approx(
+        result["loops"]["ar"]["seconds"]
+    )
+    assert (out / report.PAGE).read_text().startswith("<!doctype html>")
+
+
+def test_a_chunk_goes_through_ar_and_orthrus_in_turn(directory, data, tmp_path, monkeypatch):
+    order = []
+    answer = Loops.answer
+    monkeypatch.setattr(
+        Loops,
+        "answer",
+        lambda self, asked, loop: order.append((loop, len(asked))) or answer(self, asked, loop),
+    )
+    gsm8k(directory, data, tmp_path / "run", "--limit", "20", "--batch-size", "2")
+    assert order == [
+        *(("ar", 8), ("orthrus", 8)) * 2,
+        *(("ar", 4), ("orthrus", 4)),
+    ]
+
+
+def test_compiling_is_not_timed(directory, data):
+    model = _load.__wrapped__(directory)  # with nothing compiled
+    loops = Loops(model, SamplingParams(max_new_tokens=4), ["ar"], Rule.REJECTION, 4, 2, False)
+    asked = load(BENCHMARKS["gsm8k"], data, 2)
+    begin = time.perf_counter()
+    _, seconds = loops.answer(asked, "ar")
+    passed, compiled = time.perf_counter() - begin, model.engine.compile_seconds
+    assert 0 < compiled < passed
+    assert 0 < seconds <= passed - compiled
+
+
+@pytest.mark.parametrize("batch_size", [2, 7])
+def test_answers_do_not_depend_on_the_batch(directory, data, whole, batch_size, tmp_path):
+    gsm8k(directory, data, tmp_path / "run", "--limit", "30", "--batch-size", str(batch_size))
+    digests = lambda rows: [[a["digest"] for a in row["answers"]] for row in rows]
+    assert digests(rows_of(tmp_path / "run")) == digests(rows_of(whole[0])[:30])
+
+
+def test_samples_are_several_and_coupled_ones_are_ars_own(directory, data, tmp_path):
+    options = ("--limit", "6", "--n", "3", "--temperature", "1.5", "--top-k", "50", "--seed", "5")
+    options += ("--batch-size", "4", "--max-new-tokens", "12")
+    result = gsm8k(directory, data, tmp_path / "coupled", *options, "--accept", "coupled")
+    assert result["same_text"] == 1.0
+    assert list(result["loops"]["ar"]["pass_at"]) == ["1", "2", "3"]
+    rows = rows_of(tmp_path / "coupled")
+    for row in rows:
+        assert [(a["loop"], a["sample"]) for a in row["answers"]] == [
+            (loop, sample) for loop in report.LOOPS for sample in range(3)
+        ]
+        assert len({a["digest"] for a in row["answers"]}) > 1
+    assert "same_text" not in gsm8k(directory, data, tmp_path / "rejection", *options)
+
+
+def test_the_second_turn_sees_the_first(directory, tmp_path):
+    rows = [
+        {"question_id": i, "category": "math", "turns": [f"How many are {i}?", "And 12 apples?"]}
+        for i in range(3)
+    ]
+    rows.append({"question_id": 9, "category": "writing", "turns": ["The answer?"]})
+    arguments = ["--model", directory, "--data", write(tmp_path / "mt.jsonl", rows)]
+    arguments += ["--max-new-tokens", "12", "--out", str(tmp_path / "run"), "--batch-size", "2"]
+    harness.main("mt_bench", arguments)
+    model = orthrus_jax.load(directory)
+    for row, line in zip(rows, rows_of(tmp_path / "run"), strict=True):
+        turns = range(len(row["turns"]))
+        order = [(a["loop"], a["turn"]) for a in line["answers"]]
+        assert order == [(loop, turn) for loop in report.LOOPS for turn in turns]
+        assert "correct" not in line["answers"][0]
+        talk = Conversation(model)
+        for turn in turns:
+            expected = "".join(talk.ask(row["turns"][turn], max_new_tokens=12))
+            assert {a["text"] for a in line["answers"] if a["turn"] == turn} == {expected}
+    result = json.loads((tmp_path / "run" / report.RESULTS).read_text())
+    assert list(result["groups"]["category"]) == ["math", "writing"]
+    assert result["loops"]["ar"]["answers"] == 7
+    assert "accuracy" not in result["loops"]["ar"]
+
+
+def test_a_prompt_that_does_not_fit_is_told_and_counted_wrong(directory, tmp_path, capsys):
+    rows = [
+        {"question": "How many? " + "1 " * 300, "answer": "1"},
+        {"question": "How many?", "answer": "2"},
+    ]
+    data = write(tmp_path / "rows.jsonl", rows)
+    result = gsm8k(directory, data, tmp_path / "run")
+    long, short = rows_of(tmp_path / "run")
+    for answer in long["answers"]:
+        assert "there is room for 488" in answer["skipped"]
+        assert answer["correct"] is False
+    assert all("skipped" not in answer for answer in short["answers"])
+    assert result["loops"]["orthrus"]["skipped"] == 1
+    assert "1 did not fit the model's positions" in capsys.readouterr().out
+    alone = gsm8k(directory, data, tmp_path / "alone", "--limit", "1")  # nothing at all to decode
+    assert alone["loops"]["ar"]["tokens"] == 0
+
+
+def test_a_second_turn_that_does_not_fit_ends_its_dialogue(directory, tmp_path):
+    turns = ["How many?", "1 " * 300, "And why?"]
+    rows = [{"question_id": 1, "category": "math", "turns": turns}]
+    arguments = ["--model", directory, "--data", write(tmp_path / "mt.jsonl", rows)]
+    harness.main("mt_bench", [*arguments, "--max-new-tokens", "9", "--out", str(tmp_path / "run")])
+    answers = rows_of(tmp_path / "run")[0]["answers"]
+    assert [(a["turn"], "skipped" in a) for a in answers] == [(0, False), (1, True)] * 2
+
+
+def test_the_demos_problems_are_graded_as_the_demo_grades_them(tiny_base, tmp_path):
+    """Real accuracy of a real, if small, model; and AR = Orthrus to the token."""
+    made = list(problems("held-out", 10_002, 24))
+    told = {p.question: p for p in made}
+    benchmark = Benchmark(
+        "made",
+        "made problems",
+        None,
+        lambda row: Problem(row["question"][:40], (row["question"],), row["answer"]),
+        lambda problem, text: grade_integer(text, problem.gold),
+    )
+    data = write(
+        tmp_path / "made.jsonl", [{"question": p.question, "answer": str(p.result)} for p in made]
+    )
+    arguments = ["--model", str(tiny_base), "--data", data, "--dtype", "float32"]
+    arguments += ["--max-new-tokens", "224", "--batch-size", "8", "--draft-length", "4"]
+    args = command_parser("made", "made").parse_args([*arguments, "--out", str(tmp_path / "run")])
+    result = run(benchmark, args)
+    assert result["same_text"] == 1.0
+    right = 0
+    for row in rows_of(tmp_path / "run"):
+        ar, orthrus = row["answers"]
+        assert ar["text"] == orthrus["text"]
+        assert ar["correct"] == orthrus["correct"] == is_correct(ar["text"], told[row["turns"][0]])
+        right += ar["correct"]
+    assert 4 <= right < 24  # neither hopeless nor perfect: both verdicts are put to the test
+    assert result["loops"]["ar"]["accuracy"] == right / 24
+    assert result["loops"]["orthrus"]["accuracy"] == right / 24
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(directory, data, whole, tmp_path):
+    out = tmp_path / "killed"
+    arguments = ["--model", directory, "--data", data, "--out", str(out), "--max-new-tokens", "24"]
+    command = [sys.executable, "-m", "eval.gsm8k", *arguments, "--resume"]
+    lines = lambda: (out / report.ANSWERS).read_bytes().count(b"\n")
+    for _ in range(2):
+        before = lines() if (out / report.ANSWERS).exists() else 0
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 300
+        while not (out / report.ANSWERS).exists() or lines() < before + 4:
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert before < lines() < 96
+        assert not (out / report.RESULTS).exists()
+    with (out / report.ANSWERS).open("ab") as file:
+        file.write(b'{"id": "gsm8k/9')  # as a kill in the midst of a write leaves it
+    result = gsm8k(directory, data, out, "--resume")
+    assert timeless(result) == timeless(whole[1])
+    strip = lambda rows: [{**timeless(row)} for row in rows]
+    assert strip(rows_of(out)) == strip(rows_of(whole[0]))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 6, 95, 96])
+@pytest.mark.parametrize("torn", [b"", b"{", b'{"id": "gsm8k/2", "gro', b"\xff\0"])
+def test_any_torn_file_is_resumed(directory, data, whole, kept, torn, tmp_path):
+    out = tmp_path / "torn"
+    out.mkdir()
+    (out / report.RECIPE).write_bytes((whole[0] / report.RECIPE).read_bytes())
+    lines = (whole[0] / report.ANSWERS).read_bytes().splitlines(keepends=True)
+    (out / report.ANSWERS).write_bytes(b"".join(lines[:kept]) + torn)
+    result = gsm8k(directory, data, out, "--resume")
+    assert timeless(result) == timeless(whole[1])
+    assert [row["id"] for row in rows_of(out)] == [f"gsm8k/{i}" for i in range(96)]
+
+
+def test_a_run_killed_before_it_said_what_it_was_begins_anew(directory, data, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "recipe.json.part").write_text('{"ti')
+    assert gsm8k(directory, data, out, "--resume", "--limit", "2")["answered"] == 2
+
+
+def test_resuming_a_run_that_is_not_there_begins_it(directory, data, tmp_path):
+    options = ("--resume", "--limit", "2", "--mode", "ar")
+    assert gsm8k(directory, data, tmp_path / "run", *options)["answered"] == 2
+    before = (tmp_path / "run" / report.ANSWERS).read_bytes()
+    gsm8k(directory, data, tmp_path / "run", *options)
+    assert (tmp_path / "run" / report.ANSWERS).read_bytes() == before
+
+
+CHANGES = [
+    (("--mode", "ar"), "mode was both and is now ar"),
+    (("--limit", "9"), "limit was None and is now 9"),
+    (("--batch-size", "2"), "batch_size was 1 and is now 2"),
+    (("--temperature", "0.5"), "temperature was 0.0 and is now 0.5"),
+    (("--top-p", "0.5"), "top_p was 1.0 and is now 0.5"),
+    (("--top-k", "5"), "top_k was 0 and is now 5"),
+    (("--seed", "5"), "seed was 0 and is now 5"),
+    (("--accept", "coupled"), "accept was rejection and is now coupled"),
+    (("--thinking",), "thinking was False and is now True"),
+    (("--max-new-tokens", "25"), "max_new_tokens was 24 and is now 25"),
+    (("--draft-length", "3"), "draft_length was 4 and is now 3"),
+    (("--dtype", "bfloat16"), "weights was "),
+    (("--model", "another"), "model was "),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), CHANGES)
+def test_a_changed_recipe_is_refused_by_name(directory, data, whole, options, message):
+    before = (whole[0] / report.ANSWERS).read_bytes()
+    with pytest.raises(UserError, match=f"--resume {whole[0]}: {message}"):
+        gsm8k(directory, data, whole[0], "--resume", *options)
+    assert (whole[0] / report.ANSWERS).read_bytes() == before
+
+
+def test_other_data_another_benchmark_and_other_weights_are_refused(
+    directory, data, whole, tmp_path
+):
+    rows = [{"question": "How many?", "answer": "1"}]
+    other = write(tmp_path / "other.jsonl", rows)
+    with pytest.raises(UserError, match="data was"):
+        gsm8k(directory, other, whole[0], "--resume")
+    mt = write(tmp_path / "mt.jsonl", [{"question_id": 1, "category": "math", "turns": ["Hi"]}])
+    arguments = ["--model", directory, "--data", mt, "--out", str(whole[0]), "--resume"]
+    with pytest.raises(UserError, match="benchmark was gsm8k and is now mt_bench"):
+        harness.main("mt_bench", [*arguments, "--max-new-tokens", "24"])
+    model = orthrus_jax.load(directory)
+    changed = random_params(model.config, 4, gain=3.0)
+    assert fingerprint(model.params) == fingerprint(_load.__wrapped__(directory).params)
+    assert fingerprint(model.params) != fingerprint(changed)
+
+
+def test_refusals_come_first_and_in_one_line(directory, data, whole, tmp_path, monkeypatch):
+    """None of these gets as far as loading a model, or writes anything."""
+    refused = {
+        (): f"--out {whole[0]} exists: give another one, or --resume",
+        ("--out", str(tmp_path), "--resume"): f"{tmp_path} holds no run",
+        ("--out", "new", "--data", "absent.jsonl"): "--data absent.jsonl cannot be read",
+        ("--out", "new", "--n", "2"): "n=2 with temperature=0",
+        ("--out", "new", "--top-p", "2"): "top_p=2.0 must be above 0",
+        ("--out", "new", "--model", "no/such/model"): "no/such/model cannot be loaded",
+        ("--out", "new", "--draft-length", "99"): "draft_length=99 must be from 2 to 4",
+    }
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "something").write_text("else")
+    for options, message in refused.items():
+        with pytest.raises(UserError) as error:
+            gsm8k(directory, data, whole[0], *options)
+        assert str(error.value).startswith(message)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+    for flag, value in {"--limit": "0", "--batch-size": "-1", "--mode": "fast"}.items():
+        with pytest.raises(SystemExit) as end:
+            gsm8k(directory, data, "new", flag, value)
+        assert end.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_generated_programs_are_run_only_where_allowed(name, tmp_path):
+    arguments = ["--model", "absent", "--data", "absent", "--out", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="--allow-code-execution"):
+        harness.main(name, arguments)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit):
+        harness.main("gsm8k", [*arguments, "--allow-code-execution"])  # it has no use for it
+
+
+def test_two_processes_do_not_write_one_run(tmp_path):
+    recipe = {"asked": {}, "problems": 1}
+    with Run(tmp_path / "run", resume=False).open(recipe) as (_, done):
+        assert done == set()
+        again = Run(tmp_path / "run", resume=True)
+        with pytest.raises(UserError, match="is being written by another process"):
+            again.open(recipe).__enter__()
+    with Run(tmp_path / "run", resume=True).open(recipe):
+        pass
+
+
+def test_an_unreadable_run_is_named(tmp_path):
+    (tmp_path / report.RECIPE).write_text("{")
+    with pytest.raises(UserError, match="holds no run"):
+        Run(tmp_path, resume=True)
+
+
+@needs_data
+@pytest.mark.parametrize("name", REAL)
+def test_every_real_file_runs_end_to_end(name, tiny_base, tmp_path):
+    arguments = ["--model", str(tiny_base), "--data", str(DATA / REAL[name]), "--limit", "3"]
+    arguments += ["--max-new-tokens", "8", "--batch-size", "3", "--draft-length", "3"]
+    arguments += ["--out", str(tmp_path / "run")]
+    if name in ("humaneval", "mbpp"):
+        arguments.append("--allow-code-execution")
+    if name.startswith("aime"):
+        aime.main([*arguments, "--year", name[-2:]])
+    else:
+        harness.main(name, arguments)
+    result = json.loads((tmp_path / "run" / report.RESULTS).read_text())
+    assert result["asked"]["benchmark"] == name
+    assert result["answered"] == result["problems"] == 3
+    for loop in result["loops"].values():
+        assert loop["answers"] + loop["skipped"] == (6 if "bench" in name else 3)
+        assert ("accuracy" in loop) == (name not in ("mt_bench", "spec_bench"))
+
+
+@pytest.mark.slow
+@needs_data
+@pytest.mark.parametrize("name", REAL)
+def test_every_real_file_runs_whole(name, tiny_base, tmp_path):
+    """All rows of all files, at a tiny budget: nothing crashes, nothing is lost."""
+    count = len(load(BENCHMARKS[name], DATA / REAL[name]))
+    arguments = ["--model", str(tiny_base), "--data", str(DATA / REAL[name]), "--batch-size", "32"]
+    arguments += ["--max-new-tokens", "32", "--draft-length", "4", "--out", str(tmp_path / "run")]
+    arguments += ["--dtype", "float32"]
+    if name in ("humaneval", "mbpp"):
+        arguments.append("--allow-code-execution")
+    if name.startswith("aime"):
+        aime.main([*arguments, "--year", name[-2:]])
+    else:
+        harness.main(name, arguments)
+    result = json.loads((tmp_path / "run" / report.RESULTS).read_text())
+    assert result["answered"] == result["problems"] == count
+    assert result["same_text"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["math500", "gsm8k", "aime", "humaneval", "mbpp"])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_every_command_has_help(name, monkeypatch, capsys):
+    assert _help(name, monkeypatch, capsys).startswith(f"usage: python -m eval.{name}")
+
+
+@pytest.mark.parametrize("name", ["mt_bench", "spec_bench", "report"])
+def test_commands_without_grades_have_help(name, monkeypatch, capsys):
+    assert _help(name, monkeypatch, capsys).startswith(f"usage: python -m eval.{name}")
+
+
+def _help(name, monkeypatch, capsys) -> str:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "eval" / f"{name}.py"), run_name="__main__")
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_command_ends_with_one_line_and_status_2(tmp_path):
+    command = [sys.executable, "-m", "eval.humaneval", "--out", str(tmp_path / "run")]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr.count("\n") == 1
+    assert found.stderr.startswith("error: HumanEval is graded by running what the model writes")

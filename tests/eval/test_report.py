@@ -1,0 +1,345 @@
+"""The numbers of a run against hand-made rows, and what the tables and the page show of them."""
+
+import html.parser
+import json
+import re
+
+import pytest
+
+from eval import report
+from eval.report import numbers, pass_at, read_answers, wilson
+from orthrus_jax.errors import UserError
+
+
+def recipe(**changes):
+    """A recipe of both loops, greedy, K = 4, batch 1."""
+    asked = {
+        "benchmark": "math500",
+        "data": "d",
+        "mode": "both",
+        "batch_size": 1,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "seed": 0,
+        "n": 1,
+        "accept": "rejection",
+        "thinking": False,
+        "max_new_tokens": 100,
+    }
+    return {
+        "title": "MATH-500",
+        "model": "some/<model>",
+        "problems": 4,
+        "graded": True,
+        "trained": True,
+        "hardware": "cpu",
+        "asked": asked | changes,
+        "loaded": {"draft_length": 4, "dtype": "float32"},
+    }
+
+
+def answer(loop, accepted, tokens=None, *, sample=0, turn=0, correct=True, **changes):
+    """An answer whose every cycle emits its drafts and one more token."""
+    tokens = 1 + sum(accepted) + len(accepted) if tokens is None else tokens
+    orthrus = loop == "orthrus"
+    cycles = len(accepted) if orthrus else tokens - 1
+    line = {
+        "loop": loop,
+        "sample": sample,
+        "turn": turn,
+        "text": "x",
+        "tokens": tokens,
+        "digest": "same",
+        "finish_reason": "stop",
+        "cycles": cycles,
+        "accepted": list(accepted) if orthrus else [],
+        "forwards": 1 + (2 if orthrus else 1) * cycles,
+        "seconds": 1.0,
+        "correct": correct,
+        "note": "",
+    }
+    return line | changes
+
+
+def row(name, answers, seconds=None, **groups):
+    seconds = {"ar": 1.0, "orthrus": 0.5} if seconds is None else seconds
+    return {"id": name, "groups": groups, "seconds": seconds, "answers": answers}
+
+
+def both(name, accepted, seconds=None, *, correct=True, digest="same", **groups):
+    tokens = 1 + sum(accepted) + len(accepted)
+    answers = [
+        answer("ar", accepted, correct=correct),
+        answer("orthrus", accepted, tokens, correct=correct, digest=digest),
+    ]
+    return row(name, answers, seconds, **groups)
+
+
+def save(directory, recipe, rows):
+    directory.mkdir()
+    (directory / report.RECIPE).write_text(json.dumps(recipe))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (directory / report.ANSWERS).write_text(lines)
+    return directory
+
+
+def test_wilson_is_the_textbooks():
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert wilson(0.862, 500) == pytest.approx((0.829, 0.8895), abs=1e-3)
+    assert wilson(0.3, 0) == (0.0, 1.0)
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    assert pass_at(1, 1, 4) == 0.25
+    assert pass_at(2, 1, 4) == 0.5  # 3 of the 6 pairs hold it
+    assert pass_at(2, 2, 4) == pytest.approx(5 / 6)
+    assert pass_at(4, 1, 4) == 1.0
+    assert pass_at(3, 0, 4) == 0.0
+    assert pass_at(4, 4, 4) == 1.0
+
+
+def test_mean_at_n_and_pass_at_k_of_hand_made_counts():
+    """4, 1 and 0 right of 4 samples: mean 5/12; pass@2 (1 + 1/2 + 0) / 3."""
+    right = {"a": 4, "b": 1, "c": 0}
+    rows = [
+        row(
+            name,
+            [answer("orthrus", [1], sample=i, correct=i < count) for i in range(4)],
+            {"orthrus": 1.0},
+        )
+        for name, count in right.items()
+    ]
+    found = numbers(recipe(mode="orthrus", n=4, temperature=1.0), rows)["loops"]["orthrus"]
+    assert found["accuracy"] == pytest.approx(5 / 12)
+    assert found["accuracy_interval"] == list(wilson(5 / 12, 3))
+    assert found["pass_at"] == pytest.approx({"1": 5 / 12, "2": 0.5, "4": 2 / 3})
+
+
+def test_acceptance_and_tokens_per_forward_pooled_and_of_each_question():
+    """Cycles accept 2 0 3, and 1: 9 tokens in 7 forwards, 3 in 3."""
+    rows = [both("a", [2, 0, 3]), both("b", [1])]
+    result = numbers(recipe(), rows)
+    found = result["loops"]["orthrus"]
+    assert (found["tokens"], found["forwards"], found["cycles"]) == (12, 10, 4)
+    assert found["tokens_per_forward"] == pytest.approx((9 / 7 + 3 / 3) / 2)
+    assert found["tokens_per_forward_pooled"] == pytest.approx(12 / 10)
+    assert found["acceptance_length"] == pytest.approx(6 / 4)
+    assert found["acceptance_length_of_problems"] == pytest.approx((5 / 3 + 1) / 2)
+    assert found["acceptance_by_position"] == [0.75, 0.5, 0.25]
+    assert found["accepted_distribution"] == [0.25, 0.25, 0.25, 0.25]
+    assert sum(found["acceptance_by_position"]) == pytest.approx(found["acceptance_length"])
+    ar = result["loops"]["ar"]
+    assert ar["tokens_per_forward"] == ar["tokens_per_forward_pooled"] == 1.0
+    assert "acceptance_length" not in ar
+
+
+def test_a_question_of_several_answers_is_one_question():
+    """Samples and turns are pooled inside their question: 3 + 9 tokens in 3 + 7 forwards."""
+    answers = [answer("orthrus", [1]), answer("orthrus", [2, 0, 3], turn=1)]
+    ungraded = recipe(mode="orthrus") | {"graded": False}
+    loop = numbers(ungraded, [row("a", answers, {"orthrus": 1.0})])["loops"]["orthrus"]
+    assert loop["tokens_per_forward"] == loop["tokens_per_forward_pooled"] == 1.2
+    assert (loop["problems"], loop["answers"]) == (1, 2)
+
+
+def test_times_are_of_the_whole_run():
+    rows = [
+        both("a", [2, 0, 3], {"ar": 3.0, "orthrus": 1.0}),
+        both("b", [1], {"ar": 1.0, "orthrus": 1.0}),
+    ]
+    result = numbers(recipe(batch_size=8), rows)
+    assert result["speedup"] == 2.0
+    assert result["speedup_range"] == [1.0, 3.0]
+    assert result["loops"]["ar"]["tokens_per_second"] == 12 / 4
+    assert result["loops"]["orthrus"]["tokens_per_second"] == 12 / 2
+
+
+def test_groups_have_own_numbers_and_own_times_at_batch_1_only():
+    rows = [
+        both("a", [2], level="10", subject="B"),
+        both("b", [0], level="2", subject="A", correct=False),
+        both("c", [1], level="2", subject="B"),
+    ]
+    for line in rows:
+        line["answers"][0]["seconds"] = 3.0
+    groups = numbers(recipe(), rows)["groups"]
+    assert list(groups["level"]) == ["2", "10"]
+    assert list(groups["subject"]) == ["B", "A"]
+    second = groups["level"]["2"]
+    assert second["loops"]["orthrus"]["accuracy"] == 0.5
+    assert second["loops"]["orthrus"]["acceptance_length"] == 0.5
+    assert second["loops"]["orthrus"]["tokens_per_second"] == 5 / 2
+    assert second["speedup"] == 3.0
+    batched = numbers(recipe(batch_size=2), rows)["groups"]["level"]["2"]
+    assert "speedup" not in batched
+    assert "tokens_per_second" not in batched["loops"]["ar"]
+
+
+def test_same_text_is_counted_where_it_is_promised():
+    rows = [both("a", [1]), both("b", [1], digest="other"), both("c", [2])]
+    result = numbers(recipe(), rows)
+    assert result["same_text"] == pytest.approx(2 / 3)
+    assert result["unlike"] == ["b"]
+    assert "same_text" not in numbers(recipe(temperature=0.7), rows)
+    assert "same_text" in numbers(recipe(temperature=0.7, accept="coupled"), rows)
+
+
+def test_what_did_not_fit_is_wrong_and_not_timed():
+    skipped = {"sample": 0, "turn": 0, "skipped": "long", "correct": False, "note": "skipped"}
+    lines = [{"loop": loop} | skipped for loop in report.LOOPS]
+    nothing = numbers(recipe(), [row("a", lines, {"ar": 0.0, "orthrus": 0.0}, level="1")])
+    assert nothing["loops"]["orthrus"]["skipped"] == 1
+    assert nothing["loops"]["orthrus"]["tokens_per_forward"] == 0.0
+    assert "speedup" not in nothing
+    report.page({"a": nothing})
+    some = numbers(recipe(), [row("a", lines), both("b", [1])])
+    for loop in some["loops"].values():
+        assert (loop["accuracy"], loop["answers"], loop["skipped"]) == (0.5, 1, 1)
+        assert loop["notes"] == {"skipped": 1}
+    assert some["loops"]["orthrus"]["tokens_per_forward"] == 1.0
+
+
+def test_a_run_that_has_not_begun_has_a_report():
+    result = numbers(recipe(), [])
+    assert result["answered"] == 0
+    assert "unfinished: 0 of 4 problems" in report.text({"a": result})
+    report.page({"a": result})
+
+
+def test_a_run_without_grades_has_no_accuracy():
+    result = numbers(recipe() | {"graded": False}, [both("a", [1])])
+    assert "accuracy" not in result["loops"]["ar"]
+    assert "accuracy" not in report.text({"a": result})
+
+
+def test_the_table_says_what_the_numbers_say():
+    rows = [both("a", [2, 0, 3], level="1"), both("b", [1], level="2", correct=False)]
+    result = numbers(recipe(), rows)
+    text = report.text({"run": result})
+    lines = [re.split(r"\s*\|\s*", line)[1:-1] for line in text.splitlines() if "orthrus" in line]
+    assert lines[0] == [
+        *("run", "MATH-500", "some/<model>", "orthrus", "2", "50.0 % (9.5-90.5)", "1.50"),
+        *("1.14 / 1.20", "12", "12.0", "2.00 (2.00-2.00)", "100.0 %"),
+    ]
+    assert "| level | loop" in text
+    assert "accepted by position: 0.75 0.50 0.25" in text
+    assert "unfinished: 2 of 4 problems" in text
+    untrained = report.text({"run": result | {"trained": False}})
+    assert "untrained" in untrained
+    assert "untrained" not in text
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags match, and collects what a page would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.count = [], [], {}
+
+    def handle_starttag(self, tag, attrs):
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.links += [value for name, value in attrs if name in ("src", "href", "xlink:href")]
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_no_network():
+    rows = [both("a", [2, 0, 3], level="1<b>"), both("b", [1], level="2")]
+    made = report.page({"run & <i>": numbers(recipe(), rows)})
+    page = Page()
+    page.feed(made)
+    assert page.open == []
+    assert page.count["svg"] == 2
+    assert all(link.startswith("#") for link in page.links)
+    assert not re.search(r"url\((?!#)|@import|<script|<link", made)
+    assert "some/&lt;model&gt;" in made
+    assert "1<b>" not in made
+    ids = re.findall(r'\bid="(clip|p)?(\w{11})"', made)
+    assert len(ids) == len(set(ids))
+    assert made == report.page({"run & <i>": numbers(recipe(), rows)})
+
+
+def test_a_torn_or_damaged_last_line_is_left_out(tmp_path):
+    path = tmp_path / report.ANSWERS
+    whole = [json.dumps(both(name, [1])).encode() for name in "abc"]
+    begin = b"\n".join(whole[:2]) + b"\n"
+    for end in range(len(whole[2]) + 1):
+        path.write_bytes(begin + whole[2][:end])
+        rows, size = read_answers(path)
+        assert [row["id"] for row in rows] == ["a", "b"]
+        assert size == len(begin)
+    path.write_bytes(begin + whole[2] + b"\n")
+    assert [row["id"] for row in read_answers(path)[0]] == ["a", "b", "c"]
+    path.write_bytes(begin + whole[2][:30] + b"\n")
+    assert read_answers(path)[1] == len(begin)
+    path.write_bytes(begin + b"\0" * 300)
+    assert read_answers(path)[1] == len(begin)
+    assert read_answers(tmp_path / "absent") == ([], 0)
+
+
+def test_other_damage_is_named_by_line(tmp_path):
+    path = tmp_path / report.ANSWERS
+    line = json.dumps(both("a", [1])) + "\n"
+    path.write_text(line[:20] + "\n" + line)
+    with pytest.raises(UserError, match=r"answers\.jsonl:1 is damaged"):
+        read_answers(path)
+    path.write_text(line + line + "{")
+    with pytest.raises(UserError, match=r"answers\.jsonl:2 answers a once more"):
+        read_answers(path)
+
+
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+    run = save(tmp_path / "run", recipe(), [both("a", [2, 0, 3], level="1")])
+    report.main([str(run)])
+    out = capsys.readouterr().out
+    assert "MATH-500" in out
+    assert f"written: {run}/report.html" in out
+    result = json.loads((run / "results.json").read_text())
+    assert result["loops"]["orthrus"]["acceptance_length"] == pytest.approx(5 / 3)
+    assert "<svg" in (run / "report.html").read_text()
+    assert sorted(p.name for p in run.iterdir()) == [
+        *("answers.jsonl", "recipe.json", "report.html", "results.json")
+    ]
+
+
+def test_several_runs_are_compared(tmp_path, capsys):
+    rows = [both("a", [2, 0, 3]), both("b", [1])]
+    ar = [row(r["id"], r["answers"][:1], {"ar": 1.0}) for r in rows]
+    other = [row("a", [answer("orthrus", [2, 0, 3], digest="other")], {"orthrus": 1.0})]
+    runs = [
+        save(tmp_path / "first", recipe(mode="ar"), ar),
+        save(tmp_path / "second", recipe(), rows),
+        save(tmp_path / "third", recipe(mode="orthrus"), other),
+        save(tmp_path / "sampled", recipe(temperature=1.0), rows),
+    ]
+    out = tmp_path / "compare.html"
+    report.main([*map(str, runs), "--html", str(out)])
+    told = capsys.readouterr().out
+    assert told.count("| MATH-500") == 6
+    assert f"same text in {runs[0]} and {runs[1]}: 100.0 % of 2 answers" in told
+    assert f"same text in {runs[0]} and {runs[2]}: 0.0 % of 1 answers" in told
+    assert f"same text in {runs[0]} and {runs[3]}" not in told
+    page = Page()
+    page.feed(out.read_text())
+    assert page.count["svg"] == 1
+    assert all(run.name in out.read_text() for run in runs)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        report.main([str(tmp_path)])
+    (tmp_path / report.RECIPE).write_text("{}")
+    with pytest.raises(UserError, match="holds no run"):
+        report.main([str(tmp_path)])
+    with pytest.raises(UserError, match="absent holds no run"):
+        report.main([str(tmp_path / "absent")])
