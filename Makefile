@@ -23,7 +23,7 @@ base: $(VENV)/.demo
 	cd runs/pretrain && ../../$(BIN)/python -m tarfile -c ../../$(BASE) base
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow
