@@ -6,7 +6,8 @@ training). Scores and softmax are float32.
 
 Over many slots the work follows the rows' real length: `used`, known only at run time, says how
 many slots are alive, and a loop walks that many in steps of SLOT_STEP with a running softmax (arXiv
-2112.05682). Few slots are one plain softmax, which is faster, and the form that has a gradient.
+2112.05682). Many rows over many slots, without `used`, are training's: tiled.py. Few slots are one
+plain softmax, which is faster.
 """
 
 import itertools
@@ -14,6 +15,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from orthrus_jax import tiled
+from orthrus_jax.sharding import BATCH, TENSOR
 
 Array = jax.Array
 SLOT_STEP = 512
@@ -21,7 +27,13 @@ MANY_SLOTS = 1024  # more than this are walked in steps
 
 
 def attend(
-    q: Array, k: Array, v: Array, start: Array | None, end: Array, used: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    start: Array | None,
+    end: Array,
+    used: Array | None = None,
+    mesh: Mesh | None = None,
 ) -> Array:
     """Each query row sees the slots start <= s < end.
 
@@ -31,12 +43,16 @@ def attend(
       start: int32[B, T] or None for 0.
       end: int32[B, T], at least start + 1.
       used: int32[], a bound on `end` that may save work, or None for S.
+      mesh: what the arrays lie on, if on more than one device.
 
     Returns:
       [B, T, H, D] in q's dtype.
     """
     queries = _by_group(q, k.shape[1])  # [B, G, T * H/G, D]
     per_row = q.shape[2] // k.shape[1]
+    if used is None and tiled.fits(queries.shape[2], k.shape[3]):
+        out, _ = _ranged(queries, k, v, start, end, per_row, mesh)
+        return _by_row(out.astype(v.dtype), q.shape)
     if used is not None and k.shape[3] > MANY_SLOTS:
         out, _ = _walk(queries, k, v, lambda s: _in_range(s, start, end, per_row), used)
         return _by_row(out.astype(v.dtype), q.shape)
@@ -55,6 +71,7 @@ def attend_blocks(
     start: Array | None,
     end: Array,
     used: Array | None = None,
+    mesh: Mesh | None = None,
 ) -> Array:
     """Each row of a block sees the slots start <= s < end, and every row of its own block.
 
@@ -67,6 +84,7 @@ def attend_blocks(
       start: int32[B, A] or None for 0.
       end: int32[B, A]; end = start is a block that sees only itself.
       used: int32[], a bound on `end` that may save work, or None for S.
+      mesh: what the arrays lie on, if on more than one device.
 
     Returns:
       [B, A, K, H, D] in q's dtype.
@@ -78,12 +96,17 @@ def attend_blocks(
     by_block = (b, groups, a, rows, -1)
     own = _scores(queries.reshape(by_block), own_k.transpose(0, 3, 1, 4, 2))
     own_v = own_v.transpose(0, 3, 1, 2, 4)
+    apart = None  # the slots' part, where they are many
     if used is not None and slots > MANY_SLOTS:
-        before, log_mass = _walk(queries, k, v, lambda s: _in_range(s, start, end, rows), used)
+        apart = _walk(queries, k, v, lambda s: _in_range(s, start, end, rows), used)
+    elif used is None and tiled.fits(a * rows, slots):
+        apart = _ranged(queries, k, v, start, end, rows, mesh)
+    if apart is not None:
+        before, log_mass = apart
         own_mass = jax.nn.logsumexp(own, axis=-1, keepdims=True)
         share = jax.nn.sigmoid(log_mass.reshape(by_block) - own_mass)  # of the slots
-        inside = jax.nn.softmax(own, axis=-1).astype(v.dtype) @ own_v
-        out = share * before.reshape(by_block) + (1 - share) * inside.astype(jnp.float32)
+        within = jax.nn.softmax(own, axis=-1).astype(v.dtype) @ own_v
+        out = share * before.reshape(by_block) + (1 - share) * within.astype(jnp.float32)
         return _by_row(out.astype(v.dtype).reshape(queries.shape), (b, a * t, h, d)).reshape(
             q.shape
         )
@@ -95,6 +118,31 @@ def attend_blocks(
     out = weights[..., :slots].reshape(b, groups, a * rows, slots) @ v
     out += (weights[..., slots:] @ own_v).reshape(out.shape)
     return _by_row(out, (b, a * t, h, d)).reshape(q.shape)
+
+
+def _ranged(
+    q: Array,
+    k: Array,
+    v: Array,
+    start: Array | None,
+    end: Array,
+    repeat: int,
+    mesh: Mesh | None,
+) -> tuple[Array, Array]:
+    """Attend by tiles; `start` and `end` [B, T] hold for `repeat` rows of q [B, G, R, D] each."""
+    start = jnp.zeros_like(end) if start is None else start
+    start, end = (jnp.repeat(x, repeat, axis=1) for x in (start, end))
+    if mesh is None:
+        return tiled.ranged_attention(q, k, v, start, end)
+    heads, rows = P(BATCH, TENSOR), P(BATCH)
+    on_each = jax.shard_map(  # rows and heads need nothing of each other
+        tiled.ranged_attention,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, rows, rows),
+        out_specs=(heads, heads),
+        check_vma=False,
+    )
+    return on_each(q, k, v, start, end)
 
 
 def _walk(

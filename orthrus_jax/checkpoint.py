@@ -19,9 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from orthrus_jax import sharding
 from orthrus_jax.config import ModelConfig, read_json
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Params
@@ -93,7 +96,11 @@ def resolve(source: str | pathlib.Path, revision: str | None = None) -> pathlib.
 
 
 def load_checkpoint(
-    source: str | pathlib.Path, *, dtype: str | None = None, progress: bool = False
+    source: str | pathlib.Path,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
 ) -> Checkpoint:
     """Load a Qwen3, its diffusion view then a copy of its attention, or an Orthrus.
 
@@ -104,6 +111,7 @@ def load_checkpoint(
     Args:
       source: a directory or a hub id, see `resolve`.
       dtype: of the parameters; None takes what config.json says.
+      mesh: devices to share the parameters out over, each tensor straight to where it belongs.
       progress: show a bar on stderr, if that is a terminal.
 
     Raises:
@@ -115,6 +123,8 @@ def load_checkpoint(
     config = ModelConfig.from_directory(directory)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
+    if mesh is not None:
+        sharding.check(config, mesh)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(directory, stack)
         said = read_json(directory / "config.json").get("architectures") or []
@@ -123,7 +133,9 @@ def load_checkpoint(
         _check_tensors(directory, config, specs, tensors)
         named = tqdm(specs.items(), "load", unit="tensor", disable=None if progress else True)
         flat = {
-            spec.path: _to_device(_cast(tensors[name].get_tensor(name), config.dtype, name), spec)
+            spec.path: _to_device(
+                _cast(tensors[name].get_tensor(name), config.dtype, name), spec, mesh
+            )
             for name, spec in named
         }
     params = traverse_util.unflatten_dict(flat)
@@ -260,9 +272,14 @@ def _cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return cast
 
 
-def _to_device(host: np.ndarray, spec: TensorSpec) -> jax.Array:
+def _to_device(host: np.ndarray, spec: TensorSpec, mesh: Mesh | None) -> jax.Array:
     """Place a checkpoint tensor as the tree keeps it; when it returns, `host` is not needed."""
-    array = jax.device_put(host)
+    where = None
+    if mesh is not None:
+        shape = host.shape[::-1] if spec.transpose else host.shape
+        axes = sharding.spec(spec.path, shape, mesh)
+        where = NamedSharding(mesh, P(*axes[::-1]) if spec.transpose else axes)
+    array = jax.device_put(host, where)
     # Transposed there: numpy takes a minute for what the device does in passing.
     return jax.block_until_ready(array.T if spec.transpose else array)
 

@@ -16,13 +16,22 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from orthrus_jax import attention
 from orthrus_jax.cache import KVCache, as_slots, seen, write
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.layers import AttentionProjections, RMSNorm, SwiGLU, linear, rotary_angles
+from orthrus_jax.sharding import BATCH, TENSOR
 
 Array = jax.Array
+STACKED = "layers"  # where training keeps its layers' weights, stacked along a first axis
+REMAT: dict[str, Any] = {  # what the backward pass finds kept of a layer; "none" keeps everything
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 Params = dict  # a Linen parameter tree; see params.py for its frozen and diffusion parts
 
 
@@ -74,6 +83,7 @@ class Layer(nn.Module):
     """One decoder layer: two attention views over one set of keys and values, and a shared MLP."""
 
     config: ModelConfig
+    mesh: Mesh | None = None
 
     def setup(self) -> None:
         self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
@@ -118,7 +128,7 @@ class Layer(nn.Module):
             kv = as_slots(k, v)
         else:
             kv, used = write(kv, k, v, segment.positions[:, 0]), end.max()
-        heads = attention.attend(q, *seen(kv, segment.span), segment.start, end, used)
+        heads = attention.attend(q, *seen(kv, segment.span), segment.start, end, used, self.mesh)
         return self.self_attn.out(heads), kv
 
     def _attend_blocks(
@@ -135,7 +145,8 @@ class Layer(nn.Module):
         anchors = segment.positions[:, :: segment.block]
         start = None if segment.start is None else segment.start[:, :: segment.block]
         used = anchors.max() if cached else None
-        heads = attention.attend_blocks(q, *seen(kv, segment.span), k, v, start, anchors, used)
+        slots = seen(kv, segment.span)
+        heads = attention.attend_blocks(q, *slots, k, v, start, anchors, used, self.mesh)
         return self.self_attn_diff.out(heads.reshape(*x.shape[:2], *heads.shape[3:]))
 
 
@@ -143,6 +154,8 @@ class DualViewTransformer(nn.Module):
     """Qwen3 with a diffusion attention beside each AR attention. Parameters have HF's names."""
 
     config: ModelConfig
+    mesh: Mesh | None = None
+    remat: str = "none"
 
     def setup(self) -> None:
         c = self.config
@@ -152,7 +165,7 @@ class DualViewTransformer(nn.Module):
             dtype=c.dtype,
             embedding_init=nn.initializers.normal(0.02),
         )
-        self.layers = [Layer(c) for _ in range(c.num_hidden_layers)]
+        self.layers = [Layer(c, self.mesh) for _ in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = linear(c, c.vocab_size)
@@ -165,18 +178,50 @@ class DualViewTransformer(nn.Module):
         # together. Training is bound by arithmetic, and rows kept apart let the backward pass skip
         # the teacher's: it has no gradient to carry.
         cached = cache is not None
-        rows = [self.embed_tokens(segment.tokens) for segment in segments]
+        rows = [self._embed(segment.tokens) for segment in segments]
         rotary = [self._rotary(segment.positions, cache) for segment in segments]
-        kvs = []
-        for i, layer in enumerate(self.layers):
-            kv = None if cache is None else (cache.k[i], cache.v[i])
-            rows, kv = layer(rows, segments, rotary, kv, cached)
-            kvs.append(kv)
-        hidden = _together(self.norm, rows, cached)
         if cache is None:
-            return hidden, None
+            rows = self._through_layers(rows, segments, rotary)
+            return _together(self.norm, rows, cached), None
+        kvs = []
+        for layer, k_layer, v_layer in zip(self.layers, cache.k, cache.v, strict=True):
+            rows, kv = layer(rows, segments, rotary, (k_layer, v_layer), cached)
+            kvs.append(kv)
         k, v = zip(*kvs, strict=True)
-        return hidden, cache.replace(k=k, v=v)
+        return _together(self.norm, rows, cached), cache.replace(k=k, v=v)
+
+    def _through_layers(
+        self, rows: list[Array], segments: Sequence[Segment], rotary: list[tuple[Array, Array]]
+    ) -> list[Array]:
+        """Without a cache: layers as functions of their weights, stacked ones scanned."""
+        if self.is_initializing():
+            for layer in self.layers:
+                rows, _ = layer(rows, segments, rotary, None, False)
+            return rows
+        layer = Layer(self.config, self.mesh, parent=None)
+
+        def through(rows: list[Array], weights: Params) -> tuple[list[Array], None]:
+            rows, _ = layer.apply({"params": weights}, rows, segments, rotary, None, False)
+            return rows, None
+
+        if self.remat != "none":
+            through = jax.checkpoint(through, policy=REMAT[self.remat])
+        weights = self.variables["params"]
+        if STACKED in weights:
+            return jax.lax.scan(through, rows, weights[STACKED])[0]
+        for i in range(self.config.num_hidden_layers):
+            rows, _ = through(rows, weights[f"layers_{i}"])
+        return rows
+
+    def _embed(self, tokens: Array) -> Array:
+        if self.mesh is None:
+            return self.embed_tokens(tokens)
+        # Said outright: left to itself, the compiler gathers the rows on every device.
+        on = lambda x, *axes: jax.lax.with_sharding_constraint(
+            x, NamedSharding(self.mesh, P(*axes))
+        )
+        table = on(self.embed_tokens.embedding.astype(self.config.dtype), TENSOR, None)
+        return on(table[tokens], BATCH)
 
     def _rotary(self, positions: Array, cache: KVCache | None) -> tuple[Array, Array]:
         if cache is None:
@@ -216,9 +261,16 @@ class Model:
 
     Hashable, so it is a static argument of compiled functions. Nothing above this class knows which
     Flax API lies below; tests put a scripted model with the same four methods in its place.
+
+    Attributes:
+      config: sizes.
+      mesh: the devices that parameters and batches lie on; None is one device.
+      remat: what training recomputes in its backward pass, a name in REMAT.
     """
 
     config: ModelConfig
+    mesh: Mesh | None = None
+    remat: str = "none"
 
     def init(self, key: Array) -> Params:
         """Fresh float32 parameters of both views, the diffusion view unrelated: see params.init."""
@@ -241,7 +293,7 @@ class Model:
         """One pass of all segments.
 
         Args:
-          params: both views' parameters.
+          params: both views' parameters; without a cache the layers' may be stacked (params.stack).
           segments: at least one. Without a cache, the first is the AR segment the others read.
           cache: the shared cache, or None when training: then the slots are the AR segment's rows.
 
@@ -249,7 +301,8 @@ class Model:
           The final-normed hidden states [B, T, E] of each segment, and the cache with the AR
           segments' rows written.
         """
-        out: Any = DualViewTransformer(self.config).apply({"params": params}, segments, cache)
+        module = DualViewTransformer(self.config, self.mesh, self.remat)
+        out: Any = module.apply({"params": params}, segments, cache)
         return out
 
     def logits(self, params: Params, hidden: Array) -> Array:

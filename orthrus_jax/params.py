@@ -8,6 +8,7 @@ and a name in a Hugging Face checkpoint are the same word list, spelled two ways
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.model import Model, Params
+from orthrus_jax.model import STACKED, Model, Params
 
 DIFFUSION = "self_attn_diff"
 
@@ -31,12 +32,15 @@ class TensorSpec(NamedTuple):
     transpose: bool
 
 
-def split(params: Params) -> tuple[Params, Params]:
-    """Part a whole tree into (frozen, diffusion); together they hold every leaf once."""
+def split(params: Params, *, freeze: Sequence[str] = ()) -> tuple[Params, Params]:
+    """Part a whole tree into (frozen, diffusion); together they hold every leaf once.
+
+    Diffusion modules named in `freeze`, such as "o_proj", go to the frozen part.
+    """
     flat = traverse_util.flatten_dict(params)
     parts: tuple[dict, dict] = ({}, {})
     for path, leaf in flat.items():
-        parts[DIFFUSION in path][path] = leaf
+        parts[DIFFUSION in path and not set(freeze) & set(path)][path] = leaf
     frozen, diffusion = (traverse_util.unflatten_dict(part) for part in parts)
     return frozen, diffusion
 
@@ -57,6 +61,28 @@ def diffusion_from_base(params: Params) -> Params:
             if "self_attn" in path
         }
     )
+
+
+def stack(params: Params) -> Params:
+    """Join the layers' weights along a new first axis: what training scans over.
+
+    {"layers_0": {"x": [..]}, "layers_1": ...} -> {"layers": {"x": [2, ..]}}. Works on either
+    subtree; arrays may be ShapeDtypeStructs of `jax.eval_shape`.
+    """
+    layers = sorted((k for k in params if k.startswith("layers_")), key=lambda k: int(k[7:]))
+    rest = {k: v for k, v in params.items() if k not in layers}
+    joined = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[k] for k in layers))
+    return rest | {STACKED: joined}
+
+
+def unstack(params: Params) -> Params:
+    """Undo `stack`."""
+    rest = {k: v for k, v in params.items() if k != STACKED}
+    count = jax.tree.leaves(params[STACKED])[0].shape[0]
+    return rest | {
+        f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], params[STACKED])
+        for i in range(count)
+    }
 
 
 def init(model: Model, key: jax.Array) -> Params:

@@ -1,0 +1,100 @@
+"""The mesh and the one table of rules: which axis of an array lies on which axis of the mesh.
+
+Three mesh axes: `data` and `fsdp` share out the rows of a batch, `fsdp` and `tensor` the weights:
+`fsdp` cuts a matrix along the model width (gathered layer by layer when it is used), `tensor` along
+heads, MLP width and vocabulary. The arrays' layouts are GSPMD's to follow; only attention over
+tiles and the vocabulary's losses are written per device, with `shard_map`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from orthrus_jax.errors import UserError
+
+DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+BATCH = (DATA, FSDP)  # what the rows of a batch are shared out over
+
+RULES: dict[str, tuple[str | None, ...]] = {  # a parameter's module -> its axes, [in, out]
+    "embedding": (TENSOR, FSDP),
+    "lm_head": (FSDP, TENSOR),
+    "q_proj": (FSDP, TENSOR),
+    "k_proj": (FSDP, TENSOR),
+    "v_proj": (FSDP, TENSOR),
+    "o_proj": (TENSOR, FSDP),
+    "gate_proj": (FSDP, TENSOR),
+    "up_proj": (FSDP, TENSOR),
+    "down_proj": (TENSOR, FSDP),
+}
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of all devices; one of the three sizes may be -1, "what is left".
+
+    Raises:
+      UserError: when the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {DATA: data, FSDP: fsdp, TENSOR: tensor}
+    said = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(free) > 1 or known < 1 or len(devices) % known:
+        raise UserError(f"mesh {said} does not fit {len(devices)} devices")
+    if free:
+        sizes[free[0]] = len(devices) // known
+    if math.prod(sizes.values()) != len(devices):
+        raise UserError(
+            f"mesh {said} is of {math.prod(sizes.values())} devices, and there are {len(devices)}"
+        )
+    auto = (AxisType.Auto,) * len(sizes)
+    shape = tuple(sizes.values())
+    if len(devices) == 1:  # make_mesh asks the platform for its topology: one device has none
+        return Mesh(np.array(devices).reshape(shape), tuple(sizes), axis_types=auto)
+    return jax.make_mesh(shape, tuple(sizes), axis_types=auto, devices=devices)
+
+
+def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> P:
+    """Where an array of a parameter tree lies, or one of an optimizer's state beside it.
+
+    A rule is of the last axes; stacked layers have one more in front. An axis that does not divide
+    among its devices stays whole.
+    """
+    names = [getattr(part, "key", getattr(part, "name", part)) for part in path]
+    rule = next((RULES[name] for name in reversed(names) if name in RULES), ())
+    if len(shape) < len(rule):  # a count, a norm
+        return P()
+    axes = (None,) * (len(shape) - len(rule)) + rule
+    fits = lambda axis, size: axis is None or size % mesh.shape[axis] == 0
+    return P(*(axis if fits(axis, size) else None for axis, size in zip(axes, shape, strict=True)))
+
+
+def of_tree(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf (array or ShapeDtypeStruct) of a tree, by its path."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec(path, leaf.shape, mesh)), tree
+    )
+
+
+def of_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """The sharding of an array whose axis `axis` is the rows of a batch."""
+    return NamedSharding(mesh, P(*(None,) * axis, BATCH))
+
+
+def check(config: Any, mesh: Mesh) -> None:
+    """Refuse a mesh whose tensor axis does not divide the model.
+
+    Raises:
+      UserError: naming the size and the axis.
+    """
+    ways = mesh.shape[TENSOR]
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        if getattr(config, name) % ways:
+            raise UserError(f"mesh tensor={ways} does not divide {name}={getattr(config, name)}")
