@@ -8,24 +8,53 @@ token by forward KL, in float32.
 Source: arXiv 2605.12825, training recipe. Nothing here knows of optimizers, files or steps.
 """
 
-import functools
-from typing import Any, NamedTuple
+import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params, Segment, View
 from orthrus_jax.params import merge
 from train.data import Rows
+from train.divergence import Divergence, RowScores, head_of, to_teacher
 
 Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised; the defaults are the paper's.
+
+    Attributes:
+      anchors: A, blocks a row.
+      divergence: between the teacher's distribution and the guess.
+      gamma: weigh block position i by exp(-i / gamma): a guess counts only if those before it hold.
+        None weighs all alike.
+    """
+
+    anchors: int = 256
+    divergence: Divergence = Divergence.KL
+    gamma: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.anchors < 1:
+            raise UserError(f"anchors={self.anchors} must be at least 1")
+        if self.gamma is not None and not self.gamma > 0:
+            raise UserError(f"gamma={self.gamma} must be above 0, or None for no weights")
+
+    def weights(self, block: int) -> Array:
+        """float32[K], by position in the block."""
+        position = jnp.arange(block, dtype=jnp.float32)
+        return jnp.ones(block) if self.gamma is None else jnp.exp(-position / self.gamma)
 
 
 class Blocks(NamedTuple):
     """The diffusion blocks of a batch. A anchors a row, K rows a block.
 
     Attributes:
-      anchors: int32[B, A], position of each block's first row.
+      anchors: int32[B, A], position of each block's first row, ascending.
       supervised: bool[B, A, K]: block row i stands at anchor + i, guesses the token after it, and
         is trained iff that token belongs to the same answer.
     """
@@ -34,29 +63,53 @@ class Blocks(NamedTuple):
     supervised: Array
 
 
-class RowScores(NamedTuple):
-    """How each block row stands to its teacher, float32[N]: KL(p || q), top-1 agreement, overlap.
+class Sums(NamedTuple):
+    """Sums over the supervised rows of a batch; batches add up, `means` divides.
 
-    overlap = sum min(p, q) is the probability that sampling accepts the row's draft.
+    Attributes:
+      weight: float32[], of all rows.
+      blocks: float32[], with at least one supervised row.
+      rows: float32[K], supervised rows by position in the block.
+      kl, agreement, overlap: float32[K], of RowScores.
+      chain: float32[K], blocks whose guesses up to this position are all the teacher's own: greedy
+        decoding from these anchors would accept them.
     """
 
+    weight: Array
+    blocks: Array
+    rows: Array
     kl: Array
     agreement: Array
     overlap: Array
+    chain: Array
+
+    def means(self) -> dict[str, Array]:
+        """Metrics by position in the block, and the accepted drafts a block would have had."""
+        by_position = {
+            name: getattr(self, name) / jnp.maximum(self.rows, 1)
+            for name in ("kl", "agreement", "overlap")
+        }
+        accepted = self.chain[:-1].sum() / jnp.maximum(self.blocks, 1)  # the last row is no draft
+        return by_position | {"expected_acceptance": accepted}
 
 
 def sample_blocks(key: Array, rows: Rows, anchors: int, block: int) -> Blocks:
     """Draw anchors without replacement among answer tokens a with 1 <= a <= L - K.
 
-    A row with too few candidates repeats one of them, or position 1, and trains nothing there.
+    A row with too few candidates repeats one of them, or position 1, and trains nothing there. What
+    is drawn for a row depends on the key and its place in the batch alone.
     """
-    length = rows.tokens.shape[1]
+    batch, length = rows.tokens.shape
     position = jnp.arange(length)
     candidate = rows.answer & (position >= 1) & (position <= length - block)
-    noise = jnp.where(candidate, jax.random.uniform(key, rows.answer.shape), -1.0)
-    score, anchor = jax.lax.top_k(noise, anchors)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
+    score, anchor = jax.lax.top_k(jnp.where(candidate, noise, -1.0), anchors)
     valid = score >= 0
     anchor = jnp.where(valid, anchor, jnp.where(valid[:, :1], anchor[:, :1], 1))
+    # In order: attention then visits few slots beyond those a tile of blocks sees.
+    order = jnp.argsort(anchor, axis=1)
+    anchor, valid = (jnp.take_along_axis(x, order, axis=1) for x in (anchor, valid))
 
     target = anchor[..., None] + jnp.arange(1, block + 1)  # [B, A, K]
     inside = target < length
@@ -67,34 +120,50 @@ def sample_blocks(key: Array, rows: Rows, anchors: int, block: int) -> Blocks:
 
 
 def distillation_loss(
-    diffusion: Params, frozen: Params, model: Model, rows: Rows, key: Array, anchors: int
-) -> tuple[Array, dict[str, Array]]:
-    """Mean forward KL over supervised block rows; differentiate for `diffusion` alone.
+    diffusion: Params,
+    frozen: Params,
+    model: Model,
+    rows: Rows,
+    blocks: Blocks,
+    objective: Objective,
+) -> tuple[Array, Sums]:
+    """Sum the divergence over supervised block rows; differentiate for `diffusion` alone.
+
+    The mean, which is what a step minimises, is this over `Sums.weight`.
 
     Args:
-      diffusion, frozen: the two subtrees of the parameters.
+      diffusion, frozen: the two subtrees of the parameters, stacked or not.
       model: static.
       rows: packed batch, arrays [B, L].
-      key: for the anchors.
-      anchors: A, blocks a row.
-
-    Returns:
-      The loss, and metrics by position in the block, float32[K]: `kl`, `agreement` (the guess is
-      the teacher's own), `overlap` (probability that sampling accepts it).
+      blocks: from `sample_blocks`.
+      objective: static.
     """
-    config = model.config
-    blocks = sample_blocks(key, rows, anchors, config.block_size)
+    block = model.config.block_size
     student, teacher = both_views(diffusion, frozen, model, rows, blocks)
-    source = blocks.anchors[..., None] + jnp.arange(config.block_size)  # same token, same position
-    scores = kl_to_teacher(model, frozen, student, teacher, source.reshape(student.shape[:2]))
-    by_block = RowScores(*(part.reshape(blocks.supervised.shape) for part in scores))
-    count = blocks.supervised.sum(axis=(0, 1))
-    by_position = {
-        name: jnp.where(blocks.supervised, part, 0.0).sum(axis=(0, 1)) / jnp.maximum(count, 1)
-        for name, part in by_block._asdict().items()
-    }
-    loss = jnp.where(blocks.supervised, by_block.kl, 0.0).sum() / jnp.maximum(count.sum(), 1)
-    return loss, by_position
+    source = blocks.anchors[..., None] + jnp.arange(block)  # same token, same position
+    scores = to_teacher(
+        model,
+        objective.divergence,
+        head_of(frozen),
+        student,
+        teacher,
+        source.reshape(student.shape[:2]),
+    )
+    on = blocks.supervised
+    scores = RowScores(*(part.reshape(on.shape) for part in scores))
+    weight = objective.weights(block) * on
+    holds = jnp.cumprod(jnp.where(on, scores.agreement, 0.0), axis=-1)
+    by_position = lambda part: jnp.where(on, part, 0.0).sum(axis=(0, 1))
+    sums = Sums(
+        weight=weight.sum(),
+        blocks=on.any(-1).sum(dtype=jnp.float32),
+        rows=on.sum(axis=(0, 1), dtype=jnp.float32),
+        kl=by_position(scores.kl),
+        agreement=by_position(scores.agreement),
+        overlap=by_position(scores.overlap),
+        chain=holds.sum(axis=(0, 1)),
+    )
+    return (weight * jnp.where(on, scores.loss, 0.0)).sum(), sums
 
 
 def both_views(
@@ -128,47 +197,6 @@ def both_views(
     )
     (teacher, student), _ = model.forward(merge(frozen, diffusion), [clean, masked], None)
     return student, teacher
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def kl_to_teacher(
-    model: Model, frozen: Params, student: Array, teacher: Array, source: Array
-) -> RowScores:
-    """Score every student row [B, N, E] against the teacher row [B, L, E] at `source` [B, N].
-
-    One batch row at a time: its L teacher rows are projected to the vocabulary once, however many
-    blocks overlap there. The gradient (q - p for the logits) is taken in the same pass, so that no
-    [rows, vocabulary] array outlives its batch row. It flows to `student` and from `kl` only.
-    """
-    return _scores_and_gradient(model, frozen, student, teacher, source)[0]
-
-
-def _scores_and_gradient(
-    model: Model, frozen: Params, student: Array, teacher: Array, source: Array
-) -> tuple[RowScores, Array]:
-    project = functools.partial(model.logits, frozen)
-
-    def one_row(row: tuple[Array, Array, Array]) -> tuple[RowScores, Array]:
-        student, teacher, source = row
-        log_p = jax.nn.log_softmax(project(teacher))[source]
-        logits, pull_back = jax.vjp(project, student)
-        log_q = jax.nn.log_softmax(logits)
-        p, q = jnp.exp(log_p), jnp.exp(log_q)
-        scores = RowScores(
-            kl=(p * (log_p - log_q)).sum(-1),
-            agreement=(log_p.argmax(-1) == log_q.argmax(-1)).astype(jnp.float32),
-            overlap=jnp.minimum(p, q).sum(-1),
-        )
-        return scores, pull_back(q - p)[0]
-
-    return jax.lax.map(one_row, (student, teacher, source))
-
-
-def _backward(model: Model, gradient: Array, cotangent: RowScores) -> tuple[Any, ...]:
-    return None, gradient * cotangent.kl[..., None].astype(gradient.dtype), None, None
-
-
-kl_to_teacher.defvjp(_scores_and_gradient, _backward)
 
 
 def _at(values: Array, index: Array) -> Array:
