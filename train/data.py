@@ -1,22 +1,44 @@
-"""Rows for training: conversations as ids, packed to a fixed length. Knows no model and no loss.
+"""Rows for training: conversations as ids, packed to a fixed length, in batches. Knows no model.
 
-A packed row holds whole conversations one after another. `start` says where each token's own
-conversation begins, so that attention and anchors never reach into a neighbour.
+A packed row holds conversations one after another. `start` says where each token's own conversation
+begins, so that attention and anchors never reach into a neighbour. Rows of a large run live in
+files that are mapped into memory; which rows make which batch is a function of seed and step.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
+
+from orthrus_jax.errors import UserError
+from orthrus_jax.tokenizer import Tokenizer
+from train.prompts import Messages, Skip
 
 Array = Any  # numpy on the host, jax inside a step
+Ids = Sequence[int] | np.ndarray
+ABOUT = "rows.json"  # beside the arrays of packed rows: how they were made, and how many
 
 
-class Conversation(NamedTuple):
-    """One prompt and one answer as ids; the answer ends with the end-of-turn token."""
+class Conversation:
+    """Ids in turn: a prompt, its answer, the next prompt, its answer, ...
 
-    prompt: list[int]
-    answer: list[int]
+    An answer ends with the end-of-turn token, unless it was cut off.
+    """
+
+    def __init__(self, *segments: Ids) -> None:
+        self.segments = segments
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return its ids, int32[n], and which of them are answer, bool[n]."""
+        ids = np.concatenate([np.asarray(segment, np.int32) for segment in self.segments])
+        is_answer = np.arange(len(self.segments)) % 2 == 1
+        return ids, np.repeat(is_answer, [len(segment) for segment in self.segments])
 
 
 class Rows(NamedTuple):
@@ -25,6 +47,7 @@ class Rows(NamedTuple):
     Attributes:
       tokens: int32, padded with `pad` behind the last conversation.
       start: int32, index of the first token of the token's own conversation; padding starts itself.
+        All 0 where rows were packed without document masks.
       answer: bool, the token belongs to an assistant's answer.
       used: bool, the token is not padding.
     """
@@ -35,23 +58,109 @@ class Rows(NamedTuple):
     used: Array
 
 
-def pack(conversations: Iterable[Conversation], length: int, pad: int) -> Iterator[Rows]:
+class ChatEncoder:
+    """Dialogues to ids with every answer marked, as the tokenizer's chat template writes them.
+
+    The template is read from outside: an answer is what stands between the words that open an
+    assistant's turn and the end-of-turn token, which belongs to it. What the template puts before
+    an answer that was asked for without thinking (Qwen3: an empty thinking part) is prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if not tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template: conversations need one")
+        self._tokenizer, self._end = tokenizer, tokenizer.eos_token
+        asked: Messages = [{"role": "user", "content": "x"}]
+        before = len(self._render(asked))
+        self._header, self._direct = (
+            self._render(asked, add_generation_prompt=True, enable_thinking=thinking)[before:]
+            for thinking in (True, False)
+        )
+
+    def __call__(self, messages: Messages) -> Conversation:
+        """Encode a dialogue up to its last answer.
+
+        Raises:
+          Skip: when there is no answer, or the template refuses or hides one.
+        """
+        turns = sum(message["role"] == "assistant" for message in messages)
+        if not turns:
+            raise Skip("no answer")
+        if any(mark in m["content"] for m in messages for mark in (self._header, self._end)):
+            raise Skip("a message with the template's own marks")
+        try:
+            prompt, *rest = self._render(messages).split(self._header)
+        except Exception as error:  # a template may raise what it likes
+            raise Skip("refused by the chat template") from error
+        if len(rest) != turns or not all(self._end in piece for piece in rest):
+            raise Skip("an answer that the chat template does not show")
+        segments: list[str] = []
+        for piece in rest:
+            prompt += self._header
+            answer, _, behind = piece.partition(self._end)
+            if (self._header + answer).startswith(self._direct):
+                skipped = self._direct[len(self._header) :]
+                prompt, answer = prompt + skipped, answer[len(skipped) :]
+            segments += [prompt, answer + self._end]
+            prompt = behind
+        encoded = self._tokenizer(segments, add_special_tokens=False)["input_ids"]
+        return Conversation(*encoded)
+
+    def _render(self, messages: Messages, **options: Any) -> str:
+        return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+def pack(
+    conversations: Iterable[Conversation], length: int, pad: int, *, document_masks: bool = True
+) -> Iterator[Rows]:
     """Yield packed rows [1, length] in order; a conversation longer than a row is cut at its end.
 
     [p p a a a p a a . .]   tokens of two conversations (prompt, answer) and padding
     [0 0 0 0 0 5 5 5 8 9]   start
+
+    Without `document_masks` the conversations are one stream, cut into rows wherever a row is full,
+    and start is 0: a token sees all before it in its row, as in the authors' training.
     """
-    row: list[Conversation] = []
+    if not document_masks:
+        yield from _pack_stream(conversations, length, pad)
+        return
+    row: list[tuple[np.ndarray, np.ndarray]] = []
     room = length
     for conversation in conversations:
-        size = len(conversation.prompt) + len(conversation.answer)
+        part = conversation.arrays()
+        size = len(part[0])
         if row and size > room:
             yield _row(row, length, pad)
             row, room = [], length
-        row.append(conversation)
+        row.append(part)
         room -= size
     if row:
         yield _row(row, length, pad)
+
+
+def _pack_stream(conversations: Iterable[Conversation], length: int, pad: int) -> Iterator[Rows]:
+    whole = lambda part: _row([part], length, pad)._replace(start=np.zeros((1, length), np.int32))
+    ids, answer = np.zeros(0, np.int32), np.zeros(0, bool)
+    for conversation in conversations:
+        ids, answer = map(np.concatenate, zip((ids, answer), conversation.arrays(), strict=True))
+        while len(ids) >= length:
+            yield whole((ids[:length], answer[:length]))
+            ids, answer = ids[length:], answer[length:]
+    if len(ids):
+        yield whole((ids, answer))
+
+
+def _row(row: list[tuple[np.ndarray, np.ndarray]], length: int, pad: int) -> Rows:
+    tokens = np.full(length, pad, np.int32)
+    start = np.arange(length, dtype=np.int32)
+    answer, used = np.zeros(length, bool), np.zeros(length, bool)
+    at = 0
+    for ids, is_answer in row:
+        end = min(at + len(ids), length)
+        tokens[at:end], start[at:end], used[at:end] = ids[: end - at], at, True
+        answer[at:end] = is_answer[: end - at]
+        at = end
+    return Rows(tokens[None], start[None], answer[None], used[None])
 
 
 def stack(rows: Iterable[Rows]) -> Rows:
@@ -59,32 +168,189 @@ def stack(rows: Iterable[Rows]) -> Rows:
     return Rows(*(np.concatenate(parts) for parts in zip(*rows, strict=True)))
 
 
-def batches(rows: Rows, size: int, seed: int) -> Iterator[Rows]:
-    """Yield batches of `size` rows for ever, each epoch in its own order; a short rest is dropped.
+def write_rows(
+    directory: str | pathlib.Path,
+    conversations: Iterable[Conversation],
+    *,
+    length: int,
+    pad: int,
+    document_masks: bool = True,
+    recipe: Mapping[str, Any],
+    overwrite: bool = False,
+) -> Rows:
+    """Pack to files and return the rows, mapped into memory; rows that are there are used again.
+
+    A row is written as soon as it is full, so nothing is held in memory. The files take 8 bytes a
+    token and get their names when all are complete.
+
+    Args:
+      directory: holds an array of each of Rows' fields, and rows.json.
+      conversations: not looked at where the rows are there already.
+      length, pad, document_masks: those of `pack`.
+      recipe: JSON values that say what else the rows depend on: the conversations' origin.
+      overwrite: replace rows of another recipe.
 
     Raises:
-      ValueError: when there are fewer rows than one batch.
+      UserError: when the directory holds something else, or there is no conversation.
     """
-    count = len(rows.tokens)
-    if count < size:
-        raise ValueError(f"{count} rows do not fill one batch of {size}")
-    epoch = 0
-    while True:
-        order = np.random.default_rng((seed, epoch)).permutation(count)
-        for i in range(0, count - size + 1, size):
-            yield Rows(*(part[order[i : i + size]] for part in rows))
-        epoch += 1
+    target = pathlib.Path(directory)
+    wanted = {"length": length, "pad": pad, "document_masks": document_masks, **recipe}
+    if (target / ABOUT).exists():
+        found = json.loads((target / ABOUT).read_text(encoding="utf-8"))["recipe"]
+        if found == wanted:
+            return open_rows(target)
+        if not overwrite:
+            changed = [k for k in {**wanted, **found} if wanted.get(k) != found.get(k)]
+            told = ", ".join(f"{k} {found.get(k)!r}, now {wanted.get(k)!r}" for k in changed)
+            raise UserError(f"{target} holds rows of another recipe ({told}): use --overwrite")
+    elif target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} holds no packed rows, but other files: name another directory")
+    fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    fresh.mkdir(parents=True)
+    try:
+        counts = _write(fresh, conversations, length, pad, document_masks)
+        about = {"recipe": wanted, **counts}
+        (fresh / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        fresh.rename(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return open_rows(target)
 
 
-def _row(row: list[Conversation], length: int, pad: int) -> Rows:
-    tokens = np.full(length, pad, np.int32)
-    start = np.arange(length, dtype=np.int32)
-    answer, used = np.zeros(length, bool), np.zeros(length, bool)
-    at = 0
-    for prompt, reply in row:
-        ids = (prompt + reply)[: length - at]
-        end = at + len(ids)
-        tokens[at:end], start[at:end], used[at:end] = ids, at, True
-        answer[at + len(prompt) : end] = True
-        at = end
-    return Rows(tokens[None], start[None], answer[None], used[None])
+def open_rows(directory: str | pathlib.Path) -> Rows:
+    """Map the rows that `write_rows` left in a directory; `start` may be a narrower integer.
+
+    Raises:
+      UserError: when they are missing or damaged.
+    """
+    paths = [pathlib.Path(directory, f"{name}.npy") for name in Rows._fields]
+    try:
+        return Rows(*(np.load(path, mmap_mode="r") for path in paths))
+    except (OSError, ValueError) as error:  # numpy's word for a file cut short is ValueError
+        raise UserError(f"{directory} holds no whole packed rows: {error}") from None
+
+
+def _write(
+    folder: pathlib.Path, conversations: Iterable[Conversation], length: int, pad: int, masks: bool
+) -> dict[str, int]:
+    """Write the arrays; return how many rows, conversations, tokens and answer tokens there are."""
+    names = ("rows", "conversations", "longer_than_a_row", "tokens", "answer_tokens")
+    counts = dict.fromkeys(names, 0)
+
+    def counted() -> Iterator[Conversation]:
+        for conversation in tqdm(conversations, "pack", unit="conversation"):
+            size = sum(map(len, conversation.segments))
+            counts["conversations"] += 1
+            counts["longer_than_a_row"] += size > length
+            yield conversation
+
+    narrow = np.uint16 if length <= 1 << 16 else np.int32
+    dtypes = Rows(np.int32, narrow, bool, bool)
+    files = Rows(*((folder / f"{name}.npy").open("wb") for name in Rows._fields))
+    try:
+        for file, dtype in zip(files, dtypes, strict=True):
+            _header(file, dtype, 0, length)
+        for row in pack(counted(), length, pad, document_masks=masks):
+            for file, part, dtype in zip(files, row, dtypes, strict=True):
+                file.write(part.astype(dtype, copy=False).tobytes())
+            counts["rows"] += 1
+            counts["tokens"] += int(row.used.sum())
+            counts["answer_tokens"] += int(row.answer.sum())
+        if not counts["rows"]:
+            raise UserError("there is no conversation to pack: see what was skipped, and why")
+        for file, dtype in zip(files, dtypes, strict=True):
+            file.seek(0)
+            _header(file, dtype, counts["rows"], length)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        for file in files:
+            file.close()
+    return counts
+
+
+def _header(file: BinaryIO, dtype: Any, rows: int, length: int) -> None:
+    """Write the .npy header; numpy pads it so that the first axis can grow in place."""
+    shape = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, length)}
+    np.lib.format.write_array_header_1_0(file, shape)
+
+
+class Loader:
+    """Batches for ever, each epoch in its own order; an epoch's short rest is dropped.
+
+    What batch n holds depends on the rows, the size of the global batch and the seed. Each process
+    gets its slice of every batch, so the state means the same whatever their number is.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """Shuffle `rows`, in memory or mapped.
+
+        Args:
+          rows: arrays [rows, length].
+          batch_size: of the global batch.
+          seed: of the order.
+          process_index, process_count: which slice of each batch is this process's.
+
+        Raises:
+          UserError: when the rows fill no batch, or a batch does not divide among the processes.
+        """
+        import grain  # late: it takes a second, and most of the package does without
+
+        count = len(rows.tokens)
+        if count < batch_size:
+            raise UserError(f"{count} rows do not fill one batch of {batch_size}")
+        if batch_size % process_count:
+            raise UserError(f"a batch of {batch_size} rows does not divide by {process_count}")
+        self._order = {"rows": count, "batch_size": batch_size, "seed": seed}
+        local = batch_size // process_count
+        # grain adds the epoch's number to the seed: of seeds 0 and 1 as they are, the second would
+        # be the first an epoch later.
+        spread = np.random.SeedSequence(seed).generate_state(1)[0]
+        own = slice(process_index * local, (process_index + 1) * local)
+        batches = (
+            grain.MapDataset.range(count)
+            .shuffle(seed=int(spread))[: count - count % batch_size]
+            .repeat()
+            .batch(batch_size)
+            .map(lambda index: _take(rows, index[own]))
+        )
+        # Few threads, few batches ahead: taking a batch is a copy of some megabytes.
+        ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        self._batches = iter(batches.to_iter_dataset(ahead))
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Rows:
+        return next(self._batches)
+
+    def state(self) -> dict[str, int]:
+        """Say, in JSON values, where the loader stands: what it has given out, not what it read."""
+        return {**self._batches.get_state(), **self._order}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """Go on from a state: the next batch is the one that was next when it was taken.
+
+        Raises:
+          UserError: for the state of a loader of other rows, batch size or seed.
+        """
+        for name, value in self._order.items():
+            if state.get(name) != value:
+                raise UserError(
+                    f"the saved position in the data is for {name}={state.get(name)}, not {value}"
+                )
+        self._batches.set_state({k: v for k, v in state.items() if k not in self._order})
+
+
+def _take(rows: Rows, index: np.ndarray) -> Rows:
+    taken = Rows(*(np.asarray(part[index]) for part in rows))
+    return taken._replace(start=taken.start.astype(np.int32, copy=False))

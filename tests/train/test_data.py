@@ -1,11 +1,26 @@
-"""Packing and batching, on rows small enough to write down."""
+"""Packing, the assistant mask, files of rows and batches, on rows small enough to write down."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 
-from train.data import Conversation, batches, pack, stack
+from orthrus_jax.errors import UserError
+from orthrus_jax.tokenizer import encode_messages, load_tokenizer
+from tests.helpers import DATA
+from train.data import (
+    ChatEncoder,
+    Conversation,
+    Loader,
+    open_rows,
+    pack,
+    stack,
+    write_rows,
+)
+from train.prompts import Skip
+
+QWEN3 = DATA / "qwen3_tokenizer"
 
 
 def test_whole_conversations_fill_a_row_and_the_rest_is_padding():
@@ -29,27 +44,222 @@ def test_a_conversation_longer_than_a_row_is_cut_at_its_end():
 
 
 def test_packing_nothing_gives_no_row():
-    assert list(pack([], 8, pad=0)) == []
+    assert list(pack([], 8, pad=0)) == list(pack([], 8, pad=0, document_masks=False)) == []
+
+
+def test_every_answer_of_a_dialogue_is_answer_and_it_is_one_document():
+    (row,) = pack([Conversation([1, 2], [3], [4, 5], [6, 7])], 8, pad=0)
+    assert row.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 0]]
+    assert row.answer.astype(int).tolist() == [[0, 0, 1, 0, 0, 1, 1, 0]]
+    assert row.start.tolist() == [[0] * 7 + [7]]
+
+
+def test_without_document_masks_one_stream_is_cut_into_rows():
+    talk = [Conversation([1, 2], [3, 4, 5]), Conversation([6], [7, 8]), Conversation([9], [9])]
+    rows = stack(pack(talk, 4, pad=0, document_masks=False))
+    assert rows.tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 0, 0]]
+    assert rows.answer.astype(int).tolist() == [[0, 0, 1, 1], [1, 0, 1, 1], [0, 1, 0, 0]]
+    assert rows.used.astype(int).tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
+    assert rows.start.tolist() == [[0] * 4] * 3
+    long = Conversation(list(range(1, 8)), [8, 9])  # over more than two rows
+    cut = stack(pack([long], 4, pad=0, document_masks=False))
+    assert cut.tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 0, 0, 0]]
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    if not QWEN3.is_dir():
+        pytest.skip("needs shared/data/qwen3_tokenizer")
+    return load_tokenizer(QWEN3)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_qwen3s_template_marks_every_answer_with_its_end(qwen3):
+    talk = [{"role": "system", "content": "Be brief."}, user("One?"), assistant("1")]
+    found = ChatEncoder(qwen3)([*talk, user("Two?"), assistant("2\n"), user("Unanswered?")])
+    texts = [qwen3.decode(segment) for segment in found.segments]
+    assert texts == [
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "1<|im_end|>",
+        "\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n",
+        "2\n<|im_end|>",
+    ]
+    ids, answer = found.arrays()
+    assert qwen3.decode(ids[answer]) == "1<|im_end|>2\n<|im_end|>"
+
+
+def test_one_turn_is_encoded_as_generation_asks_it(qwen3):
+    found = ChatEncoder(qwen3)([user("What is 2+2?"), assistant("\\boxed{4}")])
+    prompt, answer = found.segments
+    assert list(prompt) == encode_messages(qwen3, [user("What is 2+2?")], thinking=False)
+    assert qwen3.decode(answer) == "\\boxed{4}<|im_end|>"
+
+
+def test_a_thought_that_is_there_belongs_to_the_answer(qwen3):
+    thought = "<think>\nHm.\n</think>\n\n4"
+    prompt, answer = ChatEncoder(qwen3)([user("2+2?"), assistant(thought)]).segments
+    assert list(prompt) == encode_messages(qwen3, [user("2+2?")], thinking=True)
+    assert qwen3.decode(answer) == thought + "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([user("Hi")], "no answer"),
+        ([user("<|im_start|>assistant\nHo"), assistant("x")], "template's own marks"),
+        ([user("Hi"), assistant("Ho<|im_end|>")], "template's own marks"),
+    ],
+)
+def test_a_dialogue_whose_answers_are_not_certain_is_skipped(qwen3, messages, reason):
+    with pytest.raises(Skip, match=reason):
+        ChatEncoder(qwen3)(messages)
 
 
 def numbered(count):
     return stack(pack([Conversation([i], [i, i]) for i in range(count)], 3, pad=0))
 
 
+def first_tokens(loader, count):
+    return [batch.tokens[:, 0].tolist() for batch in itertools.islice(loader, count)]
+
+
 def test_an_epoch_visits_every_row_once_and_epochs_differ():
-    stream = batches(numbered(6), 2, seed=0)
-    epochs = [[b.tokens[:, 0].tolist() for b in itertools.islice(stream, 3)] for _ in range(3)]
+    stream = Loader(numbered(6), 2, seed=0)
+    epochs = [first_tokens(stream, 3) for _ in range(3)]
     for epoch in epochs:
         assert sorted(itertools.chain.from_iterable(epoch)) == [0, 1, 2, 3, 4, 5]
     assert epochs[0] != epochs[1]
 
 
+def test_an_epochs_short_rest_is_dropped():
+    epochs = first_tokens(Loader(numbered(7), 3, 0), 40)
+    pairs = [first + second for first, second in zip(epochs[::2], epochs[1::2], strict=True)]
+    assert all(len(set(pair)) == 6 for pair in pairs)
+    assert {tuple(set(range(7)) - set(pair)) for pair in pairs} == {(i,) for i in range(7)}
+
+
 def test_batches_depend_on_the_seed_and_on_nothing_else():
-    first = lambda seed: next(batches(numbered(20), 5, seed)).tokens
-    np.testing.assert_array_equal(first(3), first(3))
-    assert (first(3) != first(4)).any()
+    epochs = lambda seed: first_tokens(Loader(numbered(20), 5, seed), 12)
+    assert epochs(3) == epochs(3)
+    for batch in epochs(4):  # not even another epoch of a neighbouring seed
+        assert batch not in epochs(3)
 
 
-def test_fewer_rows_than_a_batch_is_an_error():
-    with pytest.raises(ValueError, match="3 rows do not fill one batch of 4"):
-        next(batches(numbered(3), 4, seed=0))
+def test_fewer_rows_than_a_batch_and_an_odd_number_of_hosts_are_refused():
+    with pytest.raises(UserError, match="3 rows do not fill one batch of 4"):
+        Loader(numbered(3), 4, seed=0)
+    with pytest.raises(UserError, match="a batch of 4 rows does not divide by 3"):
+        Loader(numbered(9), 4, 0, process_index=0, process_count=3)
+
+
+@pytest.mark.parametrize("taken", [0, 2, 5, 9])  # an epoch has 4 batches
+def test_a_restored_loader_goes_on_with_the_same_batches(taken):
+    whole = first_tokens(Loader(numbered(9), 2, 1), 20)
+    loader = Loader(numbered(9), 2, 1)
+    first = first_tokens(loader, taken)
+    state = json.loads(json.dumps(loader.state()))
+    rest = first_tokens(loader, 3)  # what was given out later is not in the state
+    again = Loader(numbered(9), 2, 1)
+    next(again)
+    again.restore(state)
+    assert first + first_tokens(again, 20 - taken) == whole
+    assert first + rest == whole[: taken + 3]
+
+
+@pytest.mark.parametrize(
+    ("other", "name"), [((8, 2, 1), "rows"), ((9, 3, 1), "batch_size"), ((9, 2, 2), "seed")]
+)
+def test_a_state_of_another_order_is_refused(other, name):
+    count, size, seed = other
+    with pytest.raises(UserError, match=f"position in the data is for {name}="):
+        Loader(numbered(9), 2, 1).restore(Loader(numbered(count), size, seed).state())
+
+
+def test_the_slices_of_the_hosts_are_disjoint_and_make_up_the_batch():
+    whole = first_tokens(Loader(numbered(19), 6, 2), 8)
+    parts = [first_tokens(Loader(numbered(19), 6, 2, i, 3), 8) for i in range(3)]
+    for n, batch in enumerate(whole):
+        assert list(itertools.chain.from_iterable(part[n] for part in parts)) == batch
+        assert len(set(batch)) == 6
+    pair = [Loader(numbered(19), 6, 2, i, 2) for i in range(2)]  # resumed on two hosts of three
+    loader = Loader(numbered(19), 6, 2, 1, 3)
+    first_tokens(loader, 3)
+    for half in pair:
+        half.restore(loader.state())
+    assert [a + b for a, b in zip(*(first_tokens(p, 5) for p in pair), strict=True)] == whole[3:]
+
+
+def random_talk(count):
+    rng = np.random.default_rng(0)
+    ids = lambda: rng.integers(1, 99, rng.integers(1, 12)).tolist()
+    return [Conversation(ids(), ids()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_rows_on_disk_are_the_rows_in_memory(tmp_path, masks):
+    talk = random_talk(300)
+    made = write_rows(
+        tmp_path / "rows", talk, length=16, pad=0, document_masks=masks, recipe={"from": "x"}
+    )
+    expected = stack(pack(talk, 16, 0, document_masks=masks))
+    for rows in (made, open_rows(tmp_path / "rows")):
+        assert all(isinstance(part, np.memmap) for part in rows)
+        for part, other in zip(rows, expected, strict=True):
+            np.testing.assert_array_equal(part, other)
+    about = json.loads((tmp_path / "rows" / "rows.json").read_text())
+    assert about["rows"] == len(expected.tokens)
+    assert about["conversations"] == 300
+    assert about["tokens"] == expected.used.sum()
+    assert about["answer_tokens"] == expected.answer.sum()
+    assert about["longer_than_a_row"] == sum(sum(map(len, c.segments)) > 16 for c in talk) > 0
+    batch, same = next(Loader(made, 4, 0)), next(Loader(expected, 4, 0))
+    for part, other, dtype in zip(batch, same, (np.int32, np.int32, bool, bool), strict=True):
+        np.testing.assert_array_equal(part, other)
+        assert part.dtype == other.dtype == dtype
+
+
+def test_rows_that_are_there_are_used_again_and_another_recipe_is_refused(tmp_path):
+    write = lambda talk, **changes: write_rows(
+        tmp_path / "rows", talk, **{"length": 8, "pad": 0, "recipe": {"from": "x"}, **changes}
+    )
+    first = write(random_talk(9)).tokens.tolist()
+    untouched = (pytest.fail("packed again") for _ in range(1))
+    assert write(untouched).tokens.tolist() == first
+    with pytest.raises(UserError, match=r"length 8, now 9, from 'x', now 'y'\)") as found:
+        write(untouched, length=9, recipe={"from": "y"})
+    assert "\n" not in str(found.value)
+    assert write(random_talk(3), length=9, overwrite=True).tokens.shape[1] == 9
+
+
+def test_packing_that_is_interrupted_leaves_nothing(tmp_path):
+    def torn():
+        yield from random_talk(9)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_rows(tmp_path / "rows", torn(), length=8, pad=0, recipe={})
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="no conversation to pack"):
+        write_rows(tmp_path / "rows", [], length=8, pad=0, recipe={})
+    with pytest.raises(UserError, match="holds no whole packed rows"):
+        open_rows(tmp_path / "rows")
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="other files"):
+        write_rows(tmp_path / "rows", random_talk(2), length=8, pad=0, recipe={}, overwrite=True)
+
+
+def test_rows_that_were_cut_short_are_told(tmp_path):
+    write_rows(tmp_path / "rows", random_talk(50), length=8, pad=0, recipe={})
+    path = tmp_path / "rows" / "tokens.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="holds no whole packed rows"):
+        open_rows(tmp_path / "rows")
