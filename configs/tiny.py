@@ -2,13 +2,14 @@
 
 from ml_collections import ConfigDict
 
+from configs.paper import recipe
+
 
 def get_config() -> ConfigDict:
     """Everything `train.pretrain`, `train.main` and `eval.demo` need for the embedded main job."""
-    c = ConfigDict()
+    c = recipe()
     c.run = "runs/demo"  # holds base/, model/, report.json and the pictures
     c.base = "runs/demo/base"  # a Qwen3 directory: the frozen base
-    c.seed = 0
 
     c.model = ConfigDict()  # read by train.pretrain only; train.main takes the base's own sizes
     c.model.vocab_size = 1024
@@ -28,22 +29,24 @@ def get_config() -> ConfigDict:
     c.pretrain.question_weight = 0.1  # of the loss on question tokens, beside 1 on answers
     c.pretrain.significant_bits = 5  # of each weight: the packed base stays under 8 MB
 
-    c.distill = ConfigDict()
-    c.distill.problems = 1200
+    c.distill.sources = (("problems", 1.0),)
+    c.distill.prompts = 1200
     c.distill.max_new_tokens = 224
     c.distill.batch_size = 64
+    c.distill.dtype = "float32"
 
-    c.train = ConfigDict()
+    c.train.dtype = "float32"
     c.train.block_size = 8  # on two cores longer blocks cost more than they bring
     c.train.row_length = 256
     c.train.anchors = 24  # blocks a row
     c.train.batch_size = 4
     c.train.steps = 700
     c.train.learning_rate = 4e-3
-    c.train.warmup = 0.05
-    c.train.seed = 0
     c.train.log_every = 20
     c.train.eval_every = 200
+    c.train.save_every = 200
     c.train.eval_prompts = 32
-
+    c.train.eval_sources = (("problems?split=held-out", 1.0),)
+    c.train.remat = "none"
+    c.train.stack_layers = False
     return c

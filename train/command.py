@@ -5,10 +5,10 @@ The `ml_collections` config_flags convention; this file only turns its failures 
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from orthrus_jax.errors import UserError, run_command
@@ -18,21 +18,32 @@ Flags:
   --config FILE           the run's configuration (default: {default})
   --config.NAME=VALUE     override one of its values, e.g. --config.train.steps=100
   --[no]overwrite         replace results that are already there (default: no)
-"""
+{more}"""
 
 
-def run(main: Callable[[Any, bool], None], *, default: str, description: str) -> None:
-    """Parse the command line and call `main(config, overwrite)`.
+def run(
+    main: Callable[..., None],
+    *,
+    default: str,
+    description: str,
+    switches: Mapping[str, str] | None = None,
+) -> None:
+    """Parse the command line and call `main(config, overwrite, **switches)`.
 
     Args:
       main: the command; `overwrite` is its --overwrite flag.
       default: path of the configuration used without --config.
       description: what `--help` says first.
+      switches: further flags that are off by default, and what they do.
     """
-    sys.modules["__main__"].__doc__ = description + USAGE.format(default=default)
+    switches = switches or {}
+    more = "".join(f"  --[no]{name:<17} {told} (default: no)\n" for name, told in switches.items())
+    usage = USAGE.format(default=default, more=more)
+    sys.modules["__main__"].__doc__ = description + usage
     with _told_in_one_line():  # defining the flag already reads the file and its overrides
         holder = config_flags.DEFINE_config_file("config", default, "The run's configuration file.")
     overwrite = flags.DEFINE_bool("overwrite", False, "Replace results that are already there.")
+    given = {name: flags.DEFINE_bool(name, False, told) for name, told in switches.items()}
 
     def parse(argv: Sequence[str]) -> list[str]:
         with _told_in_one_line():
@@ -42,7 +53,11 @@ def run(main: Callable[[Any, bool], None], *, default: str, description: str) ->
             holder.value.to_dict()  # a file that could not be loaded says so here
         return rest
 
-    app.run(lambda _: run_command(lambda: main(holder.value, overwrite.value)), flags_parser=parse)
+    def call() -> None:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+        main(holder.value, overwrite.value, **{name: flag.value for name, flag in given.items()})
+
+    app.run(lambda _: run_command(call), flags_parser=parse)
 
 
 @contextlib.contextmanager

@@ -1,95 +1,262 @@
-"""Train the diffusion view of a frozen base: `python -m train.main --config configs/tiny.py`.
+"""Train the diffusion view of a frozen base: `python -m train.main --config configs/qwen3_4b.py`.
 
-Self-distils responses from the base, trains the view on them, exports an Orthrus checkpoint.
+Self-distils responses from the base, trains the view on them, exports an Orthrus checkpoint. The
+same command goes on with a run that was interrupted, from whatever it left.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import pathlib
+import shutil
+import signal
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
-from orthrus_jax import checkpoint, params
+from orthrus_jax import checkpoint, params, sharding
+from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator
-from orthrus_jax.tokenizer import encode, load_tokenizer
-from train import command, trainer
-from train.data import batches, pack, stack
-from train.distill import distill
-from train.problems import problems
+from orthrus_jax.model import REMAT, Model
+from orthrus_jax.tokenizer import encode_messages, load_tokenizer
+from train import card, command, distill, trainer
+from train.checkpoints import Checkpoints
+from train.data import Loader, Rows, write_rows
+from train.divergence import Divergence
+from train.log import Log
+from train.objective import Objective
+from train.prompts import Mix
+
+RECIPE = "recipe.json"
+# What may differ when a run goes on: where it runs and what it reports, not what it computes.
+FREE = ("run", "mesh", "log_every", "eval_every", "save_every", "keep", "eval_prompts", "remat",
+        "stack_layers", "wandb_project")  # fmt: skip
 
 
-def main(config: Any, overwrite: bool) -> None:
-    """Run the stages; leave `model/`, `responses.jsonl`, `train.jsonl`, `train.json` in the run."""
+def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
+    """Run the stages; leave responses/, rows/, checkpoints/, best/, model/ and logs in the run."""
+    if config.distributed:
+        jax.distributed.initialize()
     run = pathlib.Path(config.run)
+    if overwrite:
+        for name in ("responses", "rows", "checkpoints", "best", RECIPE, "train.jsonl"):
+            _remove(run / name)
     checkpoint.check_target(run / "model", overwrite=overwrite)
-    base = checkpoint.load_checkpoint(config.base, dtype="float32")
-    sizes = dataclasses.replace(base.config, block_size=config.train.block_size)
-    frozen, diffusion = params.split(base.params)
-    generator = Generator(sizes, base.params, load_tokenizer(base.directory))
-    run.mkdir(parents=True, exist_ok=True)
+    objective, remat = _objective(config.train), _known(config.train.remat, "train.remat", REMAT)
+    mesh = _mesh(config.mesh)
+    _same_recipe(run, config, change_recipe)
 
     clock = _Clock()
-    conversations = distill(
-        generator,
-        [p.question for p in problems("train", config.seed + 2, config.distill.problems)],
-        max_new_tokens=config.distill.max_new_tokens,
-        batch_size=config.distill.batch_size,
-        out=run / "responses.jsonl",
+    responses = pathlib.Path(
+        config.responses or _first_host_first(lambda: distill.ensure_responses(config))
     )
     clock.lap("distill")
-    pad = generator.tokenizer.pad_token_id
-    rows = stack(pack(conversations, config.train.row_length, pad=pad))
-    diffusion = trainer.fit(
-        config.train,
-        generator.engine.model,
-        frozen,
-        diffusion,
-        batches(rows, config.train.batch_size, config.seed),
-        run / "train.jsonl",
-        _held_out_acceptance(generator, frozen, config),
-    )
+    base = checkpoint.load_checkpoint(config.base, dtype=config.train.dtype, mesh=mesh)
+    sizes = dataclasses.replace(base.config, block_size=config.train.block_size)
+    tokenizer = load_tokenizer(base.directory)
+    freeze = () if config.train.train_o_proj else ("o_proj",)
+    frozen, diffusion = params.split(base.params, freeze=freeze)
+    generator = Generator(sizes, base.params, tokenizer)
+    rows = _first_host_first(lambda: _rows(config, responses, tokenizer, overwrite))
+    clock.lap("pack")
+
+    model = Model(sizes, mesh, remat)
+    if config.train.stack_layers:
+        diffusion, frozen = (_stacked(tree, mesh) for tree in (diffusion, frozen))
+    t = config.train
+    optimizer = trainer.adamw(t.learning_rate, t.steps, t.warmup)
+    state = trainer.init_state(diffusion, optimizer, mesh)
+    loader = Loader(rows, t.batch_size, config.seed, jax.process_index(), jax.process_count())
+    identity = {"base": distill.model_identity(base.directory)["weights"]}
+    keeper = Checkpoints(run, identity, keep=t.keep)
+    evaluate = _held_out(generator, tokenizer, frozen, config)
+    if found := keeper.restore(state):
+        state, place = found
+        loader.restore(place)
+        print(f"going on from step {int(state.step)} in {run / 'checkpoints'}")
+    with _stop_on_signal() as stopping, Log(run, int(state.step), config) as log:
+        try:
+            state = trainer.fit(
+                t, objective, model, frozen, state, optimizer, loader, log.write, evaluate,
+                keeper=keeper, stop=stopping,
+            )  # fmt: skip
+        except trainer.Interrupted:
+            keeper.close()
+            print(f"stopped; the same command goes on from {run / 'checkpoints'}")
+            return
     clock.lap("train")
-    checkpoint.save_checkpoint(
-        run / "model",
-        sizes,
-        params.merge(frozen, diffusion),
-        tokenizer_from=base.directory,
-        overwrite=overwrite,
-    )
+    keeper.wait()
+    _export(config, base, sizes, frozen, state.diffusion, overwrite)
     clock.lap("export")
     stages = {
-        "base_parameters": params.count(frozen),
+        "base_parameters": params.count(params.split(base.params)[0]),
         "trained_parameters": params.count(diffusion),
         "seconds": clock.seconds,
     }
     (run / "train.json").write_text(json.dumps(stages, indent=2) + "\n")
+    card.write(run / "model" / "README.md", config, run)
+    keeper.close()
     print(f"Orthrus checkpoint written to {run / 'model'}")
 
 
-def _held_out_acceptance(generator: Generator, frozen: params.Params, config: Any) -> Any:
-    """Return a function that decodes held-out prompts with a given diffusion subtree."""
-    questions = [
-        p.question for p in problems("held-out", config.seed + 3, config.train.eval_prompts)
-    ]
-    prompts = [encode(generator.tokenizer, q, chat=True) for q in questions]
+def _objective(t: Any) -> Objective:
+    names = [d.value for d in Divergence]
+    return Objective(
+        t.anchors, Divergence(_known(t.divergence, "train.divergence", names)), t.gamma or None
+    )
 
-    def evaluate(diffusion: params.Params) -> dict[str, float]:
-        generator.params = params.merge(frozen, diffusion)
+
+def _known(value: str, name: str, known: Any) -> str:
+    if value not in known:
+        raise UserError(f"{name}={value!r} is not one of {', '.join(known)}")
+    return value
+
+
+def _mesh(sizes: Any) -> Any:
+    """The mesh of the configuration; None for one device, which needs none."""
+    mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
+    return mesh if mesh.size > 1 else None
+
+
+def _same_recipe(run: pathlib.Path, config: Any, change: bool) -> None:
+    """Keep the recipe beside the run, and refuse another one unless told."""
+    now = _flat(json.loads(config.to_json_best_effort()))
+    path = run / RECIPE
+    if path.exists() and not change:
+        before = json.loads(path.read_text())
+        for name in sorted(before.keys() | now.keys()):
+            if name.split(".")[-1] in FREE or name.split(".")[0] in FREE:
+                continue
+            if before.get(name) != now.get(name):
+                raise UserError(
+                    f"{run} was begun with {name}={before.get(name)!r}, now {now.get(name)!r}: "
+                    "give another --config.run, --change_recipe to go on with the new recipe, or "
+                    "--overwrite to start anew"
+                )
+    run.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        path.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
+
+
+def _flat(tree: dict[str, Any], at: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{at}{name}.")
+        else:
+            flat[at + name] = value
+    return flat
+
+
+def _rows(config: Any, responses: pathlib.Path, tokenizer: Any, overwrite: bool) -> Rows:
+    found = distill.read_responses(responses, tokenizer)
+    return write_rows(
+        pathlib.Path(config.run) / "rows",
+        found,
+        length=config.train.row_length,
+        pad=tokenizer.pad_token_id,
+        document_masks=config.train.document_masks,
+        recipe={"responses": found.identity},
+        overwrite=overwrite,
+    )
+
+
+def _first_host_first(work: Callable[[], Any]) -> Any:
+    """Let host 0 write files that the others, on the same disk, then find there."""
+    if jax.process_count() == 1:
+        return work()
+    from jax.experimental import multihost_utils
+
+    if jax.process_index() == 0:
+        work()
+    multihost_utils.sync_global_devices("files")
+    return work()
+
+
+def _stacked(tree: params.Params, mesh: Any) -> params.Params:
+    """Stack layers on the devices; the single layers' arrays are let go of."""
+    if mesh is None:
+        return jax.jit(params.stack)(tree)
+    shape = jax.eval_shape(params.stack, tree)
+    return jax.jit(params.stack, out_shardings=sharding.of_tree(shape, mesh))(tree)
+
+
+def _held_out(
+    generator: Generator, tokenizer: Any, frozen: params.Params, config: Any
+) -> Callable[[params.Params], dict[str, Any]]:
+    """Return a function that decodes held-out prompts with a given diffusion subtree."""
+    if jax.process_count() > 1 or not config.train.eval_prompts:
+        return lambda diffusion: {}
+    mix = Mix(
+        config.train.eval_sources,
+        config.train.eval_prompts,
+        config.seed + 3,
+        encode=lambda messages: encode_messages(tokenizer, messages),
+        max_tokens=config.distill.max_prompt_tokens,
+    )
+    prompts = [prompt.ids for prompt in mix]
+
+    def evaluate(diffusion: params.Params) -> dict[str, Any]:
+        whole = params.merge(frozen, diffusion)
+        if config.train.stack_layers:
+            whole = params.unstack(whole)
+        generator.params = jax.tree.map(lambda x: x.astype(generator.config.dtype), whole)
         completions = generator.complete(
             prompts,
             max_new_tokens=config.distill.max_new_tokens,
-            batch_size=len(prompts),
+            batch_size=min(len(prompts), config.distill.batch_size),
         )
         cycles = list(itertools.chain.from_iterable(c.accepted for c in completions))
         return {
             "acceptance_length": float(np.mean(cycles)),
             "tokens_per_forward": float(np.mean([c.tokens_per_forward for c in completions])),
+            "sample": completions[0].text[:400],
         }
 
     return evaluate
+
+
+def _export(
+    config: Any, base: checkpoint.Checkpoint, sizes: Any, frozen: Any, diffusion: Any,
+    overwrite: bool,
+) -> None:  # fmt: skip
+    whole = params.merge(frozen, diffusion)
+    if config.train.stack_layers:
+        whole = params.unstack(whole)
+    checkpoint.save_checkpoint(
+        pathlib.Path(config.run) / "model",
+        sizes,
+        whole,
+        tokenizer_from=base.directory,
+        overwrite=overwrite,
+    )
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether SIGTERM has come: a machine that is about to be taken."""
+    asked = False
+
+    def ask(*_: Any) -> None:
+        nonlocal asked
+        asked = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class _Clock:
@@ -105,4 +272,9 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    command.run(main, default="configs/tiny.py", description=__doc__ or "")
+    command.run(
+        main,
+        default="configs/tiny.py",
+        description=__doc__ or "",
+        switches={"change_recipe": "go on with a run although its configuration has changed"},
+    )

@@ -1,23 +1,29 @@
 """Optimizer, train step and loop. The objective is objective.py; files and commands are main.py.
 
-The state holds the diffusion subtree and its optimizer alone: the frozen tree is an argument of
-every step and is returned by none.
+The state holds the trained subtree and its optimizer alone: the frozen tree is an argument of every
+step and is returned by none.
 """
 
+import collections
 import functools
-import json
-import pathlib
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
+from orthrus_jax import sharding
 from orthrus_jax.model import Model, Params
+from train import flops
 from train.data import Rows
-from train.objective import distillation_loss
+from train.objective import Blocks, Objective, Sums, distillation_loss, sample_blocks
+
+IN_FLIGHT = 2  # steps given to the device and not waited for
 
 
 class TrainState(NamedTuple):
@@ -28,18 +34,54 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
-def adamw(learning_rate: float, steps: int, warmup: float) -> optax.GradientTransformation:
+class Batches(Protocol):
+    """An endless source of batches that knows its place."""
+
+    def __next__(self) -> Rows: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+
+class Keeper(Protocol):
+    """Where checkpoints go; see checkpoints.py."""
+
+    def save(self, state: TrainState, data: dict[str, Any]) -> None: ...
+
+    def save_best(self, state: TrainState, value: float) -> None: ...
+
+
+class Interrupted(Exception):  # noqa: N818 (asked for, not an error)
+    """Training was asked to stop, and its state is saved."""
+
+
+def adamw(
+    learning_rate: float, steps: int, warmup: float, floor: float = 0.1
+) -> optax.GradientTransformation:
     """The paper's optimizer: AdamW, betas (0.9, 0.95), clip 1, warm-up, cosine to a tenth."""
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, learning_rate, max(1, round(steps * warmup)), steps, end_value=learning_rate / 10
+        0.0, learning_rate, max(1, round(steps * warmup)), steps, end_value=learning_rate * floor
     )
     return optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0)
     )
 
 
+def init_state(
+    diffusion: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> TrainState:
+    """Float32 master weights, copied from `diffusion`, and a fresh optimizer."""
+    own = jax.tree.map(lambda x: jnp.array(x, jnp.float32), diffusion)
+    state = TrainState(own, optimizer.init(own), jnp.int32(0))
+    return state if mesh is None else jax.device_put(state, sharding.of_tree(state, mesh))
+
+
+def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
+    """The key of a step's anchors: a function of (seed, step) alone, so no key is ever saved."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
 @functools.partial(
-    jax.jit, static_argnames=("model", "optimizer", "anchors"), donate_argnames=("state",)
+    jax.jit, static_argnames=("model", "optimizer", "objective"), donate_argnames=("state",)
 )
 def train_step(
     state: TrainState,
@@ -49,55 +91,144 @@ def train_step(
     *,
     model: Model,
     optimizer: optax.GradientTransformation,
-    anchors: int,
+    objective: Objective,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Take one step on a batch. The anchors' key is a function of (seed, step) alone."""
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    value_and_grad = jax.value_and_grad(distillation_loss, has_aux=True)
-    (loss, metrics), gradient = value_and_grad(state.diffusion, frozen, model, rows, key, anchors)
+    """Take one step on the mean loss of all micro-batches.
+
+    Args:
+      state: donated.
+      frozen: the frozen subtree.
+      rows: M micro-batches, arrays [M, B, L]; their gradients are summed in float32.
+      seed: uint32[].
+      model, optimizer, objective: static.
+    """
+    micro, batch = rows.tokens.shape[:2]
+    flat = jax.tree.map(lambda x: x.reshape(micro * batch, -1), rows)
+    blocks = sample_blocks(
+        step_key(seed, state.step), flat, objective.anchors, model.config.block_size
+    )
+    blocks = jax.tree.map(lambda x: x.reshape(micro, batch, *x.shape[1:]), blocks)
+    gradient_of = jax.value_and_grad(distillation_loss, has_aux=True)
+
+    def one(rows: Rows, blocks: Blocks) -> tuple[jax.Array, Sums, Params]:
+        rows, blocks = _over_devices(model, (rows, blocks))
+        (loss, sums), gradient = gradient_of(
+            state.diffusion, frozen, model, rows, blocks, objective
+        )
+        return loss, sums, gradient
+
+    if micro == 1:
+        found = one(*jax.tree.map(lambda x: x[0], (rows, blocks)))
+    else:
+        nothing = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(one, *jax.tree.map(lambda x: x[0], (rows, blocks))),
+        )
+        add = lambda total, batch: (jax.tree.map(jnp.add, total, one(*batch)), None)
+        found, _ = jax.lax.scan(add, nothing, (rows, blocks))
+    loss, sums, gradient = found
+    weight = jnp.maximum(sums.weight, 1e-6)
+    gradient = jax.tree.map(lambda g: g / weight, gradient)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.diffusion)
-    diffusion = optax.apply_updates(state.diffusion, updates)
-    metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradient), **metrics}
-    return TrainState(diffusion, optimizer_state, state.step + 1), metrics
+    new = TrainState(optax.apply_updates(state.diffusion, updates), optimizer_state, state.step + 1)
+    if model.mesh is not None:  # where the old state lay
+        new = jax.lax.with_sharding_constraint(new, sharding.of_tree(new, model.mesh))
+    return new, {
+        "loss": loss / weight,
+        "grad_norm": optax.tree.norm(gradient),
+        "supervised_rows": sums.rows.sum(),
+        **sums.means(),
+    }
+
+
+def _over_devices(model: Model, batch: Any) -> Any:
+    """Keep a micro-batch's rows shared out over the mesh."""
+    if model.mesh is None:
+        return batch
+    spec = jax.sharding.NamedSharding(model.mesh, P(sharding.BATCH))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), batch)
+
+
+def to_devices(rows: Rows, micro: int, model: Model) -> Rows:
+    """This host's rows [n, L] of a batch as arrays [micro, B, L] over all hosts' devices."""
+    cut = Rows(*(x.reshape(micro, -1, x.shape[-1]) for x in rows))
+    if model.mesh is None:
+        return jax.tree.map(jnp.asarray, cut)
+    where = sharding.of_batch(model.mesh, axis=1)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), cut)
 
 
 def fit(
     recipe: Any,
+    objective: Objective,
     model: Model,
     frozen: Params,
-    diffusion: Params,
-    batches: Iterator[Rows],
-    log: pathlib.Path,
-    evaluate: Callable[[Params], dict[str, float]],
-) -> Params:
-    """Train for `recipe.steps` steps and return the diffusion subtree.
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    batches: Batches,
+    log: Callable[[dict[str, Any]], None],
+    evaluate: Callable[[Params], dict[str, Any]],
+    *,
+    keeper: Keeper | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> TrainState:
+    """Train from `state` to `recipe.steps` steps.
 
     Args:
-      recipe: steps, learning_rate, warmup, anchors, eval_every, seed.
-      model: static.
-      frozen, diffusion: the two subtrees; `diffusion` is copied, not consumed.
-      batches: packed batches, at least `steps` of them.
-      log: a JSONL file, one line every logged step; written anew.
+      recipe: steps, accumulate, log_every, eval_every, save_every, seed.
+      objective, model: static.
+      frozen: the frozen subtree, stacked or not, as `state.diffusion` is.
+      state: where to start; consumed.
+      optimizer: from `adamw`.
+      batches: yields this host's rows of each global batch.
+      log: takes a record of every logged step.
       evaluate: measures real decoding with a diffusion subtree; called every `eval_every` steps and
-        at the end.
+        at the end. Its "acceptance_length", if it gives one, decides which checkpoint is best,
+        otherwise the loss's expected acceptance.
+      keeper: where to save every `save_every` steps and at the end; None saves nothing.
+      stop: asked after every step.
+
+    Raises:
+      Interrupted: when `stop` said so, once the state is saved.
     """
-    optimizer = adamw(recipe.learning_rate, recipe.steps, recipe.warmup)
-    own = jax.tree.map(lambda x: jnp.array(x, jnp.float32), diffusion)
-    state = TrainState(own, optimizer.init(own), jnp.int32(0))
-    step = functools.partial(train_step, model=model, optimizer=optimizer, anchors=recipe.anchors)
-    with log.open("w", encoding="utf-8") as file, tqdm(total=recipe.steps, unit="step") as bar:
-        bar.set_description("train")
-        for i in range(1, recipe.steps + 1):
-            state, metrics = step(state, frozen, next(batches), jnp.uint32(recipe.seed))
+    first = int(state.step)
+    work = flops.Meter(model, objective)
+    waiting: collections.deque = collections.deque()
+    with tqdm(total=recipe.steps, initial=first, unit="step", desc="train") as bar:
+        for i in range(first + 1, recipe.steps + 1):
+            rows = to_devices(next(batches), recipe.accumulate, model)
+            state, metrics = train_step(
+                state,
+                frozen,
+                rows,
+                jnp.uint32(recipe.seed),
+                model=model,
+                optimizer=optimizer,
+                objective=objective,
+            )
+            work.add(rows.tokens.shape[0] * rows.tokens.shape[1], rows.tokens.shape[2])
+            waiting.append(metrics["loss"])
+            if len(waiting) > IN_FLIGHT:
+                jax.block_until_ready(waiting.popleft())
             bar.update()
-            last = i == recipe.steps
-            if not (last or i % recipe.log_every == 0 or i == 1):
-                continue
-            record = {"step": i, **{k: v.tolist() for k, v in jax.device_get(metrics).items()}}
-            if last or i % recipe.eval_every == 0:
-                record |= evaluate(state.diffusion)
-                bar.set_description(f"train, acceptance {record['acceptance_length']:.2f}")
-            bar.set_postfix(loss=f"{record['loss']:.3f}")
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-    return state.diffusion
+            last, stopping = i == recipe.steps, stop()
+            evaluating = last or i % recipe.eval_every == 0
+            if evaluating or stopping or i % recipe.log_every == 0 or i == first + 1:
+                found = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
+                record = {"step": i, **found, **work.lap()}
+                if evaluating and not stopping:
+                    record |= evaluate(state.diffusion)
+                    accepted = record.get("acceptance_length", record["expected_acceptance"])
+                    bar.set_description(f"train, acceptance {accepted:.2f}")
+                    if keeper is not None:
+                        keeper.save_best(state, accepted)
+                    work.lap()
+                bar.set_postfix(loss=f"{record['loss']:.3f}")
+                log(record)
+                if not math.isfinite(record["loss"]):
+                    raise FloatingPointError(f"the loss is {record['loss']} at step {i}")
+            if keeper is not None and (last or stopping or i % recipe.save_every == 0):
+                keeper.save(state, batches.state())
+            if stopping and not last:
+                raise Interrupted
+    return state

@@ -1,11 +1,15 @@
 """The training commands end to end on a miniature, and what they say to bad input."""
 
+import importlib
 import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import jax
+import pyarrow.parquet as pq
 import pytest
 
 import orthrus_jax
@@ -13,8 +17,10 @@ from configs.tiny import get_config
 from eval import demo
 from orthrus_jax import params
 from orthrus_jax.errors import UserError
+from orthrus_jax.model import REMAT
+from train import distill, pretrain
 from train import main as train_main
-from train import pretrain
+from train.log import Log
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -26,8 +32,9 @@ def miniature(run):
     c.model.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
     c.model.update(num_attention_heads=2, num_key_value_heads=1, vocab_size=400)
     c.pretrain.update(steps=12, batch_size=4, row_length=256)
-    c.distill.update(problems=24, max_new_tokens=24, batch_size=8)
+    c.distill.update(prompts=24, max_new_tokens=24, batch_size=8)
     c.train.update(block_size=6, steps=8, batch_size=2, anchors=6, log_every=2, eval_every=4)
+    c.train.update(save_every=3)
     c.train.update(eval_prompts=4)
     return c
 
@@ -70,12 +77,13 @@ def test_the_export_holds_the_base_unchanged_and_a_trained_view(run):
 
 def test_responses_are_the_bases_own_greedy_answers(run):
     base = orthrus_jax.load(run / "base", dtype="float32")
-    lines = [json.loads(x) for x in (run / "responses.jsonl").read_text().splitlines()]
-    assert len(lines) == 24
-    for line in lines[:4]:
-        (answer,) = base.generate([line["prompt"]], mode="ar", max_new_tokens=24)
-        assert line["response"] == answer.text
-        assert line["truncated"] == (answer.tokens[-1] not in base.config.eos_token_ids)
+    (shard,) = (run / "responses").glob("responses-*.parquet")
+    rows = pq.read_table(shard).to_pylist()
+    assert len(rows) == 24
+    for row in rows[:4]:
+        (answer,) = base.complete([row["prompt_ids"]], mode="ar", max_new_tokens=24)
+        assert row["answer_ids"] == answer.tokens
+        assert row["truncated"] == (answer.tokens[-1] not in base.config.eos_token_ids)
 
 
 def test_the_log_holds_loss_and_real_acceptance(run):
@@ -90,7 +98,7 @@ def test_the_demo_report_has_the_agreed_fields_and_an_exact_match_of_one(run, ca
     assert report["exact_match"] == 1.0
     assert report["accuracy_ar"] == report["accuracy_orthrus"]
     assert report["base_parameters"] > report["trained_parameters"] > 0
-    assert set(report["seconds"]) == {"distill", "train", "export", "measure"}
+    assert set(report["seconds"]) == {"distill", "pack", "train", "export", "measure"}
     for name in ("acceptance_length", "tokens_per_forward", "tokens_per_forward_pooled"):
         assert report[name] >= 0
     assert report["speedup"] > 0
@@ -105,6 +113,51 @@ def test_nothing_is_overwritten_unasked(run):
         pretrain.main(config, overwrite=False)
     with pytest.raises(UserError, match="model is not empty"):
         train_main.main(config, overwrite=False)
+
+
+def test_a_run_that_is_told_to_stop_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch, capsys):
+    config = miniature(tmp_path)
+    config.base = str(run / "base")
+    write = Log.write
+
+    def write_and_stop(log, record):
+        write(log, record)
+        if record["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "write", write_and_stop)
+        train_main.main(config, overwrite=False)
+    assert "the same command goes on" in capsys.readouterr().out
+    assert not (tmp_path / "model").exists()
+    changed = miniature(tmp_path)
+    changed.base, changed.train.anchors = config.base, 5
+    with pytest.raises(UserError, match=r"begun with train\.anchors=6, now 5"):
+        train_main.main(changed, overwrite=False)
+    train_main.main(config, overwrite=False)
+    assert "going on from step 5" in capsys.readouterr().out
+    weights = [path / "model" / "model.safetensors" for path in (run, tmp_path)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    log = [json.loads(x) for x in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [1, 2, 4, 5, 6, 8]
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "acceptance length" in card
+    assert '"anchors": 6' in card
+
+
+@pytest.mark.parametrize("name", ["qwen3_0_6b", "qwen3_1_7b", "qwen3_4b", "qwen3_8b", "tiny"])
+def test_every_configuration_is_one_that_training_takes(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    train_main._objective(config.train)
+    assert distill.Recipe.of(config).prompts > 0
+    t = config.train
+    assert t.batch_size % t.accumulate == 0
+    assert t.remat in REMAT
+    if name != "tiny":  # the paper's
+        assert (t.batch_size, t.anchors, t.block_size, t.row_length) == (128, 256, 32, 2048)
+        assert name.replace("_", "-").replace("qwen3-", "").replace("-", ".", 1).rstrip("b") in (
+            config.base.lower()
+        )
 
 
 def test_a_report_without_training_is_refused(tmp_path):

@@ -1,53 +1,65 @@
 """The loop: what it trains, what it may not touch, and that it is a function of its arguments."""
 
 import itertools
-import json
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from orthrus_jax import params
 from orthrus_jax.model import ar_segment
+from tests.helpers import flat
 from tests.train.test_objective import made_rows, random_trees
-from train.data import batches
-from train.trainer import TrainState, adamw, fit, train_step
+from train.data import Loader
+from train.objective import Objective
+from train.trainer import Interrupted, adamw, fit, init_state, to_devices, train_step
 
 RECIPE = types.SimpleNamespace(
-    steps=30, learning_rate=3e-3, warmup=0.1, anchors=5, seed=1, log_every=10, eval_every=20
+    steps=30, accumulate=1, seed=1, log_every=10, eval_every=20, save_every=10
 )
 
 
-def run(tmp_path, evaluate=lambda diffusion: {"acceptance_length": 0.0}):
+def run(evaluate=lambda diffusion: {"acceptance_length": 0.0}, **options):
     model, frozen, diffusion = random_trees()
-    log = tmp_path / "train.jsonl"
-    stream = batches(made_rows(rows=8), 4, seed=0)
-    trained = fit(RECIPE, model, frozen, diffusion, stream, log, evaluate)
-    return model, frozen, diffusion, trained, [json.loads(x) for x in log.read_text().splitlines()]
+    optimizer, log = adamw(3e-3, RECIPE.steps, 0.1), []
+    state = fit(
+        RECIPE,
+        Objective(5),
+        model,
+        frozen,
+        init_state(diffusion, optimizer),
+        optimizer,
+        Loader(made_rows(rows=8), 4, 0),
+        log.append,
+        evaluate,
+        **options,
+    )
+    return model, frozen, diffusion, state.diffusion, log
 
 
-def test_training_lowers_the_loss_and_logs_every_tenth_step(tmp_path):
-    *_, log = run(tmp_path)
+def test_training_lowers_the_loss_and_logs_every_tenth_step():
+    *_, log = run()
     assert [record["step"] for record in log] == [1, 10, 20, 30]
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
     assert len(log[0]["kl"]) == len(log[0]["agreement"]) == len(log[0]["overlap"]) == 4
 
 
-def test_decoding_is_measured_every_so_often_and_at_the_end(tmp_path):
+def test_decoding_is_measured_every_so_often_and_at_the_end():
     seen = []
 
     def evaluate(diffusion):
         seen.append(jax.tree.map(np.array, diffusion))
         return {"acceptance_length": float(len(seen))}
 
-    *_, log = run(tmp_path, evaluate)
+    *_, log = run(evaluate)
     assert [r.get("acceptance_length") for r in log] == [None, None, 1.0, 2.0]
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, seen), strict=True))
 
 
-def test_the_frozen_view_is_bit_identical_after_training(tmp_path):
+def test_the_frozen_view_is_bit_identical_after_training():
     tokens = jnp.arange(12)[None] % 40
     logits = lambda model, frozen, diffusion: np.asarray(
         model.logits(
@@ -57,7 +69,7 @@ def test_the_frozen_view_is_bit_identical_after_training(tmp_path):
             )[0][0],
         )
     )
-    model, frozen, diffusion, trained, _ = run(tmp_path)
+    model, frozen, diffusion, trained, _ = run()
     untouched = random_trees()[1]
     for ours, theirs in zip(jax.tree.leaves(frozen), jax.tree.leaves(untouched), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -82,12 +94,16 @@ def test_two_runs_give_the_same_bits_and_another_seed_others():
     optimizer = adamw(1e-3, 10, 0.1)
 
     def train(seed):
-        state = TrainState(
-            jax.tree.map(jnp.array, diffusion), optimizer.init(diffusion), jnp.int32(0)
-        )
-        for rows in itertools.islice(batches(made_rows(rows=8), 4, seed=0), 3):
+        state = init_state(diffusion, optimizer)
+        for rows in itertools.islice(Loader(made_rows(rows=8), 4, 0), 3):
             state, _ = train_step(
-                state, frozen, rows, jnp.uint32(seed), model=model, optimizer=optimizer, anchors=5
+                state,
+                frozen,
+                to_devices(rows, 1, model),
+                jnp.uint32(seed),
+                model=model,
+                optimizer=optimizer,
+                objective=Objective(5),
             )
         return np.concatenate([np.ravel(x) for x in jax.tree.leaves(state.diffusion)])
 
@@ -109,3 +125,67 @@ def test_the_schedule_warms_up_and_ends_at_a_tenth():
     np.testing.assert_allclose(sizes[100], 0.1, rtol=1e-3)
     assert sizes[1:6] == sorted(sizes[1:6])
     assert sizes[5:] == sorted(sizes[5:], reverse=True)
+
+
+def test_a_view_without_its_output_projection_trained_keeps_it():
+    model, frozen, diffusion = random_trees()
+    whole = params.merge(frozen, diffusion)
+    frozen, diffusion = params.split(whole, freeze=("o_proj",))
+    assert not [path for path in flat(diffusion) if "o_proj" in path]
+    assert len(flat(frozen)) + len(flat(diffusion)) == len(flat(whole))
+    optimizer = adamw(3e-3, 10, 0.1)
+    state, metrics = train_step(
+        init_state(diffusion, optimizer),
+        frozen,
+        to_devices(next(Loader(made_rows(rows=8), 4, 0)), 1, model),
+        jnp.uint32(0),
+        model=model,
+        optimizer=optimizer,
+        objective=Objective(5),
+    )
+    assert flat(state.diffusion).keys() == flat(diffusion).keys()
+    assert float(metrics["grad_norm"]) > 0
+
+
+class Kept:
+    """A keeper that notes what it was given."""
+
+    def __init__(self):
+        self.steps, self.places, self.best = [], [], []
+
+    def save(self, state, data):
+        self.steps.append(int(state.step))
+        self.places.append(data)
+
+    def save_best(self, state, value):
+        self.best.append((int(state.step), value))
+
+
+def test_the_state_is_saved_every_so_often_and_when_told_to_stop():
+    keeper = Kept()
+    run(keeper=keeper)
+    assert keeper.steps == [10, 20, 30]
+    assert [step for step, _ in keeper.best] == [20, 30]
+    asked, keeper = itertools.count(1), Kept()
+    with pytest.raises(Interrupted):
+        run(keeper=keeper, stop=lambda: next(asked) == 7)
+    assert keeper.steps == [7]
+    assert keeper.places[0] != Loader(made_rows(rows=8), 4, 0).state()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(monkeypatch):
+    model, frozen, diffusion = random_trees()
+    broken = jax.tree.map(lambda x: x * jnp.nan, diffusion)
+    optimizer = adamw(3e-3, 10, 0.1)
+    with pytest.raises(FloatingPointError, match="at step 1"):
+        fit(
+            RECIPE,
+            Objective(5),
+            model,
+            frozen,
+            init_state(broken, optimizer),
+            optimizer,
+            Loader(made_rows(rows=8), 4, 0),
+            lambda record: None,
+            lambda diffusion: {},
+        )

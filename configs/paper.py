@@ -1,0 +1,65 @@
+"""The paper's recipe (arXiv 2605.12825): what every configuration starts from and then changes."""
+
+from ml_collections import ConfigDict
+
+
+def recipe() -> ConfigDict:
+    """Everything `train.main` reads, with the paper's values where it names them."""
+    c = ConfigDict()
+    c.run = ""  # the run's directory
+    c.base = ""  # directory or hub id of the frozen Qwen3
+    c.seed = 0
+    c.responses = ""  # a directory or file of responses that are there already; "" makes them
+    c.wandb_project = ""
+    c.distributed = False  # several hosts: call jax.distributed.initialize() first
+
+    c.distill = ConfigDict()  # see train.distill.Recipe
+    c.distill.sources = (
+        ("nvidia/Nemotron-Post-Training-Dataset-v2?split=math", 1.0),
+        ("nvidia/Nemotron-Post-Training-Dataset-v2?split=code", 1.0),
+        ("nvidia/Nemotron-Post-Training-Dataset-v2?split=chat", 1.0),
+    )
+    c.distill.prompts = 510_000  # 1:1:1 ends where `code` does: 175,000 rows, some are skipped
+    c.distill.max_new_tokens = 2048
+    c.distill.max_prompt_tokens = 1024
+    c.distill.thinking = False
+    c.distill.mode = "ar"
+    c.distill.temperature = 0.0
+    c.distill.top_k = 0
+    c.distill.top_p = 1.0
+    c.distill.dtype = "bfloat16"
+    c.distill.batch_size = 64
+    c.distill.shard_size = 4096
+
+    c.mesh = ConfigDict()  # devices by axis; -1 is what is left
+    c.mesh.data = 1
+    c.mesh.fsdp = -1
+    c.mesh.tensor = 1
+
+    c.train = ConfigDict()
+    c.train.seed = 0  # of the anchors
+    c.train.dtype = "bfloat16"  # of compute and frozen weights; the trained ones are float32
+    c.train.block_size = 32
+    c.train.row_length = 2048
+    c.train.document_masks = True  # False packs as the authors' code does
+    c.train.anchors = 256  # blocks a row
+    c.train.batch_size = 128  # rows a step, over all devices
+    c.train.accumulate = 1  # micro-batches a step
+    c.train.steps = 7400  # two epochs of the paper's data
+    c.train.learning_rate = 2e-4
+    c.train.warmup = 0.05
+    c.train.divergence = "kl"  # kl, tv or ce
+    c.train.gamma = 0.0  # above 0: weigh position i by exp(-i / gamma)
+    c.train.train_o_proj = True
+    c.train.remat = "full"  # none, dots or full: what the backward pass recomputes
+    c.train.stack_layers = True  # scan over layers: minutes less to compile
+    c.train.log_every = 10
+    c.train.eval_every = 500
+    c.train.save_every = 250
+    c.train.keep = 2  # checkpoints, beside the best
+    c.train.eval_prompts = 64
+    c.train.eval_sources = (
+        ("openai/gsm8k?config=main&split=test", 1.0),
+        ("HuggingFaceH4/MATH-500?split=test", 1.0),
+    )
+    return c

@@ -1,0 +1,49 @@
+"""Training and decoding over meshes of eight fake devices are those on one."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MESHES = ("8 x 1 x 1", "1 x 8 x 1", "2 x 2 x 2", "4 x 1 x 2")
+
+
+@pytest.fixture(scope="module")
+def found():
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.eight_devices"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
+
+
+def test_the_loss_falls(found):
+    assert found["one"][-1] < found["one"][0]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_loss_curve_is_that_of_one_device(found, mesh):
+    there = found["meshes"][mesh]
+    np.testing.assert_allclose(there["losses"], found["one"], rtol=1e-5)
+    assert there["weights"] < 1e-5  # the largest difference of any weight
+    assert there["again"]
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_the_text_is_that_of_one_device(found, mesh):
+    assert found["ar"]
+    assert found["meshes"][mesh]["text"]
+
+
+def test_micro_batches_and_stacked_layers_change_nothing(found):
+    np.testing.assert_allclose(found["accumulated"], found["one"], rtol=1e-5)
+    np.testing.assert_allclose(found["unstacked"], found["one"], rtol=1e-5)
+    assert found["accumulated_weights"] < 1e-5

@@ -1,0 +1,65 @@
+"""The model card of an exported checkpoint: what it is, how it was trained, what was measured."""
+
+import json
+import pathlib
+from typing import Any
+
+from train import distill
+
+CARD = """---
+library_name: orthrus-jax
+base_model: {base}
+tags: [orthrus, speculative-decoding, jax]
+---
+
+# {name}: an Orthrus of {base}
+
+The base's weights, unchanged, with a diffusion attention view beside each attention layer (arXiv
+2605.12825). The view drafts {drafts} tokens in one pass; the base verifies them in a second, and
+the text is the base's own: in float32 token for token, in bfloat16 up to near-ties.
+
+    python -m orthrus_jax.generate --model {name} --prompt "..."
+
+## Measured while training
+
+{measured}
+
+## Recipe
+
+{recipe}
+
+## Data
+
+{data}
+"""
+
+
+def write(path: pathlib.Path, config: Any, run: pathlib.Path) -> None:
+    """Write the card from the run's configuration, log and data manifest."""
+    records = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    last = records[-1]
+    lines = [f"- training loss at step {last['step']}: {last['loss']:.4f}"]
+    if "acceptance_length" in last:
+        lines.append(
+            f"- decoding {config.train.eval_prompts} held-out prompts greedily: acceptance length "
+            f"{last['acceptance_length']:.2f} of {config.train.block_size - 1} drafts a cycle, "
+            f"{last['tokens_per_forward']:.2f} tokens a forward (mean over prompts)"
+        )
+    if "tokens_per_second" in last:
+        lines.append(f"- {last['tokens_per_second']:.0f} training tokens/s")
+    manifest = run / "responses" / distill.MANIFEST
+    data = f"Responses read from {config.responses}."
+    if manifest.exists():
+        data = "    " + manifest.read_text().strip().replace("\n", "\n    ")
+    recipe = "    " + config.train.to_json(indent=2).replace("\n", "\n    ")
+    path.write_text(
+        CARD.format(
+            base=config.base,
+            name=path.parent.name,
+            drafts=config.train.block_size - 1,
+            measured="\n".join(lines),
+            recipe=recipe,
+            data=data,
+        ),
+        encoding="utf-8",
+    )
