@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from eval.grading import Grade, grade_integer, grade_math
 from eval.sandbox import Outcome, check_humaneval, check_mbpp, run_program
 from orthrus_jax.errors import UserError
+from train.problems import boxed, problems
 
 Row = Mapping[str, Any]
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -24,6 +25,7 @@ HUMANEVAL = "Complete this Python function. Answer with the whole function, and 
 it needs, in one ```python block.\n\n```python\n{prompt}\n```"
 MBPP = "{text}\nThe code has to pass these tests:\n\n```python\n{tests}\n```\n\nAnswer with the \
 whole code, and with every import it needs, in one ```python block."
+DEMO_SEED, DEMO_PROBLEMS = 10_002, 500  # the first of them are those that eval.demo measures
 MULTI_TURN = {  # the categories of MT-Bench, which Spec-Bench counts as one task
     *("writing", "roleplay", "reasoning", "math"),
     *("coding", "extraction", "stem", "humanities"),
@@ -64,13 +66,14 @@ class Benchmark:
     Attributes:
       name: of its command and its run directory.
       title: for people.
-      hub: None where there is no usual copy, and `source` says where the file is.
+      hub: None where there is no usual copy; then `made` or `source` says where rows come from.
       read: a row as a problem; raises UserError for what is wrong with it. An id of "" stands for
         the row's number.
       grade: judges the final part of an answer; None where only speed is measured.
       ready: fails early where `grade` would fail whatever the answer is.
       runs_code: grading runs what the model wrote.
       source: of the file, where it is not on the hub.
+      made: the rows, where they need no file.
     """
 
     name: str
@@ -81,6 +84,7 @@ class Benchmark:
     ready: Callable[[], Any] = lambda: None
     runs_code: bool = False
     source: str = ""
+    made: Callable[[], Iterator[Row]] | None = None
 
 
 def _value(row: Row, names: Sequence[str]) -> Any:
@@ -200,6 +204,27 @@ def read_spec_bench(row: Row) -> Problem:
     return dataclasses.replace(problem, groups={"task": task, **problem.groups})
 
 
+def read_demo(row: Row) -> Problem:
+    """The demo's own: question, answer, and operations, how many equations it takes."""
+    groups = {"operations": _text(row, "operations")}
+    return Problem("", (_text(row, "question"),), _integer(_text(row, "answer")), groups)
+
+
+def _demo_rows() -> Iterator[Row]:
+    """Held-out problems of train/problems.py: no question of theirs was trained on."""
+    for made in problems("held-out", DEMO_SEED, DEMO_PROBLEMS):
+        operations = made.answer.count(" = ")
+        yield {"question": made.question, "answer": str(made.result), "operations": operations}
+
+
+def _demo(problem: Problem, text: str) -> Grade:
+    """As eval.demo grades: the last box must hold exactly the number."""
+    found = boxed(text)
+    if found is None:
+        return Grade(False, None, "no box")
+    return Grade(found.strip() == problem.gold, found.strip())
+
+
 def _code(check: Callable[[Row, str], Outcome]) -> Callable[[Problem, str], Grade]:
     """A grader that runs the answer; the note is how it ended and what it said last."""
 
@@ -275,6 +300,15 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             read_spec_bench,
             source="data/spec_bench/question.jsonl of github.com/hemingkx/Spec-Bench",
         ),
+        Benchmark(
+            "demo_problems",
+            "the demo's problems",
+            None,
+            read_demo,
+            _demo,
+            source="rows of question, answer and operations",
+            made=_demo_rows,
+        ),
     )
 }
 
@@ -286,13 +320,14 @@ def load(
 
     Args:
       benchmark: how its rows are read.
-      path: JSONL, or JSONL in gzip (.gz); None is the hub's copy, or the machine's cache of it.
+      path: JSONL, or JSONL in gzip (.gz); None is the hub's copy, or the machine's cache of it, or
+        the rows that are made here.
       limit: None is all.
 
     Raises:
       UserError: in one line: the file and line, or the two ways to get the data.
     """
-    rows = _hub_rows(benchmark) if path is None else _file_rows(benchmark, pathlib.Path(path))
+    rows = _usual_rows(benchmark) if path is None else _file_rows(benchmark, pathlib.Path(path))
     found: dict[str, Problem] = {}
     for number, (place, row) in enumerate(rows):
         try:
@@ -319,7 +354,7 @@ def digest(problems: Sequence[Problem]) -> str:
 
 def _hub_words(benchmark: Benchmark) -> str:
     if benchmark.hub is None:
-        return f"it is {benchmark.source}"
+        return f"it is {benchmark.source}"  # made ones too: a file of one's own may replace them
     return f"without --data it is fetched from the hub ({benchmark.hub.id})"
 
 
@@ -342,7 +377,9 @@ def _file_rows(benchmark: Benchmark, path: pathlib.Path) -> Iterator[tuple[str, 
                 raise UserError(f"{path}:{number} is not JSON") from None
 
 
-def _hub_rows(benchmark: Benchmark) -> Iterator[tuple[str, Any]]:
+def _usual_rows(benchmark: Benchmark) -> Iterator[tuple[str, Any]]:
+    if benchmark.made is not None:
+        return ((f"row {number}", row) for number, row in enumerate(benchmark.made()))
     hub = benchmark.hub
     if hub is None:
         raise UserError(

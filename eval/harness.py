@@ -267,10 +267,14 @@ def answer_all(
 
 def fingerprint(params: Params) -> str:
     """A checksum of all weights' bits, summed on the device: the same on every one."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-    bits = lambda x: jax.lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize])
-    sums = jax.tree.map(jax.jit(lambda x: bits(x).sum(dtype=jnp.uint32)), params)
-    return _checksum(np.array(jax.device_get(jax.tree.leaves(sums)), "<u4"))
+    sums = jax.device_get([_sum_of_bits(leaf) for leaf in jax.tree.leaves(params)])
+    return _checksum(np.array(sums, "<u4"))
+
+
+@jax.jit
+def _sum_of_bits(x: jax.Array) -> jax.Array:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(x, unsigned).sum(dtype=jnp.uint32)
 
 
 def _positive(text: str) -> int:
@@ -279,21 +283,30 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def command_parser(name: str, title: str, *, runs_code: bool = False) -> argparse.ArgumentParser:
-    """The options that all benchmarks share."""
+def command_parser(
+    name: str,
+    title: str,
+    *,
+    runs_code: bool = False,
+    model: str = MODEL,
+    data: str = "the copy on the hub",
+    new_tokens: int | None = None,
+) -> argparse.ArgumentParser:
+    """The options that all benchmarks share; a benchmark may have a model and budget of its own."""
     default = SamplingParams()
+    budget = new_tokens or f"{NEW_TOKENS}, {THINKING_TOKENS} with --thinking"
     parser = argparse.ArgumentParser(
         prog=f"python -m eval.{name}",
         description=f"Run {title}: accuracy where it is graded, acceptance and speed.",
     )
     add = parser.add_argument
-    add("--model", default=MODEL, metavar="DIR_OR_ID", help="default: %(default)s")
-    add("--data", metavar="FILE", help="JSONL, may end in .gz; default: the copy on the hub")
+    add("--model", default=model, metavar="DIR_OR_ID", help="default: %(default)s")
+    add("--data", metavar="FILE", help=f"JSONL, may end in .gz; default: {data}")
     add("--mode", choices=("orthrus", "ar", "both"), default="both", help="default: both")
     add("--limit", type=_positive, metavar="N", help="the first N problems only")
     add("--batch-size", type=_positive, default=1, metavar="N", help="default: %(default)s")
-    add("--max-new-tokens", type=_positive, metavar="N", help=f"default: {NEW_TOKENS}, \
-{THINKING_TOKENS} with --thinking")  # fmt: skip
+    add("--max-new-tokens", type=_positive, default=new_tokens, metavar="N",
+        help=f"default: {budget}")  # fmt: skip
     add("--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy")
     add("--top-p", type=float, default=default.top_p, metavar="X", help="default: 1, off")
     add("--top-k", type=int, default=default.top_k, metavar="N", help="default: 0, off")
@@ -392,7 +405,8 @@ def run(benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
 def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Run the command of the benchmark of this name."""
     benchmark = BENCHMARKS[name]
-    parser = command_parser(name, benchmark.title, runs_code=benchmark.runs_code)
+    options = {} if benchmark.hub else {"data": "none, it has to be given"}
+    parser = command_parser(name, benchmark.title, runs_code=benchmark.runs_code, **options)
     run(benchmark, parser.parse_args(argv))
 
 

@@ -286,8 +286,8 @@ def _accuracy_cell(loop: Row, whole: Row) -> str:
 def _speedup_cell(loop: Row, whole: Row) -> str:
     if "acceptance_length" not in loop or "speedup" not in whole:
         return ""
-    spread = " ({:.2f}-{:.2f})".format(*whole["speedup_range"]) if "speedup_range" in whole else ""
-    return f"{whole['speedup']:.2f}{spread}"
+    low, high = whole.get("speedup_range", (0, 0))  # of one chunk there is no range
+    return f"{whole['speedup']:.2f}" + (f" ({low:.2f}-{high:.2f})" if low < high else "")
 
 
 Cell = Callable[[Row, Row], str]
@@ -411,7 +411,9 @@ PAGE_FRAME = """<!doctype html>
 <style>
 body {{ font: 15px/1.45 sans-serif; max-width: 75em; margin: 2em auto; padding: 0 1em }}
 table {{ border-collapse: collapse; margin: 1em 0 }}
+div {{ overflow-x: auto }}
 th, td {{ padding: .25em .7em; border-bottom: 1px solid #ccc; text-align: left }}
+td {{ white-space: nowrap }}
 svg {{ max-width: 100%; height: auto }}
 p {{ color: #555; margin: .3em 0 }}
 </style></head>
@@ -428,7 +430,7 @@ def _html_list(lines: Sequence[str]) -> str:
 def _html_table(table: Table) -> str:
     row = lambda tag, cells: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
     lines = [f"<tr>{row('td', line)}</tr>" for line in table[1:]]
-    return f"<table><tr>{row('th', table[0])}</tr>{''.join(lines)}</table>"
+    return f"<div><table><tr>{row('th', table[0])}</tr>{''.join(lines)}</table></div>"
 
 
 def _plots(results: Mapping[str, Row]) -> list[str]:
@@ -444,6 +446,8 @@ def _plots(results: Mapping[str, Row]) -> list[str]:
             middle.plot(range(len(shares)), shares, "o-", label=run)
         left.set(xlabel="draft position", ylabel="accepted (share of cycles)", ylim=(0, 1.02))
         middle.set(xlabel="drafts accepted in a cycle", ylabel="share of cycles", ylim=(0, None))
+        for axis in (left, middle):
+            axis.xaxis.get_major_locator().set_params(integer=True)
         if len(drafted) > 1:
             left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
         rates = [
@@ -453,6 +457,7 @@ def _plots(results: Mapping[str, Row]) -> list[str]:
         ]
         bars = right.bar(range(len(rates)), [rate for _, rate in rates], color="tab:gray")
         right.bar_label(bars, fmt="%.0f")
+        right.margins(y=0.12)  # room for the labels
         right.set_xticks(range(len(rates)), [name for name, _ in rates], fontsize=8)
         right.set(ylabel="tokens/s")
 

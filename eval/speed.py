@@ -2,7 +2,8 @@
 
 Two parts. Forwards: the time of an AR step, a draft, a verification and a whole cycle at each batch
 size and context, with the memory of both programs and the floor set by reading weights and cache.
-Text: tokens/s of both loops over the same prompts, their runs interleaved. Everything is compiled
+Text: tokens/s of both loops over the same prompts, their runs interleaved. `--modes ar,orthrus,hf`
+times transformers' greedy decoding of the same weights in the same turns. Everything is compiled
 and warm before a clock starts, and every clock waits for the device. `--random-weights PRESET`
 measures a size without its weights: forwards only, for acceptance cannot be claimed there.
 """
@@ -25,15 +26,17 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import orthrus_jax
+from eval.hf import HF, check_torch
 from orthrus_jax import decode, params
 from orthrus_jax.config import DTYPES, PRESETS
 from orthrus_jax.engine import bucket
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.generate import Completion, Generator, read_prompts
+from orthrus_jax.generate import Generator, read_prompts
 from orthrus_jax.model import Model
 from orthrus_jax.tokenizer import encode
 
 CYCLES = 16  # of one timed call; the context grows by what they emit
+MODES = ("ar", "orthrus", "hf")
 
 
 def copy_bandwidth(repeats: int = 5) -> float:
@@ -132,29 +135,61 @@ def floor_ms(model: Model, weights: Any, batch: int, context: int, bandwidth: fl
     return read / bandwidth * 1e3
 
 
+def time_hf(theirs: HF, batch: int, context: int, repeats: int) -> dict[str, Any]:
+    """Milliseconds of transformers' one-row forward behind `context` tokens, median and range."""
+    theirs.steps(batch, context, CYCLES)()
+    found = []
+    for _ in range(repeats):
+        run = theirs.steps(batch, context, CYCLES)  # reads the context, outside the clock
+        begin = time.perf_counter()
+        run()
+        found.append((time.perf_counter() - begin) / CYCLES * 1e3)
+    return {"hf_step_ms": statistics.median(found), "hf_step_ms_range": [min(found), max(found)]}
+
+
+Variant = Callable[[list[list[int]]], list[list[int]]]  # prompts to answers, all of them ids
+
+
+def text_variants(
+    model: Generator, theirs: HF | None, args: argparse.Namespace, batch: int
+) -> dict[str, Variant]:
+    """What is timed at this batch size, by name."""
+    budget = args.max_new_tokens
+
+    def ours(mode: str, **options: Any) -> Variant:
+        options |= {"mode": mode, "draft_length": args.draft_length, "max_new_tokens": budget}
+        return lambda prompts: [
+            c.tokens for c in model.complete(prompts, batch_size=batch, **options)
+        ]
+
+    def reference(prompts: list[list[int]]) -> list[list[int]]:
+        assert theirs is not None, "asked for, hence loaded"
+        return theirs.complete(prompts, max_new_tokens=budget, batch_size=batch)
+
+    found: dict[str, Variant] = {}
+    for mode in args.modes:
+        found[mode] = reference if mode == "hf" else ours(mode)
+        if args.refill and batch > 1 and mode != "hf":
+            found[f"{mode}, no refill"] = ours(mode, refill=False)
+    return found
+
+
 def time_text(
-    model: Generator,
-    prompts: list[list[int]],
-    batch: int,
-    repeats: int,
-    variants: dict[str, dict[str, Any]],
-    **options: Any,
+    prompts: list[list[int]], repeats: int, variants: dict[str, Variant]
 ) -> dict[str, Any]:
     """Tokens/s of each variant over all prompts, interleaved; whether they say the same."""
     runs: dict[str, list[float]] = {name: [] for name in variants}
-    last: dict[str, list[Completion]] = {}
-    call = lambda name: model.complete(prompts, batch_size=batch, **options, **variants[name])
-    for name in variants:
-        call(name)
+    texts: dict[str, list[list[int]]] = {}
+    for call in variants.values():
+        call(prompts)
     for _ in range(repeats):
-        for name in variants:
+        for name, call in variants.items():
             begin = time.perf_counter()
-            last[name] = call(name)
-            tokens = sum(len(c.tokens) for c in last[name])
-            runs[name].append(tokens / (time.perf_counter() - begin))
-    result: dict[str, Any] = {"batch": batch, "prompts": len(prompts)}
+            texts[name] = call(prompts)
+            seconds = time.perf_counter() - begin
+            runs[name].append(sum(map(len, texts[name])) / seconds)
+    result: dict[str, Any] = {"prompts": len(prompts)}
     first = next(iter(variants))
-    texts = {name: [c.tokens for c in found] for name, found in last.items()}
     for name, rates in runs.items():
         result[name] = {
             "tokens_per_second": statistics.median(rates),
@@ -178,13 +213,15 @@ def draw(path: pathlib.Path, result: dict[str, Any]) -> None:
     for batch in sorted({f["batch"] for f in result["forwards"]}):
         found = [f for f in result["forwards"] if f["batch"] == batch]
         contexts = [f["context"] for f in found]
-        for name, style in {"ar_step": "o--", "cycle": "s-"}.items():
+        for name, style in {"ar_step": "o--", "cycle": "s-", "hf_step": "x:"}.items():
+            if f"{name}_ms" not in found[0]:
+                continue
             label = f"{name.replace('_', ' ')}, batch {batch}"
             left.plot(contexts, [f[f"{name}_ms"] for f in found], style, label=label)
     left.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="ms", title="Time")
     left.legend(fontsize=8)
     batches = [t["batch"] for t in result["text"]]
-    for name in [n for n in ("ar", "orthrus", "orthrus, no refill") if result["text"]]:
+    for name in [*MODES, "orthrus, no refill"] if result["text"] else ():
         found = [t[name]["tokens_per_second"] for t in result["text"] if name in t]
         if found:
             right.plot(batches[: len(found)], found, "o-", label=name)
@@ -211,7 +248,11 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", metavar="FILE.jsonl", help='one {"prompt": TEXT} a line; without: no text part'
     )
     parser.add_argument("--limit", type=int, default=64, help="prompts used; default: %(default)s")
-    parser.add_argument("--modes", default="ar,orthrus", help="default: %(default)s")
+    parser.add_argument(
+        "--modes",
+        default="ar,orthrus",
+        help="of ar, orthrus, hf (transformers' generate; needs torch); default: %(default)s",
+    )
     parser.add_argument("--batch-sizes", type=_numbers, default=[1], help="default: 1")
     parser.add_argument("--contexts", type=_numbers, default=[128, 1024], help="default: 128,1024")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
@@ -235,14 +276,17 @@ def _loaded(args: argparse.Namespace) -> Generator:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
-    modes = args.modes.split(",")
-    if unknown := set(modes) - {"ar", "orthrus"}:
-        raise UserError(f"--modes {args.modes}: {', '.join(sorted(unknown))} is not ar or orthrus")
+    args.modes = args.modes.split(",")
+    if unknown := sorted(set(args.modes) - set(MODES)):
+        raise UserError(f"--modes names {', '.join(unknown)}: expected some of {', '.join(MODES)}")
     if args.prompts and not args.model:
         raise UserError("--prompts needs --model: random weights make no text worth timing")
+    if "hf" in args.modes:
+        check_torch()
     model = _loaded(args)
     inner, weights = model.engine.model, model.params
     block_size = args.draft_length or model.config.block_size
+    theirs = HF(model.config, weights) if "hf" in args.modes else None
     bandwidth = copy_bandwidth()
     result: dict[str, Any] = {
         "hardware": f"{jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}",
@@ -252,21 +296,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "forwards": [],
         "text": [],
     }
+    if theirs is not None:
+        result["hf"] = theirs.hardware
     shapes = [(b, c) for b in args.batch_sizes for c in args.contexts]
     for batch, context in tqdm(shapes, desc="forwards", file=sys.stderr):
         found = time_forwards(inner, weights, batch, context, block_size, args.repeats)
         found["ar_step_floor_ms"] = floor_ms(inner, weights, batch, context, bandwidth)
+        if theirs is not None:
+            found |= time_hf(theirs, batch, context, args.repeats)
         result["forwards"].append(found)
     if args.prompts:
         texts = read_prompts(args.prompts)[: args.limit]
         ids = [encode(model.tokenizer, text, chat=True) for text in texts]
-        variants: dict[str, dict[str, Any]] = {mode: {"mode": mode} for mode in modes}
         for batch in tqdm(args.batch_sizes, desc="text", file=sys.stderr):
-            both = variants
-            if args.refill and batch > 1:
-                both = variants | {f"{m}, no refill": {"mode": m, "refill": False} for m in modes}
-            options = {"max_new_tokens": args.max_new_tokens, "draft_length": args.draft_length}
-            result["text"].append(time_text(model, ids, batch, args.repeats, both, **options))
+            variants = text_variants(model, theirs, args, batch)
+            result["text"].append({"batch": batch, **time_text(ids, args.repeats, variants)})
     print(table(result))
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
@@ -276,21 +320,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def table(result: dict[str, Any]) -> str:
     """The figures as two Markdown tables."""
+    hf = "hf" in result
     lines = [
         f"{result['parameters'] / 1e6:.1f} M parameters, {result['dtype']}, {result['hardware']}; "
         f"copies at {result['copy_bytes_per_second'] / 1e9:.0f} GB/s",
+        *([f"hf: {result['hf']}"] if hf else []),
         "",
         "| batch | context | AR step ms (floor) | draft | verify | cycle | cycle in AR steps "
-        "| temporaries AR / Orthrus, MiB |",
-        "|---|---|---|---|---|---|---|---|",
+        f"{'| hf step ms ' if hf else ''}| temporaries AR / Orthrus, MiB |",
+        f"|---|---|---|---|---|---|---|{'---|' if hf else ''}---|",
     ]
     for f in result["forwards"]:
         memory = [f[f"{name}_temporary_bytes"] for name in ("ar_step", "cycle")]
         mib = " / ".join("?" if m is None else f"{m / 2**20:.2f}" for m in memory)
+        theirs = f" | {f['hf_step_ms']:.3f}" if hf else ""
         lines.append(
             f"| {f['batch']} | {f['context']} | {f['ar_step_ms']:.3f} ({f['ar_step_floor_ms']:.3f})"
             f" | {f['draft_ms']:.3f} | {f['verify_ms']:.3f} | {f['cycle_ms']:.3f}"
-            f" | {f['cycle_in_ar_steps']:.2f} | {mib} |"
+            f" | {f['cycle_in_ar_steps']:.2f}{theirs} | {mib} |"
         )
     if result["text"]:
         lines += ["", "| batch | loop | tokens/s | range | speedup | same text |"]

@@ -46,7 +46,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
         for name in ("responses", "rows", "checkpoints", "best", RECIPE, "train.jsonl"):
             _remove(run / name)
     checkpoint.check_target(run / "model", overwrite=overwrite)
-    objective, remat = _objective(config.train), _known(config.train.remat, "train.remat", REMAT)
+    objective, remat = objective_of(config.train), _known(config.train.remat, "train.remat", REMAT)
     mesh = _mesh(config.mesh)
     _same_recipe(run, config, change_recipe)
 
@@ -103,7 +103,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     print(f"Orthrus checkpoint written to {run / 'model'}")
 
 
-def _objective(t: Any) -> Objective:
+def objective_of(t: Any) -> Objective:
     names = [d.value for d in Divergence]
     return Objective(
         t.anchors, Divergence(_known(t.divergence, "train.divergence", names)), t.gamma or None

@@ -13,10 +13,10 @@ import time
 import pytest
 
 import orthrus_jax
-from eval import aime, harness, report
-from eval.benchmarks import BENCHMARKS, Benchmark, Problem, load
+from eval import aime, demo_problems, harness, report
+from eval.benchmarks import BENCHMARKS, load
 from eval.grading import grade_integer
-from eval.harness import Loops, Run, command_parser, fingerprint, run
+from eval.harness import Loops, Run, fingerprint
 from orthrus_jax.chat import Conversation
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.errors import UserError
@@ -45,16 +45,21 @@ _load = functools.cache(orthrus_jax.load)
 
 
 @pytest.fixture(autouse=True)
-def _loaded_once(monkeypatch):
-    """A checkpoint is loaded and compiled once for all tests."""
+def _cheap(monkeypatch):
+    """A checkpoint is loaded and compiled once for all tests; plots are test_report's."""
     monkeypatch.setattr(orthrus_jax, "load", _load)
+    monkeypatch.setattr(report, "_svg", lambda *given, **more: "<svg></svg>")
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """A checkpoint with random weights in both views: its drafts are sometimes right."""
     config = tiny_config(
-        vocab_size=400, mask_token_id=399, eos_token_ids=(2,), max_position_embeddings=512
+        vocab_size=400,
+        num_hidden_layers=1,
+        mask_token_id=399,
+        eos_token_ids=(2,),
+        max_position_embeddings=512,
     )
     path = tmp_path_factory.mktemp("model") / "tiny"
     weights = random_params(config, 3, gain=3.0)
@@ -109,9 +114,7 @@ def test_a_run_keeps_every_answer_and_what_it_was_asked(directory, data, whole):
     asked = load(BENCHMARKS["gsm8k"], data)
     assert [row["id"] for row in rows] == [problem.id for problem in asked]
     expected = {
-        loop: model.generate(
-            [p.turns[0] for p in asked[:5]], mode=loop, max_new_tokens=24, batch_size=5
-        )
+        loop: model.generate([p.turns[0] for p in asked[:5]], mode=loop, max_new_tokens=24)
         for loop in report.LOOPS
     }
     for i, (row, problem) in enumerate(zip(rows, asked, strict=True)):
@@ -242,21 +245,13 @@ def test_the_demos_problems_are_graded_as_the_demo_grades_them(tiny_base, tmp_pa
     """Real accuracy of a real, if small, model; and AR = Orthrus to the token."""
     made = list(problems("held-out", 10_002, 24))
     told = {p.question: p for p in made}
-    benchmark = Benchmark(
-        "made",
-        "made problems",
-        None,
-        lambda row: Problem(row["question"][:40], (row["question"],), row["answer"]),
-        lambda problem, text: grade_integer(text, problem.gold),
-    )
-    data = write(
-        tmp_path / "made.jsonl", [{"question": p.question, "answer": str(p.result)} for p in made]
-    )
-    arguments = ["--model", str(tiny_base), "--data", data, "--dtype", "float32"]
-    arguments += ["--max-new-tokens", "224", "--batch-size", "8", "--draft-length", "4"]
-    args = command_parser("made", "made").parse_args([*arguments, "--out", str(tmp_path / "run")])
-    result = run(benchmark, args)
+    arguments = ["--model", str(tiny_base), "--limit", "24", "--dtype", "float32"]
+    arguments += ["--batch-size", "8", "--draft-length", "4", "--out", str(tmp_path / "run")]
+    demo_problems.main(arguments)
+    result = json.loads((tmp_path / "run" / report.RESULTS).read_text())
     assert result["same_text"] == 1.0
+    assert [row["turns"] for row in rows_of(tmp_path / "run")] == [[p.question] for p in made]
+    assert set(result["groups"]["operations"]) == {"2", "3", "4"}
     right = 0
     for row in rows_of(tmp_path / "run"):
         ar, orthrus = row["answers"]
@@ -272,19 +267,18 @@ def test_a_killed_run_goes_on_to_the_same_numbers(directory, data, whole, tmp_pa
     out = tmp_path / "killed"
     arguments = ["--model", directory, "--data", data, "--out", str(out), "--max-new-tokens", "24"]
     command = [sys.executable, "-m", "eval.gsm8k", *arguments, "--resume"]
-    lines = lambda: (out / report.ANSWERS).read_bytes().count(b"\n")
-    for _ in range(2):
-        before = lines() if (out / report.ANSWERS).exists() else 0
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 300
-        while not (out / report.ANSWERS).exists() or lines() < before + 4:
-            assert process.poll() is None, process.stderr.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert before < lines() < 96
-        assert not (out / report.RESULTS).exists()
+    answers = out / report.ANSWERS
+    lines = lambda: answers.read_bytes().count(b"\n") if answers.exists() else 0
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
+        try:
+            while lines() < 4:
+                assert process.poll() is None, process.stderr.read().decode()
+                time.sleep(0.002)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert 4 <= lines() < 96
+    assert not (out / report.RESULTS).exists()
     with (out / report.ANSWERS).open("ab") as file:
         file.write(b'{"id": "gsm8k/9')  # as a kill in the midst of a write leaves it
     result = gsm8k(directory, data, out, "--resume")
@@ -293,8 +287,13 @@ def test_a_killed_run_goes_on_to_the_same_numbers(directory, data, whole, tmp_pa
     assert strip(rows_of(out)) == strip(rows_of(whole[0]))
 
 
-@pytest.mark.parametrize("kept", [0, 1, 6, 95, 96])
-@pytest.mark.parametrize("torn", [b"", b"{", b'{"id": "gsm8k/2", "gro', b"\xff\0"])
+@pytest.mark.parametrize(
+    ("kept", "torn"),
+    [
+        *((0, b""), (0, b"{"), (1, b"\xff\0"), (6, b'{"id": "gsm8k/2", "gro')),
+        *((95, b""), (95, b'{"id": "gsm8k/95"}'), (96, b"{"), (96, b"")),
+    ],
+)
 def test_any_torn_file_is_resumed(directory, data, whole, kept, torn, tmp_path):
     out = tmp_path / "torn"
     out.mkdir()
@@ -455,7 +454,7 @@ def test_every_real_file_runs_whole(name, tiny_base, tmp_path):
     assert result["same_text"] == 1.0
 
 
-@pytest.mark.parametrize("name", ["math500", "gsm8k", "aime", "humaneval", "mbpp"])
+@pytest.mark.parametrize("name", ["math500", "gsm8k", "aime", "humaneval", "mbpp", "demo_problems"])
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_every_command_has_help(name, monkeypatch, capsys):
     assert _help(name, monkeypatch, capsys).startswith(f"usage: python -m eval.{name}")

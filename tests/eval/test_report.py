@@ -222,7 +222,7 @@ def test_the_table_says_what_the_numbers_say():
     lines = [re.split(r"\s*\|\s*", line)[1:-1] for line in text.splitlines() if "orthrus" in line]
     assert lines[0] == [
         *("run", "MATH-500", "some/<model>", "orthrus", "2", "50.0 % (9.5-90.5)", "1.50"),
-        *("1.14 / 1.20", "12", "12.0", "2.00 (2.00-2.00)", "100.0 %"),
+        *("1.14 / 1.20", "12", "12.0", "2.00", "100.0 %"),
     ]
     assert "| level | loop" in text
     assert "accepted by position: 0.75 0.50 0.25" in text
@@ -230,6 +230,8 @@ def test_the_table_says_what_the_numbers_say():
     untrained = report.text({"run": result | {"trained": False}})
     assert "untrained" in untrained
     assert "untrained" not in text
+    apart = report.text({"run": result | {"speedup_range": [1.5, 3.0]}})
+    assert "| 2.00 (1.50-3.00) |" in apart
 
 
 class Page(html.parser.HTMLParser):

@@ -148,7 +148,7 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_bytes(run, tmp_path, mon
 @pytest.mark.parametrize("name", ["qwen3_0_6b", "qwen3_1_7b", "qwen3_4b", "qwen3_8b", "tiny"])
 def test_every_configuration_is_one_that_training_takes(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    train_main._objective(config.train)
+    train_main.objective_of(config.train)
     assert distill.Recipe.of(config).prompts > 0
     t = config.train
     assert t.batch_size % t.accumulate == 0

@@ -1,0 +1,140 @@
+"""The baseline outside the house: transformers' `generate` on the weights that were loaded here.
+
+Greedy decoding of the frozen base in PyTorch, for eval.speed to time in turn with our own loops.
+Knows nothing of clocks or tables. Needs torch, which the project itself does not.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.errors import UserError
+from orthrus_jax.model import Params
+from orthrus_jax.params import tensor_specs
+
+
+def check_torch() -> None:
+    """Raise UserError where there is no torch."""
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("--modes hf needs torch: pip install torch, or leave hf out")
+
+
+class HF:
+    """transformers' Qwen3ForCausalLM with the frozen weights of `params`, in their dtype.
+
+    It is on a GPU where jax is on one and torch finds it, else on the CPU.
+
+    Raises:
+      UserError: without torch.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params) -> None:
+        check_torch()
+        import torch
+        from transformers import Qwen3Config, Qwen3ForCausalLM
+
+        self.torch = torch
+        on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self.config = config
+        leaves = traverse_util.flatten_dict(params)
+        state = {
+            name: self._tensor(leaves[spec.path], transpose=spec.transpose)
+            for name, spec in tensor_specs(config, diffusion=False).items()
+        }
+        # Their own way of loading, from these tensors in place of files.
+        theirs = Qwen3ForCausalLM.from_pretrained(
+            None,
+            config=Qwen3Config(**config.to_hf(orthrus=False)),
+            state_dict=state,
+            dtype=getattr(torch, config.dtype),
+        )
+        self.model = theirs.to(self.device).eval()
+        self.model.generation_config.eos_token_id = list(config.eos_token_ids) or None
+        self.model.generation_config.pad_token_id = self._pad
+
+    @property
+    def _pad(self) -> int:
+        return (*self.config.eos_token_ids, 0)[0]
+
+    @property
+    def hardware(self) -> str:
+        """What it runs on, and in which version."""
+        import transformers
+
+        threads = f", {self.torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return (
+            f"transformers {transformers.__version__}, torch {self.torch.__version__}, "
+            f"{self.device.type}{threads}"
+        )
+
+    def _tensor(self, leaf: jax.Array, *, transpose: bool) -> Any:
+        host = np.ascontiguousarray(np.asarray(leaf.T if transpose else leaf))
+        if host.dtype == jnp.bfloat16:  # which torch does not take from numpy
+            bits = self.torch.tensor(host.view(np.int16))
+            return bits.view(self.torch.bfloat16).to(self.device)
+        return self.torch.tensor(host).to(self.device)
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int = 1
+    ) -> list[list[int]]:
+        """Answer each prompt greedily, in whole batches padded on the left.
+
+        Returns:
+          The ids of each answer, its end token included where one ended it.
+        """
+        torch, answers = self.torch, []
+        for first in range(0, len(prompts), batch_size):
+            some = prompts[first : first + batch_size]
+            width = max(map(len, some))
+            ids = torch.full((len(some), width), self._pad)
+            mask = torch.zeros_like(ids)
+            for i, prompt in enumerate(some):
+                ids[i, width - len(prompt) :] = torch.tensor(list(prompt))
+                mask[i, width - len(prompt) :] = 1
+            found = self.model.generate(
+                ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+            answers += [self._cut(row) for row in found[:, width:].tolist()]
+        return answers
+
+    def _cut(self, row: list[int]) -> list[int]:
+        ends = self.config.eos_token_ids
+        return row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
+
+    def steps(self, batch: int, context: int, count: int) -> Any:
+        """Prepare one-row forwards behind `context` tokens.
+
+        Returns:
+          A function that takes `count` greedy steps and waits for the device; the context of each
+          call is a fresh one, made before the function is returned.
+        """
+        torch = self.torch
+        with torch.inference_mode():
+            ids = torch.ones((batch, context), dtype=torch.long, device=self.device)
+            cache = self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+        def run() -> None:
+            last = torch.ones((batch, 1), dtype=torch.long, device=self.device)
+            with torch.inference_mode():
+                for _ in range(count):
+                    logits = self.model(last, past_key_values=cache, use_cache=True).logits
+                    last = logits[:, -1:].argmax(-1)
+            self.wait()
+
+        self.wait()
+        return run
+
+    def wait(self) -> None:
+        """Wait until the device has done all it was given."""
+        if self.device.type == "cuda":
+            self.torch.cuda.synchronize()

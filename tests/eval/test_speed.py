@@ -1,0 +1,125 @@
+"""The speed bench: what it refuses, and that transformers decodes the very same model."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from eval import speed
+from eval.hf import HF
+from orthrus_jax.checkpoint import save_checkpoint
+from orthrus_jax.errors import UserError
+from orthrus_jax.generate import Generator
+from tests.helpers import random_params, tiny_config
+from train.pretrain import train_tokenizer
+
+TEXTS = ["How many apples are 12 and 30?", "They are 42 apples. The answer is \\boxed{42}."] * 20
+SIZES = {"vocab_size": 400, "mask_token_id": 399, "num_hidden_layers": 1, "eos_token_ids": (2, 7)}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    config = tiny_config(**SIZES)
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    weights = random_params(config, 3, gain=3.0)
+    save_checkpoint(path, config, weights, tokenizer=train_tokenizer(TEXTS, 400))
+    return str(path)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    texts = ["How many?", "What are 12 and 30 apples? The answer is boxed."]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture
+def one_thread():
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # two thread pools on two cores spin against each other
+    yield torch
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_says_what_our_ar_loop_says(tied, one_thread) -> None:
+    """Other lengths side by side, with and without an end token on the way."""
+    config = tiny_config(**SIZES, tie_word_embeddings=tied)
+    weights = random_params(config, 3, gain=3.0)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(8, 398, n).tolist() for n in (1, 3, 9, 14, 20, 6, 2)]
+    ours = Generator(config, weights)
+    expected = [c.tokens for c in ours.complete(prompts, mode="ar", max_new_tokens=40)]
+    ends = [answer[-1] for answer in expected]
+    if not {2, 7} & set(ends):  # make one of the answers end early: at a token that it says
+        config = tiny_config(
+            **{**SIZES, "eos_token_ids": (2, expected[0][5])}, tie_word_embeddings=tied
+        )
+        ours = Generator(config, weights)
+        expected = [c.tokens for c in ours.complete(prompts, mode="ar", max_new_tokens=40)]
+    assert len({len(answer) for answer in expected}) > 1
+    theirs = HF(config, weights)
+    for batch_size in (1, 3):
+        assert theirs.complete(prompts, max_new_tokens=40, batch_size=batch_size) == expected
+
+
+def test_bfloat16_weights_reach_torch_bit_by_bit(one_thread) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    config = tiny_config(**SIZES, dtype="bfloat16")
+    weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(config, 3))
+    found = HF(config, weights).model
+    assert {p.dtype for p in found.parameters()} == {one_thread.bfloat16}
+    kernel = np.asarray(weights["layers_0"]["mlp"]["up_proj"]["kernel"])
+    theirs = found.model.layers[0].mlp.up_proj.weight.detach().view(one_thread.int16).numpy()
+    np.testing.assert_array_equal(theirs.T, kernel.view(np.int16))
+
+
+def test_the_three_are_timed_in_one_run(directory, prompts, tmp_path, capsys, one_thread) -> None:
+    out = tmp_path / "out.json"
+    arguments = ["--model", directory, "--prompts", prompts, "--modes", "ar,orthrus,hf"]
+    arguments += ["--contexts", "32", "--max-new-tokens", "12", "--repeats", "2"]
+    arguments += ["--plot", str(tmp_path / "out.png"), "--json", str(out)]
+    speed.main(arguments)
+    result, said = json.loads(out.read_text()), capsys.readouterr().out
+    (text,) = result["text"]
+    for name in speed.MODES:
+        assert text[name]["same_text"] == 1.0
+        assert text[name]["tokens_per_second"] > 0
+        assert f"| 1 | {name} | " in said
+    (forward,) = result["forwards"]
+    low, high = forward["hf_step_ms_range"]
+    assert 0 < low <= forward["hf_step_ms"] <= high
+    assert "hf: transformers " in said
+    assert "| hf step ms |" in said
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_without_hf_nothing_of_it_is_told(directory, capsys) -> None:
+    speed.main(["--model", directory, "--contexts", "32", "--repeats", "1"])
+    said = capsys.readouterr().out
+    assert "hf" not in said
+    header, ruler, row = said.splitlines()[2:5]
+    assert header.count("|") == ruler.count("|") == row.count("|")
+
+
+def test_missing_torch_is_told_before_anything_is_loaded(monkeypatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "torch" else find(name, *more),
+    )
+    with pytest.raises(UserError, match=r"^--modes hf needs torch: pip install torch[^\n]*$"):
+        speed.main(["--model", "no/such/model", "--modes", "ar,hf"])
+
+
+def test_unknown_modes_and_prompts_without_weights_are_refused(prompts) -> None:
+    with pytest.raises(UserError, match="--modes names beam: expected some of ar, orthrus, hf"):
+        speed.main(["--model", "absent", "--modes", "ar,beam"])
+    with pytest.raises(UserError, match="--prompts needs --model"):
+        speed.main(["--random-weights", "qwen3-4b", "--prompts", prompts])
