@@ -405,8 +405,8 @@ def run(benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
 def main(name: str, argv: Sequence[str] | None = None) -> None:
     """Run the command of the benchmark of this name."""
     benchmark = BENCHMARKS[name]
-    options = {} if benchmark.hub else {"data": "none, it has to be given"}
-    parser = command_parser(name, benchmark.title, runs_code=benchmark.runs_code, **options)
+    data = "the copy on the hub" if benchmark.hub else "none, it has to be given"
+    parser = command_parser(name, benchmark.title, runs_code=benchmark.runs_code, data=data)
     run(benchmark, parser.parse_args(argv))
 
 

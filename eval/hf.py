@@ -49,7 +49,7 @@ class HF:
             for name, spec in tensor_specs(config, diffusion=False).items()
         }
         # Their own way of loading, from these tensors in place of files.
-        theirs = Qwen3ForCausalLM.from_pretrained(
+        theirs: Any = Qwen3ForCausalLM.from_pretrained(
             None,
             config=Qwen3Config(**config.to_hf(orthrus=False)),
             state_dict=state,

@@ -9,12 +9,14 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +25,13 @@ from jax.sharding import PartitionSpec as P
 
 from orthrus_jax import decode, params, sharding
 from orthrus_jax.config import PRESETS, ModelConfig
-from orthrus_jax.engine import bucket
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.model import REMAT, Model
 
 CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB of memory a chip
 PROGRAMS = ("prefill", "ar", "orthrus", "train")
-Lowered = Any
+MOST = {"context": 40_960, "batch": 1024}  # where --largest stops: Qwen3's own limit; enough
+PROMPT, ANSWER = 1024, 2048  # rows that prefill reads, tokens that a loop may emit
 
 
 def tpu_devices(topology: str) -> list[Any]:
@@ -50,7 +52,9 @@ def tpu_devices(topology: str) -> list[Any]:
         os.environ.setdefault(name, value)
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not shape:
-        raise UserError(f"--topology {topology} is not KIND:SHAPE with a KIND of {', '.join(CHIPS)}")
+        raise UserError(
+            f"--topology {topology} is not KIND:SHAPE with a KIND of {', '.join(CHIPS)}"
+        )
     one = {"chips_per_host_bounds": [1, 1, 1]} if shape == "1x1" else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one)
@@ -73,41 +77,47 @@ def weights(config: ModelConfig, mesh: Mesh) -> Any:
     return on_mesh(jax.tree.map(cast, shape), mesh)
 
 
+class Program(NamedTuple):
+    """A program ready to compile.
+
+    Attributes:
+      lowered: what jax lowered.
+      parts: what it takes, by name; shapes with their places.
+    """
+
+    lowered: Any
+    parts: dict[str, Any]
+
+
 def lower_decoding(
-    program: str, config: ModelConfig, mesh: Mesh, *, batch: int, context: int, prompt: int
-) -> Lowered:
-    """Lower prefill, the AR loop or the Orthrus loop for `batch` rows of `context` positions."""
+    program: str, config: ModelConfig, mesh: Mesh, *, batch: int, context: int
+) -> Program:
+    """Prefill, the AR loop or the Orthrus loop for `batch` rows of `context` positions."""
     model, tree = Model(config, mesh), weights(config, mesh)
-    rows = P(sharding.BATCH) if batch % mesh.size == 0 else P()
-    heads = lambda x: P(*rows, *(None,) * (x.ndim - 1))
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, heads(x)))
-    slots, width = bucket(context + config.block_size), bucket(min(context, 2048))
-    make = lambda: decode.prefill(
-        model,
-        tree,
-        jnp.zeros((batch, prompt), jnp.int32),
-        jnp.ones(batch, jnp.int32),
-        jnp.ones(batch, jnp.int32),
-        jnp.full((batch, 2), -1, jnp.int32),
-        slots=slots,
-        max_new_tokens=width,
+    place = lambda x, heads=False: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding.of_rows(x.shape, mesh, heads)
     )
+    prompt = min(context, PROMPT)
+    sizes = {"slots": context, "max_new_tokens": min(context, ANSWER)}
+    ids, vector = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, prompt), (batch,)))
+    read = partial(decode.prefill, model, **sizes)
+    inputs = jax.tree.map(place, (ids, vector, vector, jax.ShapeDtypeStruct((batch, 2), jnp.int32)))
     if program == "prefill":
-        vector = place(jax.ShapeDtypeStruct((batch,), jnp.int32))
-        ids = lambda n: place(jax.ShapeDtypeStruct((batch, n), jnp.int32))
-        return decode.prefill.lower(
-            model, tree, ids(prompt), vector, vector, ids(2), slots=slots, max_new_tokens=width
-        )
-    state = jax.tree.map(
-        lambda x: place(x) if x.shape[:1] == (batch,) else on_mesh(x, mesh),
-        jax.eval_shape(lambda tree: make(), tree),
+        lowered = decode.prefill.lower(model, tree, *inputs, **sizes)
+        return Program(lowered, {"weights": tree})
+    state = jax.eval_shape(read, tree, *inputs)
+    cache = state.cache.replace(
+        k=tuple(place(k, heads=True) for k in state.cache.k),
+        v=tuple(place(v, heads=True) for v in state.cache.v),
+        rotary=on_mesh(state.cache.rotary, mesh),
     )
+    state = jax.tree.map(place, state.replace(cache=None)).replace(cache=cache)
     loop = decode.ar_decode if program == "ar" else decode.orthrus_decode
-    return loop.lower(model, tree, state)
+    return Program(loop.lower(model, tree, state), {"weights": tree, "cache": state.cache})
 
 
-def lower_training(config: ModelConfig, mesh: Mesh, recipe: Any) -> Lowered:
-    """Lower the training step of a recipe (`config.train`)."""
+def lower_training(config: ModelConfig, mesh: Mesh, recipe: Any) -> Program:
+    """The training step of a recipe (`config.train`)."""
     # The one place where the library looks at the trainer, and only when asked to compile it.
     from train import trainer
     from train.data import Rows
@@ -127,7 +137,7 @@ def lower_training(config: ModelConfig, mesh: Mesh, recipe: Any) -> Lowered:
         (micro, each, recipe.row_length), dtype, sharding=sharding.of_batch(mesh, axis=1)
     )
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=NamedSharding(mesh, P()))
-    return trainer.train_step.lower(
+    lowered = trainer.train_step.lower(
         state,
         frozen,
         Rows(rows(jnp.int32), rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_)),
@@ -136,99 +146,153 @@ def lower_training(config: ModelConfig, mesh: Mesh, recipe: Any) -> Lowered:
         optimizer=optimizer,
         objective=objective_of(recipe),
     )
+    return Program(lowered, {"weights": frozen, "training state": state})
 
 
-def report(lowered: Lowered, limit: float) -> dict[str, Any]:
-    """Compile; GiB a device of arguments, results and temporaries, and whether they fit `limit`.
+def gib_a_device(tree: Any) -> float:
+    """GiB of a tree of placed shapes on one device, before the device's own padding."""
+    here = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return sum(map(here, jax.tree.leaves(tree))) / 2**30
 
-    A program that the compiler finds too large is reported by its own figure.
+
+def report(program: Program, limit: float) -> dict[str, Any]:
+    """Compile; GiB a device by part, and whether all of it fits `limit` GiB.
+
+    A program that the compiler finds too large is reported in the compiler's words.
     """
+    found: dict[str, Any] = {
+        f"{name.replace(' ', '_')}_gib": gib_a_device(tree) for name, tree in program.parts.items()
+    }
     begin = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = program.lowered.compile()
     except Exception as error:
         told = str(error)
         if "RESOURCE_EXHAUSTED" not in told and "Ran out of memory" not in told:
             raise
-        first = next((x for x in told.splitlines() if "hbm" in x.lower()), told.splitlines()[0])
-        return {"fits": False, "why": first.strip()[:200], "seconds": time.perf_counter() - begin}
-    seconds = time.perf_counter() - begin
-    memory = compiled.memory_analysis()
-    gib = lambda name: getattr(memory, f"{name}_size_in_bytes") / 2**30
-    found = {
-        "arguments_gib": gib("argument"),
-        "results_gib": gib("output") - gib("alias"),
-        "temporaries_gib": gib("temp"),
-    }
-    total = sum(found.values())
-    return found | {"total_gib": total, "fits": total <= limit, "seconds": seconds}
+        lines = told.splitlines()
+        first = next((line for line in lines if "hbm" in line.lower()), lines[0])
+        found |= {"fits": False, "why": first.strip()[:200]}
+    else:
+        memory = compiled.memory_analysis()
+        gib = lambda name: getattr(memory, f"{name}_size_in_bytes") / 2**30
+        found["arguments_gib"] = gib("argument")
+        found["results_gib"] = gib("output") - gib("alias")
+        found["temporaries_gib"] = gib("temp")
+        total = found["arguments_gib"] + found["results_gib"] + found["temporaries_gib"]
+        found |= {"total_gib": total, "fits": total <= limit}
+    return found | {"seconds": time.perf_counter() - begin}
+
+
+def largest(fits: Callable[[int], bool], first: int, last: int) -> int:
+    """The largest first * 2**i up to `last` that fits, 0 if none does; each try compiles once."""
+    best, size = 0, first
+    while size <= last and fits(size):
+        best, size = size, 2 * size
+    return best
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m orthrus_jax.aot", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m orthrus_jax.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--preset", choices=sorted(PRESETS), help="a Qwen3 size; decoding only")
-    size.add_argument("--config", metavar="FILE", help="a training configuration, for its base's size")
-    parser.add_argument("--topology", required=True, metavar="KIND:SHAPE", help="e.g. v5e:1x1")
-    parser.add_argument("--program", choices=PROGRAMS, required=True)
-    parser.add_argument("--batch", type=int, default=1, help="rows decoded; default: %(default)s")
-    parser.add_argument("--context", type=int, default=4096, help="positions; default: %(default)s")
-    parser.add_argument("--accumulate", type=int, help="train: micro-batches a step")
-    parser.add_argument("--remat", choices=sorted(REMAT), help="train: what is recomputed")
-    parser.add_argument("--fsdp", type=int, default=-1, help="mesh axis; default: what is left")
-    parser.add_argument("--tensor", type=int, default=1, help="mesh axis; default: %(default)s")
-    parser.add_argument("--data", type=int, default=1, help="mesh axis; default: %(default)s")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    size.add_argument("--config", metavar="FILE", help="a training configuration, and its base")
+    add("--topology", required=True, metavar="KIND:SHAPE", help="e.g. v5e:1x1, v5e:2x2, v6e:2x4")
+    add("--program", choices=PROGRAMS, required=True)
+    add("--batch", type=int, default=1, help="rows decoded; default: %(default)s")
+    add("--context", type=int, default=4096, help="cache slots a row; default: %(default)s")
+    add("--accumulate", type=int, help="train: micro-batches a step; default: the recipe's")
+    add("--remat", choices=sorted(REMAT), help="train: what is recomputed; default: the recipe's")
+    add("--data", type=int, default=1, help="mesh axis; default: %(default)s")
+    add("--fsdp", type=int, help="mesh axis; default: what is left when training, else 1")
+    add("--tensor", type=int, help="mesh axis; default: 1 when training, else what is left")
+    add(
+        "--largest",
+        choices=("context", "batch"),
+        help="double it, from --context or --batch on, while the program fits",
+    )
+    add("--json", action="store_true", help="print one JSON object")
     return parser
 
 
-def _of_file(path: str) -> tuple[ModelConfig, Any]:
-    """A training configuration, and the preset its base is named after."""
+def _recipe(path: str) -> tuple[ModelConfig, Any]:
+    """The size a training configuration's base is named after, and the configuration."""
     spec = importlib.util.spec_from_file_location("run_configuration", path)
     if spec is None or spec.loader is None or not pathlib.Path(path).exists():
-        raise UserError(f"--config {path} is no Python file")
+        raise UserError(f"--config {path} is not there, or is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
     name = config.base.split("/")[-1].lower()
     if name not in PRESETS:
-        raise UserError(f"--config {path}: its base {config.base!r} is none of {', '.join(PRESETS)}")
+        raise UserError(f"--config {path}: its base {config.base!r} is not of {', '.join(PRESETS)}")
     return PRESETS[name], config
+
+
+def _mesh(args: argparse.Namespace, devices: Sequence[Any]) -> Mesh:
+    training = args.program == "train"
+    fsdp, tensor = args.fsdp, args.tensor
+    if fsdp is None:
+        fsdp = -1 if training else 1
+    if tensor is None:
+        tensor = 1 if training else -1
+    return sharding.make_mesh(args.data, fsdp, tensor, devices=devices)
+
+
+def _lowering(args: argparse.Namespace, mesh: Mesh) -> Callable[..., Program]:
+    """A function of the batch and context, which are the command's where not given."""
+    config, run = (PRESETS[args.preset], None) if args.preset else _recipe(args.config)
+    sharding.check(config, mesh)
+    if args.program != "train":
+        sizes = {"batch": args.batch, "context": args.context}
+        return lambda **changes: lower_decoding(args.program, config, mesh, **(sizes | changes))
+    if run is None:
+        raise UserError("--program train needs --config, which holds the recipe")
+    if args.largest:
+        raise UserError("--largest is of decoding: when training, try --accumulate")
+    run.train.accumulate = args.accumulate or run.train.accumulate
+    run.train.remat = args.remat or run.train.remat
+    if run.train.batch_size % run.train.accumulate:
+        raise UserError(
+            f"--accumulate {run.train.accumulate} does not divide the batch of "
+            f"{run.train.batch_size} rows"
+        )
+    return lambda: lower_training(config, mesh, run.train)
+
+
+def _say(found: dict[str, Any], limit: float, devices: int) -> None:
+    parts = [f"{k[:-4].replace('_', ' ')} {v:.2f}" for k, v in found.items() if k.endswith("_gib")]
+    verdict = "fits" if found["fits"] else "does not fit"
+    print(f"{verdict} {limit} GiB a device, {devices} device(s)")
+    print(f"GiB a device: {', '.join(parts)}")
+    print(f"compiled in {found['seconds']:.0f} s")
+    if "why" in found:
+        print(f"the compiler: {found['why']}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
     devices = tpu_devices(args.topology)
-    mesh = sharding.make_mesh(args.data, args.fsdp, args.tensor, devices=devices)
-    config, run = (PRESETS[args.preset], None) if args.preset else _of_file(args.config)
-    sharding.check(config, mesh)
-    lower: Callable[[], Lowered]
-    if args.program == "train":
-        if run is None:
-            raise UserError("--program train needs --config, which holds the recipe")
-        if args.accumulate:
-            run.train.accumulate = args.accumulate
-        if args.remat:
-            run.train.remat = args.remat
-        lower = lambda: lower_training(config, mesh, run.train)
-    else:
-        shape = {"batch": args.batch, "context": args.context, "prompt": min(args.context, 1024)}
-        lower = lambda: lower_decoding(args.program, config, mesh, **shape)
+    lower = _lowering(args, _mesh(args, devices))
     limit = CHIPS[args.topology.partition(":")[0]]
     found = report(lower(), limit)
+    if args.largest:
+        size = getattr(args, args.largest)
+        fits = lambda n: report(lower(**{args.largest: n}), limit)["fits"]
+        more = largest(fits, 2 * size, MOST[args.largest]) if found["fits"] else 0
+        found[f"largest_{args.largest}"] = more or (size if found["fits"] else 0)
     if args.json:
         print(json.dumps(vars(args) | found))
-        return
-    if "why" in found:
-        print(f"does not fit {limit} GiB a chip: {found['why']}")
     else:
-        print(
-            f"{'fits' if found['fits'] else 'does not fit'} {limit} GiB a chip: "
-            f"arguments {found['arguments_gib']:.2f}, results {found['results_gib']:.2f}, "
-            f"temporaries {found['temporaries_gib']:.2f} GiB"
-        )
-    print(f"compiled in {found['seconds']:.0f} s for {len(devices)} device(s)", file=sys.stderr)
+        _say(found, limit, len(devices))
+        if args.largest:
+            print(f"largest {args.largest} that fits: {found[f'largest_{args.largest}']}")
     if not found["fits"]:
         sys.exit(1)
 

@@ -23,7 +23,7 @@ from orthrus_jax import attention
 from orthrus_jax.cache import KVCache, as_slots, seen, write
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.layers import AttentionProjections, RMSNorm, SwiGLU, linear, rotary_angles
-from orthrus_jax.sharding import BATCH, TENSOR
+from orthrus_jax.sharding import BATCH, TENSOR, of_rows
 
 Array = jax.Array
 STACKED = "layers"  # where training keeps its layers' weights, stacked along a first axis
@@ -285,7 +285,11 @@ class Model:
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for `batch` rows of `slots` positions."""
-        return KVCache.zeros(self.config, batch, slots)
+        cache = KVCache.zeros(self.config, batch, slots)
+        if self.mesh is None:
+            return cache
+        lay = lambda x: jax.lax.with_sharding_constraint(x, of_rows(x.shape, self.mesh, heads=True))
+        return cache.replace(k=tuple(map(lay, cache.k)), v=tuple(map(lay, cache.v)))
 
     def forward(
         self, params: Params, segments: Sequence[Segment], cache: KVCache | None

@@ -76,6 +76,18 @@ def spec(path: Sequence[Any], shape: Sequence[int], mesh: Mesh) -> P:
     return P(*(axis if fits(axis, size) else None for axis, size in zip(axes, shape, strict=True)))
 
 
+def of_rows(shape: Sequence[int], mesh: Mesh, heads: bool = False) -> NamedSharding:
+    """Where an array [B, ...] of decoding lies; with `heads`, a cache's [B, G, ...].
+
+    A batch or heads that do not divide among their devices stay whole. A cache drops leading axes
+    of size 1 (see KVCache), so its axes are told by counting from the last.
+    """
+    names: tuple[Any, ...] = (BATCH, TENSOR)[max(0, 4 - len(shape)) :] if heads else (BATCH,)
+    ways = {BATCH: mesh.shape[DATA] * mesh.shape[FSDP], TENSOR: mesh.shape[TENSOR]}
+    axes = [n if size % ways[n] == 0 else None for n, size in zip(names, shape, strict=False)]
+    return NamedSharding(mesh, P(*axes))
+
+
 def of_tree(tree: Any, mesh: Mesh) -> Any:
     """The sharding of every leaf (array or ShapeDtypeStruct) of a tree, by its path."""
     return jax.tree_util.tree_map_with_path(

@@ -104,6 +104,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
 
 
 def objective_of(t: Any) -> Objective:
+    """Make the objective that `config.train` asks for."""
     names = [d.value for d in Divergence]
     return Objective(
         t.anchors, Divergence(_known(t.divergence, "train.divergence", names)), t.gamma or None

@@ -244,7 +244,10 @@ LAW_FAULTS = {
         *(
             pytest.param(*case, marks=slow)
             for case in [
-                *((fault, "draw") for fault in ("always accept", "bonus off by one", "a slot late")),
+                *(
+                    (fault, "draw")
+                    for fault in ("always accept", "bonus off by one", "a slot late")
+                ),
                 *((fault, "argmax") for fault in ("always accept", "residual from p")),
             ]
         ),
