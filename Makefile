@@ -26,7 +26,8 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
+	$(PIP) install --editable '.[aot]'
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

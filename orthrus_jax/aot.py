@@ -278,6 +278,7 @@ def _say(found: dict[str, Any], limit: float, devices: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")  # what is compiled here is not run here
     devices = tpu_devices(args.topology)
     lower = _lowering(args, _mesh(args, devices))
     limit = CHIPS[args.topology.partition(":")[0]]

@@ -1,0 +1,128 @@
+"""Ahead-of-time compilation for TPU: sizes, refusals, and (slow, with libtpu) the real programs."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from orthrus_jax import aot, sharding
+from orthrus_jax.config import PRESETS
+from orthrus_jax.errors import UserError
+from tests.helpers import tiny_config
+
+DECODE = ["--preset", "qwen3-0.6b", "--topology", "v5e:1x1", "--program", "orthrus"]
+
+
+@pytest.mark.parametrize("program", ["prefill", "ar", "orthrus"])
+def test_what_is_lowered_compiles_and_its_parts_are_counted(program: str) -> None:
+    config = tiny_config()
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    made = aot.lower_decoding(program, config, mesh, batch=2, context=64)
+    found = aot.report(made, limit=1.0)
+    assert found["fits"]
+    leaves = jax.tree.leaves(aot.weights(config, mesh))
+    assert found["weights_gib"] * 2**30 == sum(x.size * x.dtype.itemsize for x in leaves)
+    if program != "prefill":
+        slots = 2 * 64 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers
+        table = 2 * 64 * config.head_dim // 2
+        bytes_each = jnp.dtype(config.dtype).itemsize
+        assert found["cache_gib"] * 2**30 == 2 * slots * bytes_each + 4 * table
+        # Donated: the state that comes out lies where the one that went in was.
+        assert found["results_gib"] * 2**30 < 1024
+    assert not aot.report(made, limit=1e-6)["fits"]
+
+
+def test_the_training_step_is_lowered_from_a_recipe() -> None:
+    from configs.paper import recipe
+
+    run = recipe().train
+    run.update(batch_size=4, accumulate=2, row_length=64, anchors=4, block_size=4, dtype="float32")
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    found = aot.report(aot.lower_training(tiny_config(), mesh, run), limit=1.0)
+    assert found["fits"]
+    assert found["training_state_gib"] > 0
+    assert found["results_gib"] * 2**30 < 4096  # metrics: the state is donated
+
+
+def test_the_largest_size_is_the_last_that_fits() -> None:
+    tried = []
+
+    def fits(size: int) -> bool:
+        tried.append(size)
+        return size <= 5000
+
+    assert aot.largest(fits, 1024, 40_960) == 4096
+    assert tried == [1024, 2048, 4096, 8192]
+    assert aot.largest(fits, 8192, 40_960) == 0
+    assert aot.largest(lambda _: True, 8192, 40_960) == 32_768
+
+
+BAD = {
+    "no such slice": ([*DECODE[:3], "v9:1x1", *DECODE[4:]], "--topology v9:1x1 is not KIND:SHAPE"),
+    "no recipe": ([*DECODE[:5], "train"], "--program train needs --config"),
+    "no file": (["--config", "no.py", *DECODE[2:5], "train"], "--config no.py is not there"),
+    "not a preset": (
+        ["--config", "configs/tiny.py", *DECODE[2:5], "train"],
+        "configs/tiny.py: its base",
+    ),
+    "micro-batches": (
+        ["--config", "configs/qwen3_0_6b.py", *DECODE[2:5], "train", "--accumulate", "7"],
+        "--accumulate 7 does not divide the batch of 128 rows",
+    ),
+    "both axes": ([*DECODE, "--tensor", "3"], "mesh data=1, fsdp=1, tensor=3 does not fit 1 devices"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_told_in_one_line(name: str, monkeypatch) -> None:
+    options, message = BAD[name]
+    if name != "no such slice":
+        monkeypatch.setattr(aot, "tpu_devices", lambda _: jax.devices()[:1])
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    with pytest.raises(UserError) as error:
+        aot.main(options)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_without_libtpu_it_says_how_to_get_it(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install libtpu"):
+        aot.tpu_devices("v5e:1x1")
+
+
+def compiled(*options: str) -> dict:
+    """Run the command in a process of its own: libtpu stays loaded for good."""
+    command = [sys.executable, "-m", "orthrus_jax.aot", *options, "--json"]
+    return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu")
+class TestForTPU:
+    def test_0_6b_decodes_on_one_v5e(self) -> None:
+        found = compiled(*DECODE, "--context", "4096")
+        assert found["fits"]
+        assert 1.3 < found["weights_gib"] < 1.6
+        assert found["cache_gib"] == pytest.approx(2 * 28 * 8 * 128 * 2 * 4096 / 2**30, rel=0.02)
+        assert found["results_gib"] < 0.01
+
+    def test_8b_does_not_fit_one_v5e_and_the_compiler_s_word_is_given(self) -> None:
+        config = PRESETS["qwen3-8b"]
+        assert config.num_hidden_layers == 36
+        command = [sys.executable, "-m", "orthrus_jax.aot", "--preset", "qwen3-8b", *DECODE[2:]]
+        ended = subprocess.run(command, text=True, capture_output=True, check=False)
+        assert ended.returncode == 1
+        assert "does not fit 16 GiB" in ended.stdout
+
+    def test_the_0_6b_training_step_fits_one_v5e(self) -> None:
+        found = compiled(
+            *("--config", "configs/qwen3_0_6b.py", "--topology", "v5e:1x1", "--program", "train")
+        )
+        assert found["fits"]
+        assert found["results_gib"] < 0.01
