@@ -87,7 +87,7 @@ def unstack(params: Params) -> Params:
 
 def init(model: Model, key: jax.Array) -> Params:
     """Fresh float32 parameters of a base and, in its diffusion view, a copy of its attention."""
-    frozen, _ = split(model.init(key))
+    frozen, _ = split(jax.jit(model.init)(key))  # op by op it takes many times as long
     return merge(frozen, diffusion_from_base(frozen))
 
 

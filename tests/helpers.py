@@ -9,6 +9,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import traverse_util
 
 from orthrus_jax import params as params_lib
@@ -16,6 +17,11 @@ from orthrus_jax.config import ModelConfig
 
 DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 NO_EOS = jnp.array([-1, -1, -1], jnp.int32)
+
+
+def slow(*values) -> list:
+    """Parameters of a test that only the slow suite tries."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def tiny_config(**changes) -> ModelConfig:

@@ -54,6 +54,7 @@ HUB_ROWS = {
     },
     "mt_bench": {"prompt": ["Hi", "Why?"], "prompt_id": 7, "category": "writing", "reference": []},
     "spec_bench": {"question_id": 81, "category": "rag", "turns": ["Hi"]},
+    "demo_problems": {"question": "1+1?", "answer": "2", "operations": 1},
 }
 MALFORMED = [
     "",

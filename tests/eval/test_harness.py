@@ -21,7 +21,7 @@ from orthrus_jax.chat import Conversation
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.errors import UserError
 from orthrus_jax.sampling import Rule, SamplingParams
-from tests.helpers import DATA, random_params, tiny_config
+from tests.helpers import DATA, random_params, slow, tiny_config
 from train.pretrain import train_tokenizer
 from train.problems import is_correct, problems
 
@@ -241,6 +241,7 @@ def test_a_second_turn_that_does_not_fit_ends_its_dialogue(directory, tmp_path):
     assert [(a["turn"], "skipped" in a) for a in answers] == [(0, False), (1, True)] * 2
 
 
+@pytest.mark.slow
 def test_the_demos_problems_are_graded_as_the_demo_grades_them(tiny_base, tmp_path):
     """Real accuracy of a real, if small, model; and AR = Orthrus to the token."""
     made = list(problems("held-out", 10_002, 24))
@@ -415,7 +416,9 @@ def test_an_unreadable_run_is_named(tmp_path):
 
 
 @needs_data
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize(
+    "name", ["math500", "mt_bench", *slow(*(n for n in REAL if n not in ("math500", "mt_bench")))]
+)
 def test_every_real_file_runs_end_to_end(name, tiny_base, tmp_path):
     arguments = ["--model", str(tiny_base), "--data", str(DATA / REAL[name]), "--limit", "3"]
     arguments += ["--max-new-tokens", "8", "--batch-size", "3", "--draft-length", "3"]

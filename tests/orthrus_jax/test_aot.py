@@ -73,7 +73,10 @@ BAD = {
         ["--config", "configs/qwen3_0_6b.py", *DECODE[2:5], "train", "--accumulate", "7"],
         "--accumulate 7 does not divide the batch of 128 rows",
     ),
-    "both axes": ([*DECODE, "--tensor", "3"], "mesh data=1, fsdp=1, tensor=3 does not fit 1 devices"),
+    "both axes": (
+        [*DECODE, "--tensor", "3"],
+        "mesh data=1, fsdp=1, tensor=3 does not fit 1 devices",
+    ),
 }
 
 

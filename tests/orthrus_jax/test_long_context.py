@@ -14,7 +14,7 @@ from orthrus_jax.attention import MANY_SLOTS, SLOT_STEP
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.generate import Generator
 from orthrus_jax.model import Model, ar_segment
-from tests.helpers import NO_EOS, random_params, relative_error, same_bits, tiny_config
+from tests.helpers import NO_EOS, random_params, relative_error, same_bits, slow, tiny_config
 from tests.orthrus_jax.test_exactness import DraftedModel, assert_same_decoding
 
 CHUNK = decode.PREFILL_CHUNK
@@ -252,7 +252,7 @@ def assert_same_live_cache(cache, expected, lengths) -> None:
 
 
 @pytest.mark.parametrize("case", LENGTHS)
-@pytest.mark.parametrize("width", [2 * CHUNK, PADDED])
+@pytest.mark.parametrize("width", [PADDED, *slow(2 * CHUNK)])
 def test_prefill_in_chunks_is_one_big_forward(case: str, width: int) -> None:
     lengths, slots = [min(n, width) for n in LENGTHS[case]], 3 * SLOT_STEP
     params, tokens = random_params(CONFIG, 0), ids_of(1, 4, width)
@@ -287,7 +287,7 @@ def test_the_text_behind_chunks_is_that_behind_one_big_forward(loop: str) -> Non
         assert state.tokens[row].tolist() == text_by_whole_forwards(params, prompt, new)
 
 
-@pytest.mark.parametrize("first", [1, 200, CHUNK, 700])
+@pytest.mark.parametrize("first", [1, 200, *slow(CHUNK, 700)])
 def test_a_resumed_prefill_in_chunks_is_one_of_the_whole(first: int) -> None:
     params, tokens, slots = random_params(CONFIG, 2), ids_of(3, 1, PADDED), 4 * SLOT_STEP
     whole = prefilled(params, tokens, [PADDED], slots=slots)
@@ -339,7 +339,7 @@ def test_orthrus_is_ar_behind_3000_tokens() -> None:
     assert other[1] == other[0]
 
 
-@pytest.mark.parametrize("agree", [0.0, 0.8, 1.0])
+@pytest.mark.parametrize("agree", [0.8, *slow(0.0, 1.0)])
 def test_drafts_are_taken_and_rolled_back_behind_long_prompts(agree: float) -> None:
     """Over many slots, with drafts that are right as often as asked."""
     config, new, lengths = long_config(num_key_value_heads=2), 30, [1100, 900, 5]
@@ -418,7 +418,7 @@ def temporaries(program) -> int:
 
 
 @on_cpu
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, *slow(2)])
 def test_the_memory_of_prefill_does_not_grow_with_the_prompt(batch: int) -> None:
     slots = 16_384
     short, long = (temporaries(compiled_prefill(batch, padded, slots)) for padded in (2048, 8192))
@@ -428,7 +428,7 @@ def test_the_memory_of_prefill_does_not_grow_with_the_prompt(batch: int) -> None
 
 
 @on_cpu
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, *slow(2)])
 def test_what_orthrus_needs_beyond_ar_is_constant_in_the_context(batch: int) -> None:
     extra = [
         temporaries(compiled_loop("orthrus", slots, batch=batch))
@@ -471,7 +471,7 @@ def test_a_loop_over_many_slots_copies_no_cache(loop, batch, groups, block) -> N
 
 
 @on_cpu
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, *slow(2)])
 def test_prefill_in_chunks_copies_no_cache(batch: int) -> None:
     program = compiled_prefill(batch, 2048, 16_384).as_text()
     assert copies_inside_loops(program, (batch, 2, 16_384, 16)) == []

@@ -33,7 +33,7 @@ from orthrus_jax.sampling import (
     probabilities,
 )
 from tests import tabular
-from tests.helpers import random_params, tiny_config
+from tests.helpers import random_params, slow, tiny_config
 from tests.tabular import EOS, MASK, VOCAB, Setting, TabularModel, processed
 
 K = tabular.SMALL.block_size
@@ -506,7 +506,7 @@ def rejection_fit(
     return fit(counts, law_of(setting))
 
 
-@pytest.mark.parametrize("proposal", Proposal)
+@pytest.mark.parametrize("proposal", [Proposal.ARGMAX, *slow(Proposal.DRAW)])
 def test_half_a_percent_accepted_in_excess_shows(proposal: Proposal, monkeypatch) -> None:
     """The power of the chi-square: 2^17 texts, and a verdict that errs by 0.005."""
     args = (Setting(0.7), CHUNK, proposal, monkeypatch)
@@ -595,7 +595,10 @@ def texts(state) -> list[list[int]]:
     return [row[:count].tolist() for row, count in zip(state.tokens, state.count, strict=True)]
 
 
-@pytest.mark.parametrize(("filtered", "block_size"), [(False, None), (True, None), (True, 2)])
+@pytest.mark.parametrize(
+    ("filtered", "block_size"),
+    [pytest.param(False, None, marks=pytest.mark.slow), (True, None), (True, 2)],
+)
 def test_coupled_text_is_ar_s_bit_for_bit(filtered: bool, block_size: int | None) -> None:
     """200 prompts at three temperatures, each row with filters of its own or none with any."""
     ar = spoken("ar", filtered=filtered)
@@ -608,14 +611,14 @@ def test_coupled_text_is_ar_s_bit_for_bit(filtered: bool, block_size: int | None
     assert sum(len(text) < NEW for text in texts(ar)) > 20, "hardly an end"
 
 
-@pytest.mark.parametrize("rule", ["a draw from q", "coupled"])
+@pytest.mark.parametrize("rule", [*slow("a draw from q"), "coupled"])
 def test_a_row_alone_says_what_it_says_in_a_batch(rule: str) -> None:
     batch = texts(spoken(rule))
     for row in (0, 1, 2, 100, 301, 599):
         assert texts(spoken(rule, (row,))) == [batch[row]]
 
 
-@pytest.mark.parametrize("rule", ["a draw from q", "coupled"])
+@pytest.mark.parametrize("rule", ["a draw from q", *slow("coupled")])
 def test_a_loop_that_pauses_says_the_same(rule: str) -> None:
     whole, paused = spoken(rule), spoken(rule, cycles=1)
     assert texts(paused) == texts(whole)
@@ -639,7 +642,7 @@ def reread(rule: str) -> list[np.ndarray]:
     ]
 
 
-@pytest.mark.parametrize("rule", ["ar", "a draw from q", "coupled"])
+@pytest.mark.parametrize("rule", [*slow("ar"), "a draw from q", "coupled"])
 def test_log_probabilities_are_those_of_the_text_read_again(rule: str) -> None:
     state = spoken(rule)
     for row, reference in enumerate(reread(rule)):

@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from orthrus_jax.errors import UserError
+from tests.helpers import slow
 from tests.train import resumable
 from tests.train.test_objective import random_trees
 from train import trainer
@@ -26,7 +27,7 @@ def run(directory, devices, *last):
     )
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices", [1, *slow(8)])
 def test_a_run_killed_at_a_random_step_ends_as_one_that_was_not(tmp_path, devices):
     whole = run(tmp_path / "whole", devices)
     assert whole.returncode == 0, whole.stderr[-2000:]
@@ -72,7 +73,7 @@ def test_the_last_two_stay_and_hold_the_bits(trained, copied):
     assert place["batch_size"] == 8
 
 
-@pytest.mark.parametrize("damage", ["torn", "deleted", "empty"])
+@pytest.mark.parametrize("damage", ["torn", *slow("deleted", "empty")])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(trained, copied, damage):
     newest = copied / "checkpoints" / "12"
     files = [path for path in (newest / "state").rglob("*") if path.is_file()]
