@@ -58,8 +58,7 @@ def recipe() -> ConfigDict:
     c.train.save_every = 250
     c.train.keep = 2  # checkpoints, beside the best
     c.train.eval_prompts = 64
-    c.train.eval_sources = (
-        ("openai/gsm8k?config=main&split=test", 1.0),
-        ("HuggingFaceH4/MATH-500?split=test", 1.0),
-    )
+    # Decoded every eval_every steps, and what the best checkpoint is the best on: prompts that are
+    # neither trained on nor a test set.
+    c.train.eval_sources = (("openai/gsm8k?config=main&split=train", 1.0),)
     return c
