@@ -112,7 +112,13 @@ class Loops:
 
     def _serve(self, dialogues: Sequence[Dialogue], loop: str) -> Served:
         requests = [Request(d.prompt, self.sampling, d.sample) for d in dialogues]
-        plan = Plan(loop, self.accept, draft_length=self.draft_length, batch_size=self.batch_size)
+        plan = Plan(
+            loop,
+            self.accept,
+            draft_length=self.draft_length,
+            batch_size=self.batch_size,
+            time_first=True,
+        )
         for event in self.model.engine.serve(requests, plan):
             if event.answer is not None:
                 yield event.index, event.answer
@@ -142,6 +148,7 @@ def _record(d: Dialogue, turn: int, loop: str, answer: Answer, text: str) -> dic
         "accepted": answer.accepted if orthrus else [],
         "forwards": 1 + (2 if orthrus else 1) * answer.cycles,
         "seconds": answer.seconds,
+        "first_seconds": answer.first_seconds,
     }
 
 

@@ -32,6 +32,8 @@ and compiling are not. Every program is compiled ahead of time, outside the cloc
 ran before it started.
 speedup: wall-clock AR / Orthrus over the same problems, the loops taking turns chunk by chunk; in \
 brackets the chunks' range.
+first token: median milliseconds from a request's admission to its first token, without compiling; \
+in a batch, its whole prefill.
 same text: answers whose tokens are equal in both loops, greedy or coupled."""
 
 
@@ -182,6 +184,9 @@ def _loop(recipe: Row, rows: Sequence[Row], loop: str) -> dict[str, Any]:
         "forwards": forwards,
         "tokens_per_forward": statistics.mean(of_each) if of_each else 0.0,
         "tokens_per_forward_pooled": tokens / forwards if forwards else 0.0,
+        "first_token_ms": statistics.median(a["first_seconds"] * 1e3 for a in every)
+        if every
+        else 0.0,
         "ended": statistics.mean(a["finish_reason"] == "stop" for a in every) if every else 0.0,
     }
     if loop == "orthrus":
@@ -304,6 +309,7 @@ COLUMNS: Mapping[str, Cell] = {
     "tokens/s": lambda loop, whole: (
         f"{loop['tokens_per_second']:.1f}" if "tokens_per_second" in loop else ""
     ),
+    "first token (ms)": lambda loop, whole: f"{loop['first_token_ms']:.1f}",
     "speedup": _speedup_cell,
     "same text": lambda loop, whole: (
         _share(whole["same_text"]) if "same_text" in whole and "acceptance_length" in loop else ""

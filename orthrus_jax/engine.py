@@ -55,6 +55,7 @@ class Plan:
       batch_size: rows decoded together.
       refill: put the next request in a finished row's place at once; else wait for the whole batch.
       stream: report text as it grows.
+      time_first: wait for each prefill, so as to time the first token; one stop of the host more.
     """
 
     mode: str = "orthrus"
@@ -64,6 +65,7 @@ class Plan:
     batch_size: int = 1
     refill: bool = True
     stream: bool = False
+    time_first: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Answer:
     accepted: list[int]
     seconds: float
     compile_seconds: float
+    first_seconds: float | None = None  # until the first token was there, with Plan.time_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +118,7 @@ class _Row:
     began: float
     compiled: float  # the engine's compile seconds when it began
     read: int = 0  # tokens the host has looked at
+    first: float | None = None  # seconds until its first token was there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +195,7 @@ class Engine:
         while queue or any(rows):
             if not any(rows):
                 rows = [self._admit(queue, plan) for _ in rows]
-                state = self._prefill(rows, shape, memory)
+                state = self._prefill(rows, shape, plan, memory)
             state = self._advance(state, rows, plan, refilling=plan.refill and bool(queue))
             found = _fetch(state)
             for i, row in enumerate(rows):
@@ -213,7 +217,7 @@ class Engine:
             for i in idle.nonzero()[0].tolist() if plan.refill else ():
                 rows[i] = self._admit(queue, plan)
                 if rows[i] is not None:
-                    fresh = self._prefill([rows[i]], shape)
+                    fresh = self._prefill([rows[i]], shape, plan)
                     state = self._run(decode.insert, state, fresh, jnp.int32(i))
 
     def _admit(self, queue: collections.deque, plan: Plan) -> _Row | None:
@@ -246,7 +250,11 @@ class Engine:
         )
 
     def _prefill(
-        self, rows: Sequence[_Row | None], shape: _Shape, memory: Memory | None = None
+        self,
+        rows: Sequence[_Row | None],
+        shape: _Shape,
+        plan: Plan,
+        memory: Memory | None = None,
     ) -> decode.DecodeState:
         """Start rows as one batch; a missing row is filled and done at once."""
         kept = 0
@@ -268,7 +276,7 @@ class Engine:
         resumed = {}
         if memory is not None and kept:
             resumed = {"cache": memory.cache, "start": jnp.array([kept], jnp.int32)}
-        return self._run(
+        state = self._run(
             decode.prefill,
             jnp.array(ids),
             jnp.array([len(prompt) for prompt in prompts], jnp.int32),
@@ -283,6 +291,12 @@ class Engine:
                 "logprobs": shape.logprobs,
             },
         )
+        if plan.time_first:
+            jax.block_until_ready(state.tokens)
+            for row in filter(None, rows):
+                compiled = self.compile_seconds - row.compiled
+                row.first = time.perf_counter() - row.began - compiled
+        return state
 
     def _sampler(self, rows: Sequence[_Row | None], shape: _Shape) -> Sampler | None:
         if not shape.sampled:
@@ -344,6 +358,7 @@ class Engine:
             accepted=accepted[:cycles].tolist(),
             seconds=time.perf_counter() - row.began - compiled,
             compile_seconds=compiled,
+            first_seconds=row.first,
         )
         return Event(row.index, text, answer)
 

@@ -38,7 +38,7 @@ REAL = {
     "spec_bench": "spec_bench.jsonl",
 }
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the shared data is not here")
-TIMES = {"seconds", "tokens_per_second", "speedup", "speedup_range"}
+TIMES = {"seconds", "first_token_ms", "tokens_per_second", "speedup", "speedup_range"}
 
 
 _load = functools.cache(orthrus_jax.load)
@@ -131,6 +131,7 @@ def test_a_run_keeps_every_answer_and_what_it_was_asked(directory, data, whole):
                 assert answer["tokens"] == len(completion.tokens)
                 assert answer["forwards"] == completion.forwards
                 assert answer["accepted"] in (completion.accepted, [])
+                assert 0 < answer["first_seconds"] < answer["seconds"]
     assert result["same_text"] == 1.0
     assert result["unlike"] == []
     assert result["asked"]["max_new_tokens"] == 24

@@ -56,6 +56,7 @@ def answer(loop, accepted, tokens=None, *, sample=0, turn=0, correct=True, **cha
         "accepted": list(accepted) if orthrus else [],
         "forwards": 1 + (2 if orthrus else 1) * cycles,
         "seconds": 1.0,
+        "first_seconds": 0.25,
         "correct": correct,
         "note": "",
     }
@@ -154,6 +155,7 @@ def test_times_are_of_the_whole_run():
     assert result["speedup"] == 2.0
     assert result["speedup_range"] == [1.0, 3.0]
     assert result["loops"]["ar"]["tokens_per_second"] == 12 / 4
+    assert result["loops"]["ar"]["first_token_ms"] == 250
     assert result["loops"]["orthrus"]["tokens_per_second"] == 12 / 2
 
 
@@ -222,7 +224,7 @@ def test_the_table_says_what_the_numbers_say():
     lines = [re.split(r"\s*\|\s*", line)[1:-1] for line in text.splitlines() if "orthrus" in line]
     assert lines[0] == [
         *("run", "MATH-500", "some/<model>", "orthrus", "2", "50.0 % (9.5-90.5)", "1.50"),
-        *("1.14 / 1.20", "12", "12.0", "2.00", "100.0 %"),
+        *("1.14 / 1.20", "12", "12.0", "250.0", "2.00", "100.0 %"),
     ]
     assert "| level | loop" in text
     assert "accepted by position: 0.75 0.50 0.25" in text

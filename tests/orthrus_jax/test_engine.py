@@ -268,6 +268,18 @@ def test_likeliest_drafts_give_a_text_that_depends_on_no_batch_either() -> None:
     assert [answers[i].tokens for i in range(7)] == expected
 
 
+def test_the_first_token_is_timed_where_asked_for_and_changes_no_text() -> None:
+    requests, alone = requests_of(23, "greedy"), answers_alone("greedy", "orthrus")
+    for timed in (True, False):
+        for event in hashing().engine.serve(requests, Plan(batch_size=3, time_first=timed)):
+            answer = event.answer
+            assert answer.tokens == alone[event.index].tokens
+            if timed:
+                assert 0 < answer.first_seconds <= answer.seconds
+            else:
+                assert answer.first_seconds is None
+
+
 def test_text_and_order_do_not_depend_on_pauses_for_streaming() -> None:
     requests, alone = requests_of(23, "rejection"), answers_alone("rejection", "orthrus")
     plan = Plan(batch_size=3, stream=True)
