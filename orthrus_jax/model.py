@@ -184,11 +184,19 @@ class DualViewTransformer(nn.Module):
             rows = self._through_layers(rows, segments, rotary)
             return _together(self.norm, rows, cached), None
         kvs = []
-        for layer, k_layer, v_layer in zip(self.layers, cache.k, cache.v, strict=True):
-            rows, kv = layer(rows, segments, rotary, (k_layer, v_layer), cached)
+        for i, kv in enumerate(zip(cache.k, cache.v, strict=True)):
+            rows, kv = self._layer(i)(rows, segments, rotary, kv, cached)
             kvs.append(kv)
         k, v = zip(*kvs, strict=True)
         return _together(self.norm, rows, cached), cache.replace(k=k, v=v)
+
+    def _layer(self, i: int) -> Callable[..., Any]:
+        """Layer i; of stacked layers a slice, so that training decodes without a second copy."""
+        if STACKED not in self.variables["params"]:
+            return self.layers[i]
+        weights = jax.tree.map(lambda x: x[i], self.variables["params"][STACKED])
+        layer = Layer(self.config, self.mesh, parent=None)
+        return lambda *args: layer.apply({"params": weights}, *args)
 
     def _through_layers(
         self, rows: list[Array], segments: Sequence[Segment], rotary: list[tuple[Array, Array]]

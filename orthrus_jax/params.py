@@ -8,8 +8,8 @@ and a name in a Hugging Face checkpoint are the same word list, spelled two ways
 """
 
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,15 +63,21 @@ def diffusion_from_base(params: Params) -> Params:
     )
 
 
-def stack(params: Params) -> Params:
+def stack(
+    params: Params,
+    join: Callable[[Any, Sequence[Any]], Any] = lambda path, leaves: jnp.stack(leaves),
+) -> Params:
     """Join the layers' weights along a new first axis: what training scans over.
 
     {"layers_0": {"x": [..]}, "layers_1": ...} -> {"layers": {"x": [2, ..]}}. Works on either
-    subtree; arrays may be ShapeDtypeStructs of `jax.eval_shape`.
+    subtree; arrays may be ShapeDtypeStructs of `jax.eval_shape`. `join` makes one array of a
+    weight's path in its layer and its leaves in all layers.
     """
     layers = sorted((k for k in params if k.startswith("layers_")), key=lambda k: int(k[7:]))
     rest = {k: v for k, v in params.items() if k not in layers}
-    joined = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[k] for k in layers))
+    joined = jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: join(path, leaves), *(params[k] for k in layers)
+    )
     return rest | {STACKED: joined}
 
 

@@ -16,7 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from orthrus_jax import checkpoint, params, sharding
 from orthrus_jax.errors import UserError
@@ -60,20 +62,22 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     tokenizer = load_tokenizer(base.directory)
     freeze = () if config.train.train_o_proj else ("o_proj",)
     frozen, diffusion = params.split(base.params, freeze=freeze)
-    generator = Generator(sizes, base.params, tokenizer)
+    source, base_parameters = base.directory, params.count(params.split(base.params)[0])
+    del base  # what follows holds each weight once
     rows = _first_host_first(lambda: _rows(config, responses, tokenizer, overwrite))
     clock.lap("pack")
 
     model = Model(sizes, mesh, remat)
     if config.train.stack_layers:
-        diffusion, frozen = (_stacked(tree, mesh) for tree in (diffusion, frozen))
+        diffusion, frozen = params.stack(diffusion), _stacked(frozen, mesh)
     t = config.train
     optimizer = trainer.adamw(t.learning_rate, t.steps, t.warmup)
     state = trainer.init_state(diffusion, optimizer, mesh)
+    del diffusion
     loader = Loader(rows, t.batch_size, config.seed, jax.process_index(), jax.process_count())
-    identity = {"base": distill.model_identity(base.directory)["weights"]}
+    identity = {"base": distill.model_identity(source)["weights"]}
     keeper = Checkpoints(run, identity, keep=t.keep)
-    evaluate = _held_out(generator, tokenizer, frozen, config)
+    evaluate = _held_out(Generator(sizes, frozen, tokenizer), tokenizer, frozen, config)
     if found := keeper.restore(state):
         state, place = found
         loader.restore(place)
@@ -90,16 +94,18 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
             return
     clock.lap("train")
     keeper.wait()
-    _export(config, base, sizes, frozen, state.diffusion, overwrite)
+    _export(config, source, sizes, frozen, state.diffusion, overwrite)
+    keeper.close()
     clock.lap("export")
+    if jax.process_index():
+        return
     stages = {
-        "base_parameters": params.count(params.split(base.params)[0]),
-        "trained_parameters": params.count(diffusion),
+        "base_parameters": base_parameters,
+        "trained_parameters": params.count(state.diffusion),
         "seconds": clock.seconds,
     }
     (run / "train.json").write_text(json.dumps(stages, indent=2) + "\n")
     card.write(run / "model" / "README.md", config, run)
-    keeper.close()
     print(f"Orthrus checkpoint written to {run / 'model'}")
 
 
@@ -179,11 +185,18 @@ def _first_host_first(work: Callable[[], Any]) -> Any:
 
 
 def _stacked(tree: params.Params, mesh: Any) -> params.Params:
-    """Stack layers on the devices; the single layers' arrays are let go of."""
-    if mesh is None:
-        return jax.jit(params.stack)(tree)
-    shape = jax.eval_shape(params.stack, tree)
-    return jax.jit(params.stack, out_shardings=sharding.of_tree(shape, mesh))(tree)
+    """Stack the layers on the devices, one weight at a time; the single ones are freed."""
+
+    def join(path: Any, leaves: Any) -> jax.Array:
+        where = None
+        if mesh is not None:
+            where = NamedSharding(mesh, sharding.spec(path, (len(leaves), *leaves[0].shape), mesh))
+        whole = jax.jit(lambda *parts: jnp.stack(parts), out_shardings=where)(*leaves)
+        for leaf in leaves:
+            leaf.delete()
+        return whole
+
+    return params.stack(tree, join)
 
 
 def _held_out(
@@ -202,15 +215,15 @@ def _held_out(
     prompts = [prompt.ids for prompt in mix]
 
     def evaluate(diffusion: params.Params) -> dict[str, Any]:
+        # Stacked layers stay so: the frozen ones, already in this dtype, are not copied.
         whole = params.merge(frozen, diffusion)
-        if config.train.stack_layers:
-            whole = params.unstack(whole)
         generator.params = jax.tree.map(lambda x: x.astype(generator.config.dtype), whole)
         completions = generator.complete(
             prompts,
             max_new_tokens=config.distill.max_new_tokens,
             batch_size=min(len(prompts), config.distill.batch_size),
         )
+        generator.params = frozen  # let go of the copy
         cycles = list(itertools.chain.from_iterable(c.accepted for c in completions))
         return {
             "acceptance_length": float(np.mean(cycles)),
@@ -222,19 +235,29 @@ def _held_out(
 
 
 def _export(
-    config: Any, base: checkpoint.Checkpoint, sizes: Any, frozen: Any, diffusion: Any,
-    overwrite: bool,
-) -> None:  # fmt: skip
-    whole = params.merge(frozen, diffusion)
+    config: Any, source: pathlib.Path, sizes: Any, frozen: Any, diffusion: Any, overwrite: bool
+) -> None:
+    whole = _to_host(params.merge(frozen, diffusion))
+    if jax.process_index():
+        return
     if config.train.stack_layers:
         whole = params.unstack(whole)
     checkpoint.save_checkpoint(
         pathlib.Path(config.run) / "model",
         sizes,
         whole,
-        tokenizer_from=base.directory,
+        tokenizer_from=source,
         overwrite=overwrite,
     )
+
+
+def _to_host(tree: params.Params) -> params.Params:
+    """All weights in the host's memory: a device may have no room for them layer by layer."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from orthrus_jax import decode
+from orthrus_jax import decode, params
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import Model, Segment, View
 from tests.helpers import NO_EOS, random_params, relative_error, tiny_config
@@ -221,3 +221,16 @@ def test_orthrus_equals_ar_whatever_the_batch(seed, lengths, budgets, eos, copy,
     for said, most in zip(texts(ar), room, strict=True):
         assert len(said) == most or said[-1] in eos
         assert not set(said[:-1]) & set(eos)
+
+
+@pytest.mark.parametrize("loop", ["ar", "orthrus"])
+def test_stacked_layers_decode_to_the_same_bits(loop: str) -> None:
+    """Training decodes from the layers as it keeps them."""
+    tree, lengths = random_params(CONFIG, 3), np.full(BATCH, PROMPT, np.int32)
+    budgets = np.full(BATCH, N, np.int32)
+    apart, stacked = (
+        decoded(loop, Model(CONFIG), weights, prompts_of(5), lengths, budgets)
+        for weights in (tree, params.stack(tree))
+    )
+    np.testing.assert_array_equal(apart.tokens, stacked.tokens)
+    np.testing.assert_array_equal(apart.accepted, stacked.accepted)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -144,6 +145,23 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_bytes(run, tmp_path, mon
     card = (tmp_path / "model" / "README.md").read_text()
     assert "acceptance length" in card
     assert '"anchors": 6' in card
+
+
+def test_layers_that_are_stacked_train_decode_and_export_alike(run, tmp_path):
+    """The same run over stacked layers: each weight is there once, and all ends as before."""
+    config = miniature(tmp_path)
+    config.base, config.responses = str(run / "base"), str(run / "responses")
+    config.train.update(stack_layers=True, remat="full")
+    train_main.main(config, overwrite=False)
+    ours, theirs = (params.split(orthrus_jax.load(d / "model").params) for d in (tmp_path, run))
+    for ours_leaf, theirs_leaf in zip(*map(jax.tree.leaves, (ours[0], theirs[0])), strict=True):
+        assert (ours_leaf == theirs_leaf).all()
+    for ours_leaf, theirs_leaf in zip(*map(jax.tree.leaves, (ours[1], theirs[1])), strict=True):
+        np.testing.assert_allclose(ours_leaf, theirs_leaf, atol=1e-4)
+    logs = [[json.loads(x) for x in (d / "train.jsonl").open()] for d in (tmp_path, run)]
+    for name in ("loss", "acceptance_length"):
+        found, expected = ([r[name] for r in log if name in r] for log in logs)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen3_0_6b", "qwen3_1_7b", "qwen3_4b", "qwen3_8b", "tiny"])
