@@ -51,9 +51,9 @@ def test_a_turn_reads_only_what_is_new(model, monkeypatch) -> None:
     engine = model.engine
     prefill = engine._prefill
 
-    def watched(rows, shape, memory=None):
+    def watched(rows, shape, plan, memory=None):
         read.append((memory.common(rows[0].request.prompt), len(rows[0].request.prompt)))
-        return prefill(rows, shape, memory)
+        return prefill(rows, shape, plan, memory)
 
     monkeypatch.setattr(engine, "_prefill", watched)
     conversation = orthrus_jax.Conversation(model)

@@ -174,7 +174,7 @@ def test_no_block_is_trained_on_the_next_conversation():
 
 
 @pytest.mark.parametrize("divergence", [Divergence.KL, Divergence.TV])
-def test_a_student_equal_to_its_teacher_has_zero_loss_and_zero_gradient(divergence):
+def test_a_student_equal_to_its_teacher_has_zero_loss_and_by_kl_zero_gradient(divergence):
     model, frozen, _ = random_trees()
     teacher = jax.random.normal(jax.random.key(0), (2, 9, CONFIG.hidden_size))
     source = jnp.array([[0, 3, 3, 8], [1, 2, 7, 7]])
@@ -182,7 +182,8 @@ def test_a_student_equal_to_its_teacher_has_zero_loss_and_zero_gradient(divergen
     scores_of = lambda s: to_teacher(model, divergence, head_of(frozen), s, teacher, source)
     value, gradient = jax.value_and_grad(lambda s: scores_of(s).loss.sum())(student)
     np.testing.assert_allclose(value, 0.0, atol=1e-5)
-    np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
+    if divergence is Divergence.KL:  # |p - q| has a kink there: its slope is that of rounding
+        np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
     scores = scores_of(student)
     np.testing.assert_array_equal(scores.agreement, 1.0)
     np.testing.assert_allclose(scores.overlap, 1.0, rtol=1e-5)
