@@ -1,7 +1,8 @@
 """A run that can be killed: `python -m tests.train.resumable DIR DEVICES [N]`.
 
 Trains a small model with checkpoints every 3 steps. With N it kills itself, as kill -9 does, once
-step N is logged. Otherwise it prints the final weights' checksum and the step it began from.
+step N is logged and a checkpoint is whole (they are written behind the running steps, and a later
+one may be half written then). Otherwise it prints the final weights' checksum and the step it began from.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 import types
 
 if __name__ == "__main__" and sys.argv[2] != "1":
@@ -63,6 +65,9 @@ def checksum(state):
 def main(run, devices, last=0):
     def log(record):
         if record["step"] == last:
+            written = pathlib.Path(run) / "checkpoints"
+            while not any(path.name.isdecimal() for path in written.iterdir()):
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
     state, first = train(pathlib.Path(run), devices, log)
