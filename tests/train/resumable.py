@@ -2,7 +2,8 @@
 
 Trains a small model with checkpoints every 3 steps. With N it kills itself, as kill -9 does, once
 step N is logged and a checkpoint is whole (they are written behind the running steps, and a later
-one may be half written then). Otherwise it prints the final weights' checksum and the step it began from.
+one may be half written then). Otherwise it prints the final weights' checksum and the step it
+began from.
 """
 
 import hashlib
