@@ -1,6 +1,7 @@
-"""Qwen3-4B.
+"""Qwen3-4B on up to eight devices: micro-batches of eight rows.
 
-Global batch 128 rows of 2,048 tokens. FIT
+Global batch 128 rows of 2,048 tokens; fsdp over every device there is. What a slice needs, and whether
+it is enough: `python -m orthrus_jax.aot --config configs/qwen3_4b.py --topology v5e:2x4 --program train`.
 """
 
 from ml_collections import ConfigDict
