@@ -1,7 +1,8 @@
 """Qwen3-1.7B on up to four devices: micro-batches of four rows.
 
-Global batch 128 rows of 2,048 tokens; fsdp over every device there is. What a slice needs, and whether
-it is enough: `python -m orthrus_jax.aot --config configs/qwen3_1_7b.py --topology v5e:2x2 --program train`.
+Global batch 128 rows of 2,048 tokens; fsdp over every device there is. Whether it fits, and in what:
+
+    python -m orthrus_jax.aot --config configs/qwen3_1_7b.py --topology v5e:2x2 --program train
 """
 
 from ml_collections import ConfigDict
