@@ -1,6 +1,6 @@
 """Qwen3-4B on up to eight devices: micro-batches of eight rows.
 
-Global batch 128 rows of 2,048 tokens; fsdp over every device there is. Whether it fits, and in what:
+Global batch 128 rows of 2,048 tokens; fsdp over all devices. Whether it fits, and in what:
 
     python -m orthrus_jax.aot --config configs/qwen3_4b.py --topology v5e:2x4 --program train
 """
