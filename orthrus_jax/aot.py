@@ -31,6 +31,7 @@ from orthrus_jax.model import REMAT, Model
 CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB of memory a chip
 PROGRAMS = ("prefill", "ar", "orthrus", "train")
 MOST = {"context": 40_960, "batch": 1024}  # where --largest stops: Qwen3's own limit; enough
+DECODING_MESH = {"data": 1, "fsdp": 1, "tensor": -1}
 PROMPT, ANSWER = 1024, 2048  # rows that prefill reads, tokens that a loop may emit
 
 
@@ -117,12 +118,17 @@ def lower_decoding(
 
 
 def lower_training(config: ModelConfig, mesh: Mesh, recipe: Any) -> Program:
-    """The training step of a recipe (`config.train`)."""
+    """The training step of a recipe (`config.train`).
+
+    Raises:
+      UserError: for a batch that does not divide among micro-batches and devices.
+    """
     # The one place where the library looks at the trainer, and only when asked to compile it.
     from train import trainer
     from train.data import Rows
     from train.main import objective_of
 
+    trainer.check_batch(recipe, mesh)
     sizes = dataclasses.replace(config, block_size=recipe.block_size, dtype=recipe.dtype)
     model = Model(sizes, mesh, recipe.remat)
     freeze = () if recipe.train_o_proj else ("o_proj",)
@@ -208,9 +214,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=4096, help="cache slots a row; default: %(default)s")
     add("--accumulate", type=int, help="train: micro-batches a step; default: the recipe's")
     add("--remat", choices=sorted(REMAT), help="train: what is recomputed; default: the recipe's")
-    add("--data", type=int, default=1, help="mesh axis; default: %(default)s")
-    add("--fsdp", type=int, help="mesh axis; default: what is left when training, else 1")
-    add("--tensor", type=int, help="mesh axis; default: 1 when training, else what is left")
+    for axis, decoding in DECODING_MESH.items():
+        what = "what is left" if decoding < 0 else decoding
+        add(f"--{axis}", type=int, help=f"mesh axis; default: the recipe's, {what} when decoding")
     add(
         "--largest",
         choices=("context", "batch"),
@@ -234,34 +240,24 @@ def _recipe(path: str) -> tuple[ModelConfig, Any]:
     return PRESETS[name], config
 
 
-def _mesh(args: argparse.Namespace, devices: Sequence[Any]) -> Mesh:
-    training = args.program == "train"
-    fsdp, tensor = args.fsdp, args.tensor
-    if fsdp is None:
-        fsdp = -1 if training else 1
-    if tensor is None:
-        tensor = 1 if training else -1
-    return sharding.make_mesh(args.data, fsdp, tensor, devices=devices)
-
-
-def _lowering(args: argparse.Namespace, mesh: Mesh) -> Callable[..., Program]:
+def _lowering(args: argparse.Namespace, devices: Sequence[Any]) -> Callable[..., Program]:
     """A function of the batch and context, which are the command's where not given."""
+    training = args.program == "train"
+    if training and args.preset:
+        raise UserError("--program train needs --config, which holds the recipe")
+    if training and args.largest:
+        raise UserError("--largest is of decoding: when training, try --accumulate")
+    run: Any
     config, run = (PRESETS[args.preset], None) if args.preset else _recipe(args.config)
+    axes = dict(run.mesh if training else DECODING_MESH)
+    axes |= {axis: size for axis in axes if (size := getattr(args, axis)) is not None}
+    mesh = sharding.make_mesh(**axes, devices=devices)
     sharding.check(config, mesh)
-    if args.program != "train":
+    if not training:
         sizes = {"batch": args.batch, "context": args.context}
         return lambda **changes: lower_decoding(args.program, config, mesh, **(sizes | changes))
-    if run is None:
-        raise UserError("--program train needs --config, which holds the recipe")
-    if args.largest:
-        raise UserError("--largest is of decoding: when training, try --accumulate")
     run.train.accumulate = args.accumulate or run.train.accumulate
     run.train.remat = args.remat or run.train.remat
-    if run.train.batch_size % run.train.accumulate:
-        raise UserError(
-            f"--accumulate {run.train.accumulate} does not divide the batch of "
-            f"{run.train.batch_size} rows"
-        )
     return lambda: lower_training(config, mesh, run.train)
 
 
@@ -280,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # what is compiled here is not run here
     devices = tpu_devices(args.topology)
-    lower = _lowering(args, _mesh(args, devices))
+    lower = _lowering(args, devices)
     limit = CHIPS[args.topology.partition(":")[0]]
     found = report(lower(), limit)
     if args.largest:

@@ -81,7 +81,7 @@ class Checkpoints:
                 continue
             for torn in (s for s in steps if s > step):
                 self.last.delete(torn)
-            return TrainState(*found["state"].values()), meta["data"]
+            return TrainState(**found["state"]), meta["data"]
         if steps:
             raise UserError(
                 f"no checkpoint in {self.last.directory} can be read: delete the directory to "

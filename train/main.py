@@ -50,6 +50,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     checkpoint.check_target(run / "model", overwrite=overwrite)
     objective, remat = objective_of(config.train), _known(config.train.remat, "train.remat", REMAT)
     mesh = _mesh(config.mesh)
+    trainer.check_batch(config.train, mesh)
     _same_recipe(run, config, change_recipe)
 
     clock = _Clock()

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from orthrus_jax import sharding
+from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params
 from train import flops
 from train.data import Rows
@@ -64,6 +65,20 @@ def adamw(
     return optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=0.0)
     )
+
+
+def check_batch(recipe: Any, mesh: Mesh | None) -> None:
+    """Refuse a batch that does not divide into whole micro-batches over the mesh.
+
+    Raises:
+      UserError: naming the sizes.
+    """
+    ways = 1 if mesh is None else mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP]
+    if recipe.accumulate < 1 or recipe.batch_size % (recipe.accumulate * ways):
+        raise UserError(
+            f"train.batch_size={recipe.batch_size} does not divide into train.accumulate="
+            f"{recipe.accumulate} micro-batches over {ways} device(s) that share out rows"
+        )
 
 
 def init_state(

@@ -71,7 +71,7 @@ BAD = {
     ),
     "micro-batches": (
         ["--config", "configs/qwen3_0_6b.py", *DECODE[2:5], "train", "--accumulate", "7"],
-        "--accumulate 7 does not divide the batch of 128 rows",
+        "train.batch_size=128 does not divide into train.accumulate=7 micro-batches over 1 device",
     ),
     "both axes": (
         [*DECODE, "--tensor", "3"],
