@@ -70,6 +70,7 @@ class Loops:
     draft_length: int
     batch_size: int
     thinking: bool
+    slots: int = 0
 
     def answer(self, problems: Sequence[Problem], loop: str) -> tuple[list[Dialogue], float]:
         """Every sample of every problem, turn by turn; and the wall-clock seconds of decoding."""
@@ -92,6 +93,17 @@ class Loops:
             if going := [d for d in every if self._ask(d, 0, loop)]:
                 with contextlib.closing(self._serve(going, loop)) as answers:
                     next(answers)
+
+    def fitted(self, problems: Sequence[Problem]) -> "Loops":
+        """These loops with a cache for the longest of all dialogues: every chunk's shape is one."""
+        new = self.sampling.max_new_tokens
+        longest = 0
+        for problem in problems:
+            said = [{"role": "user", "content": turn} for turn in problem.turns]
+            ids = encode_messages(self.model.tokenizer, said, thinking=self.thinking)
+            longest = max(longest, len(ids) + (len(said) - 1) * new)
+        longest = min(longest, self.model.config.max_position_embeddings - new)
+        return dataclasses.replace(self, slots=self.model.engine.slots(longest, new))
 
     def _ask(self, dialogue: Dialogue, turn: int, loop: str) -> bool:
         """Say the next turn; False where the prompt, or the one before, does not fit the model."""
@@ -118,6 +130,7 @@ class Loops:
             draft_length=self.draft_length,
             batch_size=self.batch_size,
             time_first=True,
+            slots=self.slots,
         )
         for event in self.model.engine.serve(requests, plan):
             if event.answer is not None:
@@ -379,7 +392,7 @@ def run(benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
     found.check("asked", asked)
     benchmark.ready()
     model = orthrus_jax.load(args.model, dtype=args.dtype)
-    loops = _loops(args, model, sampling)
+    loops = _loops(args, model, sampling).fitted(problems)
     loaded = {
         "weights": fingerprint(model.params),
         "dtype": model.config.dtype,

@@ -56,6 +56,8 @@ class Plan:
       refill: put the next request in a finished row's place at once; else wait for the whole batch.
       stream: report text as it grows.
       time_first: wait for each prefill, so as to time the first token; one stop of the host more.
+      slots: cache slots a row, where the requests need no more. Calls that name the same number
+        share their programs, whatever the lengths of their prompts.
     """
 
     mode: str = "orthrus"
@@ -66,6 +68,7 @@ class Plan:
     refill: bool = True
     stream: bool = False
     time_first: bool = False
+    slots: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +180,10 @@ class Engine:
             if request.sampling.stop and self.tokenizer is None:
                 raise UserError("stop strings need a tokenizer: this model was loaded without one")
 
+    def slots(self, prompt: int, new: int) -> int:
+        """Cache slots that a prompt and its answer, of at most so many tokens, are given."""
+        return bucket(bucket(prompt) + bucket(new) + self.config.block_size)
+
     def serve(
         self, requests: Sequence[Request], plan: Plan, memory: Memory | None = None
     ) -> Iterator[Event]:
@@ -188,7 +195,7 @@ class Engine:
           memory: a conversation to continue, and to leave its new state in; one request then.
         """
         self.check(requests, plan)
-        shape = self._shape(requests, memory)
+        shape = self._shape(requests, plan, memory)
         queue = collections.deque(enumerate(requests))
         rows: list[_Row | None] = [None] * plan.batch_size
         state: Any = None
@@ -229,11 +236,11 @@ class Engine:
             text = TextStream(self.tokenizer, request.sampling.stop)
         return _Row(index, request, text, time.perf_counter(), self.compile_seconds)
 
-    def _shape(self, requests: Sequence[Request], memory: Memory | None) -> _Shape:
+    def _shape(self, requests: Sequence[Request], plan: Plan, memory: Memory | None) -> _Shape:
         asked = [request.sampling for request in requests]
-        longest = bucket(max(len(request.prompt) for request in requests))
-        width = bucket(max(sampling.max_new_tokens for sampling in asked))
-        slots = bucket(longest + width + self.config.block_size)
+        new = max(sampling.max_new_tokens for sampling in asked)
+        longest = max(len(request.prompt) for request in requests)
+        slots = max(self.slots(longest, new), bucket(plan.slots))
         if memory is not None:
             if slots > memory.slots:
                 memory.slots, memory.cache = slots, None
@@ -241,7 +248,7 @@ class Engine:
         ends = len(self.config.eos_token_ids) + max(len(s.stop_token_ids) for s in asked)
         return _Shape(
             slots=slots,
-            width=width,
+            width=bucket(new),
             ends=1 << max(ends - 1, 0).bit_length(),
             sampled=any(s.temperature > 0 for s in asked),
             filtered=any(s.temperature > 0 and s.filtered for s in asked),

@@ -1,6 +1,7 @@
 """Benchmark runs end to end: the same text in both loops, real grades, runs that are killed and go
 on, and what is refused before anything is decoded."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -169,6 +170,18 @@ def test_compiling_is_not_timed(directory, data):
     passed, compiled = time.perf_counter() - begin, model.engine.compile_seconds
     assert 0 < compiled < passed
     assert 0 < seconds <= passed - compiled
+
+
+def test_chunks_of_other_lengths_compile_no_loop_of_their_own(directory, data):
+    model = _load.__wrapped__(directory)
+    asked = load(BENCHMARKS["gsm8k"], data, 2)
+    longer = [dataclasses.replace(asked[0], turns=(asked[0].turns[0] * 3, "And why?"))]
+    loops = Loops(model, SamplingParams(max_new_tokens=4), ["ar"], Rule.REJECTION, 4, 2, False)
+    loops = loops.fitted([*asked, *longer])
+    for chunk in asked, longer:
+        loops.answer(chunk, "ar")
+    compiled = [key[0].__name__ for key in model.engine._programs]
+    assert compiled.count("prefill") > compiled.count("ar_decode") == 1
 
 
 @pytest.mark.parametrize("batch_size", [2, 7])

@@ -321,6 +321,16 @@ def test_more_prompts_of_a_bucket_compile_nothing(mode) -> None:
     assert by_name.count("prefill") == 2, "a batch, and one to insert"
 
 
+def test_calls_that_name_the_same_slots_share_the_loop() -> None:
+    engine = hashing.__wrapped__().engine
+    sampling = SamplingParams(max_new_tokens=20)
+    loops = lambda: [key for key in engine._programs if key[0].__name__ == "orthrus_decode"]
+    for slots, count in (0, 2), (400, 3):  # a short and a long prompt: each its own; then one
+        for length in 5, 200:
+            served(engine, [Request([7] * length, sampling)], Plan(slots=slots))
+        assert len(loops()) == count
+
+
 # The end of the loop
 
 
