@@ -21,13 +21,14 @@ def get_config() -> ConfigDict:
     c.model.head_dim = 48
 
     c.pretrain = ConfigDict()
+    c.pretrain.data = ""  # the made problems
     c.pretrain.steps = 1600
     c.pretrain.batch_size = 9
     c.pretrain.row_length = 448
     c.pretrain.learning_rate = 2.5e-3
     c.pretrain.warmup = 0.05
     c.pretrain.question_weight = 0.1  # of the loss on question tokens, beside 1 on answers
-    c.pretrain.significant_bits = 5  # of each weight: the packed base stays under 8 MB
+    c.pretrain.significant_bits = 5  # of each weight: the packed base stays under 8 MB; 0 for all
 
     c.distill.sources = (("problems", 1.0),)
     c.distill.prompts = 1200

@@ -1,11 +1,13 @@
-"""Train a tiny Qwen3 base from nothing on made problems: `python -m train.pretrain`.
+"""Train a small Qwen3 base from nothing: `python -m train.pretrain`.
 
 It stands in for a released Qwen3 where none can be fetched, and is saved like one: a Hugging Face
-directory with config, weights, its own BPE tokenizer and a chat template.
+directory with config, weights, its own BPE tokenizer and a chat template. It learns made problems,
+or the questions and answers of a file.
 """
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,11 +18,14 @@ from tqdm import tqdm
 
 from orthrus_jax import checkpoint, params
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View
 from orthrus_jax.tokenizer import Tokenizer, encode
 from train import command
 from train.data import Conversation, Rows, pack, stack
+from train.distill import ANSWERS, Responses
 from train.problems import Problem, problems
+from train.prompts import COLUMNS, file_rows, local_files
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -129,23 +134,60 @@ def coarsen(weights: params.Params, bits: int) -> params.Params:
     return jax.tree.map(coarse, weights)
 
 
-def main(config: Any, overwrite: bool) -> None:
-    """Make the tokenizer and the base, and write both to `config.base`."""
-    checkpoint.check_target(config.base, overwrite=overwrite)
-    texts = [f"{p.question}\n{p.answer}" for p in problems("train", config.seed, 20_000)]
-    tokenizer = train_tokenizer(texts, config.model.vocab_size)
-    size = ModelConfig(
+def sizes(config: Any, ends: tuple[int, ...] = ()) -> ModelConfig:
+    """The base that `config.model` describes: its last row is the mask's, its table the head."""
+    return ModelConfig(
         **config.model,
-        tie_word_embeddings=True,
         max_position_embeddings=2048,
-        eos_token_ids=tuple(tokenizer.convert_tokens_to_ids([END_OF_TURN, SPECIAL[0]])),
+        eos_token_ids=ends,
         mask_token_id=config.model.vocab_size - 1,
         dtype="float32",
     )
-    made = (conversation(tokenizer, p) for p in problems("train", config.seed + 1))
-    packed = pack(made, config.pretrain.row_length, pad=tokenizer.pad_token_id)
+
+
+def texts(config: Any) -> list[str]:
+    """What the tokenizer learns from."""
+    if not config.pretrain.data:
+        return [f"{p.question}\n{p.answer}" for p in problems("train", config.seed, 20_000)]
+    columns = (*COLUMNS, *ANSWERS)
+    rows = itertools.chain.from_iterable(map(file_rows, local_files(config.pretrain.data)))
+    found = [
+        "\n".join(row[name] for name in columns if isinstance(row.get(name), str))
+        for row in rows
+        if isinstance(row, dict)
+    ]
+    return [text for text in found if text]
+
+
+def conversations(config: Any, tokenizer: Tokenizer) -> Iterator[Conversation]:
+    """What the base learns, without end: made problems, or a file's rows in a new order each time.
+
+    Raises:
+      UserError: for a file none of whose rows can be used.
+    """
+    if not config.pretrain.data:
+        yield from (conversation(tokenizer, p) for p in problems("train", config.seed + 1))
+    found = Responses(config.pretrain.data, tokenizer)
+    kept = list(found)
+    if not kept:
+        raise UserError(f"config.pretrain.data={config.pretrain.data}: {dict(found.skipped)}")
+    rng = np.random.default_rng(config.seed)
+    while True:
+        yield from (kept[i] for i in rng.permutation(len(kept)))
+
+
+def main(config: Any, overwrite: bool) -> None:
+    """Make the tokenizer and the base, and write both to `config.base`."""
+    checkpoint.check_target(config.base, overwrite=overwrite)
+    tokenizer = train_tokenizer(texts(config), config.model.vocab_size)
+    size = sizes(config, tuple(tokenizer.convert_tokens_to_ids([END_OF_TURN, SPECIAL[0]])))
+    packed = pack(
+        conversations(config, tokenizer), config.pretrain.row_length, pad=tokenizer.pad_token_id
+    )
     rows = iter(lambda: stack(itertools.islice(packed, config.pretrain.batch_size)), None)
-    frozen = coarsen(fit(config, Model(size), rows), config.pretrain.significant_bits)
+    frozen = fit(config, Model(size), rows)
+    if config.pretrain.significant_bits:
+        frozen = coarsen(frozen, config.pretrain.significant_bits)
     checkpoint.save_checkpoint(
         config.base, size, frozen, tokenizer=tokenizer, dtype="bfloat16", overwrite=overwrite
     )

@@ -174,7 +174,9 @@ def test_layers_that_are_stacked_train_decode_and_export_alike(run, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["qwen3_0_6b", "qwen3_1_7b", "qwen3_4b", "qwen3_8b", "tiny"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_0_6b", "qwen3_1_7b", "qwen3_4b", "qwen3_8b", "small", "tiny"]
+)
 def test_every_configuration_is_one_that_training_takes(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     train_main.objective_of(config.train)
@@ -182,7 +184,7 @@ def test_every_configuration_is_one_that_training_takes(name):
     t = config.train
     assert t.batch_size % t.accumulate == 0
     assert t.remat in REMAT
-    if name != "tiny":  # the paper's
+    if name not in ("small", "tiny"):  # the paper's
         assert (t.batch_size, t.anchors, t.block_size, t.row_length) == (128, 256, 32, 2048)
         assert name.replace("_", "-").replace("qwen3-", "").replace("-", ".", 1).rstrip("b") in (
             config.base.lower()
