@@ -28,7 +28,8 @@ def recipe() -> ConfigDict:
     c.distill.top_k = 0
     c.distill.top_p = 1.0
     c.distill.dtype = "bfloat16"
-    c.distill.batch_size = 16  # rows decoded together, on one device; each has a cache of its own
+    c.distill.batch_size = 16  # rows decoded together, over all devices; each has its own cache
+    c.distill.tensor = 1  # devices that share one copy of the base
     c.distill.shard_size = 4096
 
     c.mesh = ConfigDict()  # devices by axis; -1 is what is left

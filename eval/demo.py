@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import orthrus_jax
 from eval.speed import time_forwards
-from orthrus_jax import params, tune
+from orthrus_jax import machine, params, tune
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Completion, Generator
@@ -147,7 +147,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--prompts", type=int, default=120, metavar="N", help="default: %(default)s"
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="default: %(default)s")
+    machine.add_cache(parser)
     args = parser.parse_args(argv)
+    machine.keep_programs(args.compile_cache)
     run = pathlib.Path(args.run)
     if not (run / "train.json").exists():
         raise UserError(f"{run} holds no finished training: run train.main first")

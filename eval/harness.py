@@ -28,7 +28,7 @@ import orthrus_jax
 from eval import report
 from eval.benchmarks import BENCHMARKS, Benchmark, Problem, digest, final_part, load
 from eval.grading import Grade
-from orthrus_jax.config import DTYPES
+from orthrus_jax import machine
 from orthrus_jax.engine import Answer, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator as Answerer
@@ -337,7 +337,7 @@ def command_parser(
     add("--draft-length", type=_positive, metavar="K", help="default: tuned here, or the trained K")
     add("--thinking", action="store_true", help="let the model think first; the model cards ask "
         "for --temperature 0.6 --top-p 0.95 --top-k 20 then")  # fmt: skip
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    machine.add_options(parser)
     add("--out", metavar="DIR", help="default: runs/NAME of the benchmark; must not exist")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     if runs_code:
@@ -391,7 +391,7 @@ def run(benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
     problems = problems[: args.limit]
     found.check("asked", asked)
     benchmark.ready()
-    model = orthrus_jax.load(args.model, dtype=args.dtype)
+    model = orthrus_jax.load(args.model, **machine.prepare(args))
     loops = _loops(args, model, sampling).fitted(problems)
     loaded = {
         "weights": fingerprint(model.params),

@@ -57,8 +57,8 @@ from flax import struct
 from tqdm import tqdm
 
 import orthrus_jax
-from orthrus_jax import decode, sampling
-from orthrus_jax.config import DTYPES, ModelConfig
+from orthrus_jax import decode, machine, sampling
+from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import Answer, Plan, Request, bucket
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator, read_prompts
@@ -849,7 +849,7 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="wrap each prompt in the chat template",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    machine.add_options(parser)
     parser.add_argument("--json", metavar="OUT", help="write all figures and cases there")
     return parser
 
@@ -865,7 +865,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: its directory does not exist")
     prompts = read_prompts(args.prompts)[: args.limit]
-    model = orthrus_jax.load(args.model, dtype=args.dtype)
+    model = orthrus_jax.load(args.model, **machine.prepare(args))
     ids = [encode(model.tokenizer, text, chat=args.chat) for text in prompts]
     result = audit(model, ids, options)
     print(table(result))

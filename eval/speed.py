@@ -27,8 +27,8 @@ from tqdm import tqdm
 
 import orthrus_jax
 from eval.hf import HF, check_torch
-from orthrus_jax import decode, params
-from orthrus_jax.config import DTYPES, PRESETS
+from orthrus_jax import decode, machine, params, sharding
+from orthrus_jax.config import PRESETS
 from orthrus_jax.engine import bucket
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator, read_prompts
@@ -257,7 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--contexts", type=_numbers, default=[128, 1024], help="default: 128,1024")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--draft-length", type=int, metavar="K", help="default: the trained K")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    machine.add_options(parser)
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--refill", action="store_true", help="also time batches without refill")
     parser.add_argument("--json", metavar="OUT", help="write all figures there")
@@ -266,11 +266,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _loaded(args: argparse.Namespace) -> Generator:
+    told = machine.prepare(args)
     if args.model:
-        return orthrus_jax.load(args.model, dtype=args.dtype)
+        return orthrus_jax.load(args.model, **told)
     sizes = dataclasses.replace(PRESETS[args.random_weights], dtype=args.dtype or "bfloat16")
-    weights = jax.jit(lambda key: params.init(Model(sizes), key))(jax.random.key(0))
-    return Generator(sizes, jax.tree.map(lambda x: x.astype(sizes.dtype), weights))
+    make = lambda key: jax.tree.map(lambda x: x.astype(sizes.dtype), params.init(Model(sizes), key))
+    key, mesh = jax.random.key(0), told["mesh"]
+    where = mesh and sharding.of_tree(jax.eval_shape(make, key), mesh)
+    return Generator(sizes, jax.jit(make, out_shardings=where)(key), mesh=mesh)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

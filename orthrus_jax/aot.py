@@ -67,8 +67,11 @@ def tpu_devices(topology: str) -> list[Any]:
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
     """Shapes of a parameter tree or training state, with where each lies."""
-    place = lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-    return jax.tree.map(place, tree, sharding.of_tree(tree, mesh))
+    return jax.tree.map(_placed, tree, sharding.of_tree(tree, mesh))
+
+
+def _placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def weights(config: ModelConfig, mesh: Mesh) -> Any:
@@ -95,9 +98,7 @@ def lower_decoding(
 ) -> Program:
     """Prefill, the AR loop or the Orthrus loop for `batch` rows of `context` positions."""
     model, tree = Model(config, mesh), weights(config, mesh)
-    place = lambda x, heads=False: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=sharding.of_rows(x.shape, mesh, heads)
-    )
+    place = lambda x: _placed(x, sharding.of_rows(x.shape, mesh))
     prompt = min(context, PROMPT)
     sizes = {"slots": context, "max_new_tokens": min(context, ANSWER)}
     ids, vector = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, prompt), (batch,)))
@@ -107,12 +108,7 @@ def lower_decoding(
         lowered = decode.prefill.lower(model, tree, *inputs, **sizes)
         return Program(lowered, {"weights": tree})
     state = jax.eval_shape(read, tree, *inputs)
-    cache = state.cache.replace(
-        k=tuple(place(k, heads=True) for k in state.cache.k),
-        v=tuple(place(v, heads=True) for v in state.cache.v),
-        rotary=on_mesh(state.cache.rotary, mesh),
-    )
-    state = jax.tree.map(place, state.replace(cache=None)).replace(cache=cache)
+    state = jax.tree.map(_placed, state, decode.shardings(state, mesh))
     loop = decode.ar_decode if program == "ar" else decode.orthrus_decode
     return Program(loop.lower(model, tree, state), {"weights": tree, "cache": state.cache})
 

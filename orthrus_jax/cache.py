@@ -10,10 +10,13 @@ import itertools
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from orthrus_jax.attention import MANY_SLOTS, SLOT_STEP
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.layers import rotary_angles
+from orthrus_jax.sharding import of_rows
 
 Array = jax.Array
 
@@ -50,6 +53,14 @@ class KVCache(struct.PyTreeNode):
             k=tuple(jnp.zeros((*lead, c.head_dim, slots), c.dtype) for _ in layers),
             v=tuple(jnp.zeros((*lead, slots, c.head_dim), c.dtype) for _ in layers),
             rotary=(cos, sin),
+        )
+
+    def shardings(self, mesh: Mesh) -> "KVCache":
+        """Where each array lies on a mesh: rows and key heads shared out, the table whole."""
+        heads = lambda x: of_rows(x.shape, mesh, heads=True)
+        whole = NamedSharding(mesh, P())
+        return self.replace(
+            k=tuple(map(heads, self.k)), v=tuple(map(heads, self.v)), rotary=(whole, whole)
         )
 
     def insert(self, row: "KVCache", at: Array) -> "KVCache":

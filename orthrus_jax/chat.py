@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from orthrus_jax.config import DTYPES
+from orthrus_jax import machine
 from orthrus_jax.engine import MODES, Memory
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import (
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", default="", metavar="TEXT", help="system message")
     parser.add_argument("--thinking", action="store_true", help="let the model think first")
     add_sampling(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    machine.add_options(parser)
     return parser
 
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     options = decoding_options(args)
     conversation = Conversation(
-        load(args.model, dtype=args.dtype), system=args.system, thinking=args.thinking
+        load(args.model, **machine.prepare(args)), system=args.system, thinking=args.thinking
     )
     print(HELP, file=sys.stderr)
     while True:

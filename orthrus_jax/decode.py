@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import Segment, ar_segment, block_segment
@@ -32,6 +33,7 @@ from orthrus_jax.sampling import (
     log_prob,
     probabilities,
 )
+from orthrus_jax.sharding import of_rows
 
 Array = jax.Array
 PREFILL_CHUNK = 512  # longer prompts are read in pieces of this many rows: memory stays bounded
@@ -86,6 +88,12 @@ class DecodeState(struct.PyTreeNode):
     sampler: Sampler | None = None
     min_tokens: Array | None = None
     logprobs: Array | None = None
+
+
+def shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """Where each array of a state lies on a mesh: its rows shared out, and its cache's heads."""
+    rest = jax.tree.map(lambda x: of_rows(x.shape, mesh), state.replace(cache=None))
+    return rest.replace(cache=state.cache.shardings(mesh))
 
 
 def capacity(slots: int, block_size: int) -> int:

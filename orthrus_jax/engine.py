@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from orthrus_jax import decode
+from orthrus_jax.cache import KVCache
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params
 from orthrus_jax.sampling import Filters, Proposal, Rule, Sampler, SamplingParams
+from orthrus_jax.sharding import of_rows
 from orthrus_jax.stream import TextStream
 from orthrus_jax.tokenizer import Tokenizer
 
@@ -138,11 +141,21 @@ class _Shape:
 
 
 class Engine:
-    """A model's compiled programs, kept by shape, and the loop that feeds them."""
+    """A model's compiled programs, kept by shape, and the loop that feeds them.
 
-    def __init__(self, config: ModelConfig, params: Params, tokenizer: Tokenizer = None) -> None:
-        self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.model = Model(config)
+    On a `mesh` the rows of a batch are shared out over `data` and `fsdp`, heads over `tensor`; the
+    parameters lie there already (`sharding.of_tree`).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        tokenizer: Tokenizer = None,
+        mesh: Mesh | None = None,
+    ) -> None:
+        self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
+        self.model = Model(config, mesh)
         self.compile_seconds = 0.0
         self._programs: dict[tuple, Any] = {}
 
@@ -374,6 +387,7 @@ class Engine:
     ) -> Any:
         """Call a function of decode.py, compiled ahead of time once a shape."""
         static = static or {}
+        arguments, named = self._on_mesh((arguments, named))
         leaves, tree = jax.tree.flatten((arguments, named))
         key = (function, tree, tuple((x.shape, x.dtype) for x in leaves), *static.items())
         of_model = function not in (decode.stop, decode.insert)
@@ -384,6 +398,20 @@ class Engine:
             self.compile_seconds += time.perf_counter() - begin
         weights = (self.params,) if of_model else ()
         return self._programs[key](*weights, *arguments, **named)
+
+    def _on_mesh(self, inputs: Any) -> Any:
+        """Put inputs where the programs look for them, whatever the last one left where."""
+        if self.mesh is None:
+            return inputs
+        mesh = self.mesh
+
+        def where(x: Any) -> Any:
+            if isinstance(x, decode.DecodeState):
+                return decode.shardings(x, mesh)
+            return x.shardings(mesh) if isinstance(x, KVCache) else of_rows(x.shape, mesh)
+
+        whole = lambda x: isinstance(x, decode.DecodeState | KVCache)
+        return jax.device_put(inputs, jax.tree.map(where, inputs, is_leaf=whole))
 
 
 class _Found(NamedTuple):

@@ -14,11 +14,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from orthrus_jax import tune
+from orthrus_jax import machine, tune
 from orthrus_jax.checkpoint import load_checkpoint
-from orthrus_jax.config import DTYPES, ModelConfig
+from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import MODES, Answer, Engine, Memory, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.model import Params
@@ -101,7 +102,8 @@ class Generator:
     """A loaded model that answers prompts; programs compile once a shape bucket and are kept.
 
     `trained` is False where the diffusion view is a mere copy: exact all the same, but slow.
-    `draft_length` is what a call that names none drafts with; None is the trained K.
+    `draft_length` is what a call that names none drafts with; None is the trained K. `mesh` is
+    what the parameters lie on, if on several devices.
     """
 
     def __init__(
@@ -112,8 +114,9 @@ class Generator:
         *,
         trained: bool = True,
         draft_length: int | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        self.engine = Engine(config, params, tokenizer)
+        self.engine = Engine(config, params, tokenizer, mesh)
         self.config, self.tokenizer, self.trained = config, tokenizer, trained
         self.draft_length = draft_length
 
@@ -285,7 +288,9 @@ def _member(kind: Any, name: str, value: str) -> Any:
         ) from None
 
 
-def load(source: str | pathlib.Path, *, dtype: str | None = None) -> Generator:
+def load(
+    source: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh | None = None
+) -> Generator:
     """Load a Qwen3 or Orthrus checkpoint, from a directory or a hub id, with its tokenizer.
 
     A plain Qwen3 gets a diffusion view that copies its attention: exact, and slow until trained.
@@ -294,11 +299,13 @@ def load(source: str | pathlib.Path, *, dtype: str | None = None) -> Generator:
     Args:
       source: directory or "owner/name".
       dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
+      mesh: devices to decode on, from sharding.make_mesh: weights go straight to their shards, the
+        rows of a batch are shared out over its data axis, heads over its tensor axis.
 
     Raises:
       UserError: naming what is missing or broken.
     """
-    checkpoint = load_checkpoint(source, dtype=dtype)
+    checkpoint = load_checkpoint(source, dtype=dtype, mesh=mesh)
     tokenizer = load_tokenizer(checkpoint.directory)
     return Generator(
         checkpoint.config,
@@ -306,6 +313,7 @@ def load(source: str | pathlib.Path, *, dtype: str | None = None) -> Generator:
         tokenizer,
         trained=checkpoint.trained,
         draft_length=tune.preferred(checkpoint.directory, checkpoint.config.block_size),
+        mesh=mesh,
     )
 
 
@@ -357,7 +365,7 @@ def _parser() -> argparse.ArgumentParser:
         "--n", type=int, default=1, metavar="N", help="samples a prompt; default: 1"
     )
     parser.add_argument("--logprobs", action="store_true", help="with --json: log p of each token")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    machine.add_options(parser)
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="answers decoded together; default: n"
     )
@@ -432,7 +440,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompts = read_prompts(args.prompts)
     else:
         prompts = [sys.stdin.read() if args.prompt == "-" else args.prompt]
-    model = load(args.model, dtype=args.dtype)
+    model = load(args.model, **machine.prepare(args))
     if args.mode == "orthrus" and not model.trained:
         print(
             "note: this model's diffusion view is untrained: the text is exact, but --mode ar is "

@@ -23,7 +23,7 @@ from orthrus_jax import attention
 from orthrus_jax.cache import KVCache, as_slots, seen, write
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.layers import AttentionProjections, RMSNorm, SwiGLU, linear, rotary_angles
-from orthrus_jax.sharding import BATCH, TENSOR, of_rows
+from orthrus_jax.sharding import BATCH, TENSOR
 
 Array = jax.Array
 STACKED = "layers"  # where training keeps its layers' weights, stacked along a first axis
@@ -296,8 +296,7 @@ class Model:
         cache = KVCache.zeros(self.config, batch, slots)
         if self.mesh is None:
             return cache
-        lay = lambda x: jax.lax.with_sharding_constraint(x, of_rows(x.shape, self.mesh, heads=True))
-        return cache.replace(k=tuple(map(lay, cache.k)), v=tuple(map(lay, cache.v)))
+        return jax.lax.with_sharding_constraint(cache, cache.shardings(self.mesh))
 
     def forward(
         self, params: Params, segments: Sequence[Segment], cache: KVCache | None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from tqdm import tqdm
 
-from orthrus_jax.config import DTYPES
+from orthrus_jax import machine
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.tokenizer import encode
 
@@ -103,11 +103,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    machine.add_options(parser)
     args = parser.parse_args(argv)
     if not pathlib.Path(args.model).is_dir():
         raise UserError(f"--model {args.model} is no directory: {FILE} is written into it")
-    model = load(args.model, dtype=args.dtype)
+    model = load(args.model, **machine.prepare(args))
     ids = [encode(model.tokenizer, text, chat=True) for text in read_prompts(args.prompts)]
     rates = measure(model, ids, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
     best = save(args.model, rates)

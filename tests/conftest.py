@@ -1,9 +1,13 @@
 """Fixtures that several test files share."""
 
 import gc
+import os
 import pathlib
 import tarfile
 from collections.abc import Iterator
+
+# Commands keep compiled programs in the user's home; their tests, which inherit this, do not.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax
 import pytest

@@ -11,6 +11,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from orthrus_jax import machine
 from orthrus_jax.errors import UserError, run_command
 
 USAGE = """
@@ -18,6 +19,7 @@ Flags:
   --config FILE           the run's configuration (default: {default})
   --config.NAME=VALUE     override one of its values, e.g. --config.train.steps=100
   --[no]overwrite         replace results that are already there (default: no)
+  --compile_cache DIR     where compiled programs are kept, or off (default: a directory of yours)
 {more}"""
 
 
@@ -43,6 +45,7 @@ def run(
     with _told_in_one_line():  # defining the flag already reads the file and its overrides
         holder = config_flags.DEFINE_config_file("config", default, "The run's configuration file.")
     overwrite = flags.DEFINE_bool("overwrite", False, "Replace results that are already there.")
+    cache = flags.DEFINE_string("compile_cache", None, "Where compiled programs are kept, or off.")
     given = {name: flags.DEFINE_bool(name, False, told) for name, told in switches.items()}
 
     def parse(argv: Sequence[str]) -> list[str]:
@@ -55,6 +58,7 @@ def run(
 
     def call() -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
+        machine.keep_programs(cache.value)
         main(holder.value, overwrite.value, **{name: flag.value for name, flag in given.items()})
 
     app.run(lambda _: run_command(call), flags_parser=parse)

@@ -23,12 +23,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jax.sharding import Mesh
 from tqdm import tqdm
 
-from orthrus_jax import checkpoint, engine
+from orthrus_jax import checkpoint, engine, sharding
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator, load
@@ -83,7 +85,9 @@ class Recipe:
       mode: "ar" or "orthrus"; greedy text is the same in both.
       temperature, top_k, top_p: 0, 0 and 1 are greedy.
       dtype: of the weights; None is the checkpoint's.
-      batch_size: answers decoded together. The one value that a resumed run may change.
+      batch_size: answers decoded together, over all devices of this host. It and `tensor` are what
+        a resumed run may change.
+      tensor: devices that share one copy of the model; each group of so many has its own.
       shard_size: prompts a file; what a killed run loses at most.
     """
 
@@ -99,6 +103,7 @@ class Recipe:
     top_p: float = 1.0
     dtype: str | None = None
     batch_size: int = 64
+    tensor: int = 1
     shard_size: int = 4096
 
     def __post_init__(self) -> None:
@@ -172,9 +177,16 @@ def ensure_responses(config: Any, *, overwrite: bool = False) -> pathlib.Path:
         job.delete()
     if job.missing():
         # No reference may stay here: the caller needs the memory for training.
-        job.run(load(directory, dtype=recipe.dtype))
+        job.run(load(directory, dtype=recipe.dtype, mesh=_mesh(recipe)))
         gc.collect()
     return out
+
+
+def _mesh(recipe: Recipe) -> Mesh | None:
+    """All devices of this host; None for one, which needs no mesh."""
+    devices = jax.local_devices()
+    mesh = sharding.make_mesh(tensor=recipe.tensor, devices=devices)
+    return mesh if mesh.size > 1 else None
 
 
 def model_identity(directory: pathlib.Path, dtype: str | None = None) -> dict[str, str]:
@@ -230,7 +242,8 @@ class Job:
         """
         self.recipe, self.out, self.origin = recipe, out, dict(origin)
         fields = dataclasses.asdict(recipe)
-        del fields["batch_size"], fields["dtype"]  # how fast; and `model` has the dtype
+        for name in ("batch_size", "tensor", "dtype"):  # how fast; and `model` has the dtype
+            del fields[name]
         sources = [list(pair) for pair in fields.pop("sources")]
         self.asked = {"model": dict(model), "sources": sources, **fields}
 

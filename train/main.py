@@ -36,7 +36,7 @@ from train.prompts import Mix
 RECIPE = "recipe.json"
 # What may differ when a run goes on: where it runs and what it reports, not what it computes.
 FREE = ("run", "mesh", "log_every", "eval_every", "save_every", "keep", "eval_prompts", "remat",
-        "stack_layers", "wandb_project")  # fmt: skip
+        "stack_layers", "tensor", "wandb_project")  # fmt: skip
 
 
 def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
@@ -78,7 +78,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     loader = Loader(rows, t.batch_size, config.seed, jax.process_index(), jax.process_count())
     identity = {"base": distill.model_identity(source)["weights"]}
     keeper = Checkpoints(run, identity, keep=t.keep)
-    evaluate = _held_out(Generator(sizes, frozen, tokenizer), tokenizer, frozen, config)
+    evaluate = _held_out(Generator(sizes, frozen, tokenizer, mesh=mesh), tokenizer, frozen, config)
     if found := keeper.restore(state):
         state, place = found
         loader.restore(place)

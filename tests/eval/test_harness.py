@@ -184,7 +184,7 @@ def test_chunks_of_other_lengths_compile_no_loop_of_their_own(directory, data):
     assert compiled.count("prefill") > compiled.count("ar_decode") == 1
 
 
-@pytest.mark.parametrize("batch_size", [2, 7])
+@pytest.mark.parametrize("batch_size", [*slow(2), 7])
 def test_answers_do_not_depend_on_the_batch(directory, data, whole, batch_size, tmp_path):
     gsm8k(directory, data, tmp_path / "run", "--limit", "30", "--batch-size", str(batch_size))
     digests = lambda rows: [[a["digest"] for a in row["answers"]] for row in rows]

@@ -268,7 +268,7 @@ def plain_rule(drafts: Drafts, target, sampler: Sampler, positions, *, fault: st
     return Verdict(jnp.where(index < accepted[:, None], padded, own), accepted)
 
 
-@pytest.mark.parametrize("proposal", Proposal)
+@pytest.mark.parametrize("proposal", [Proposal.ARGMAX, *slow(Proposal.DRAW)])
 def test_the_rule_of_rejection_is_the_plain_one_s(proposal: Proposal) -> None:
     """The same tokens from the same noise, for p near q, far from it and equal to it."""
     rows, rng = 3000, np.random.default_rng(0)
@@ -436,7 +436,7 @@ def test_ar_texts_are_distributed_as_the_law_has_it() -> None:
     assert len(np.unique(greedy_rows(state), axis=0)) == 1
 
 
-@pytest.mark.parametrize("block_size", SIZES)
+@pytest.mark.parametrize("block_size", [SIZES[0], *slow(*SIZES[1:])])
 @pytest.mark.parametrize("rule", ["a draw from q", "the likeliest of q"])
 def test_rejection_keeps_the_law_of_whole_texts(rule: str, block_size: int) -> None:
     state = mixture(rule, block_size)
@@ -449,14 +449,14 @@ def test_rejection_keeps_the_law_of_whole_texts(rule: str, block_size: int) -> N
     assert (state.cycles >= 3).mean() > 0.2
 
 
-@pytest.mark.parametrize("block_size", SIZES)
+@pytest.mark.parametrize("block_size", [SIZES[0], *slow(*SIZES[1:])])
 def test_coupled_texts_are_the_ar_texts(block_size: int) -> None:
     state = mixture("coupled", block_size)
     np.testing.assert_array_equal(state.tokens, mixture("ar").tokens)
     assert (state.accepted[state.accepted >= 0] == block_size - 1).mean() > 0.1
 
 
-@pytest.mark.parametrize("filtered", [True, False])
+@pytest.mark.parametrize("filtered", [True, *slow(False)])
 def test_drafts_distributed_as_p_are_all_accepted(filtered: bool) -> None:
     settings = MIXTURE if filtered else [Setting(0.7), Setting(1.3), Setting(0.0)]
     agreeing = tabular.agreeing(TABLES)
@@ -469,7 +469,7 @@ def test_drafts_distributed_as_p_are_all_accepted(filtered: bool) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    [*FAULTS[1:4], *(pytest.param(fault, marks=pytest.mark.slow) for fault in FAULTS[4:])],
+    [FAULTS[1], *slow(*FAULTS[2:])],
 )
 def test_a_planted_fault_shows_in_the_law_of_whole_texts(fault: str, monkeypatch) -> None:
     """At the settings and the number of texts of the tests above."""
@@ -532,7 +532,7 @@ LEAST = [
 ]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*slow("ar", "a draw from q"), "the likeliest of q", "coupled"])
 def test_no_text_ends_before_its_least_number_of_tokens(rule: str) -> None:
     """And the texts that may end are distributed as the law of such texts has it."""
     settings = [*LEAST, GREEDY._replace(min_tokens=3)]
@@ -597,7 +597,10 @@ def texts(state) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("filtered", "block_size"),
-    [pytest.param(False, None, marks=pytest.mark.slow), (True, None), (True, 2)],
+    [
+        (True, None),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, None), (True, 2)]),
+    ],
 )
 def test_coupled_text_is_ar_s_bit_for_bit(filtered: bool, block_size: int | None) -> None:
     """200 prompts at three temperatures, each row with filters of its own or none with any."""

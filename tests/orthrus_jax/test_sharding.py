@@ -1,5 +1,9 @@
-"""The mesh and its rules; what runs on eight fake devices is tests/eight_devices.py."""
+"""The mesh and its rules, and serving on eight fake devices (tests/eight_serving.py)."""
 
+import json
+import pathlib
+import subprocess
+import sys
 import types
 
 import jax
@@ -7,9 +11,13 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from orthrus_jax import params, sharding
+from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model
-from tests.helpers import tiny_config
+from tests.helpers import random_params, slow, tiny_config
+from train.pretrain import train_tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def mesh_of(**sizes):
@@ -61,3 +69,43 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes):
 def test_a_tensor_axis_that_does_not_divide_the_model_is_refused():
     with pytest.raises(UserError, match="tensor=4 does not divide num_key_value_heads=2"):
         sharding.check(tiny_config(), mesh_of(tensor=4))
+
+
+SERVED = {
+    "a few": ("orthrus,dialogue", "one", "2 x 2 x 2"),
+    "all": ("ar,orthrus,coupled,rejection,dialogue", "one", "4 x 1 x 2", "8 x 1 x 1", "1 x 4 x 2"),
+}
+
+
+@pytest.fixture(scope="module", params=["a few", *slow("all")])
+def served(request, tmp_path_factory):
+    config = tiny_config(vocab_size=300, mask_token_id=299, tie_word_embeddings=False)
+    directory = tmp_path_factory.mktemp("model") / "tiny"
+    save_checkpoint(
+        directory, config, random_params(config, 3), tokenizer=train_tokenizer(["a few words"], 300)
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.eight_serving", str(directory), *SERVED[request.param]],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
+
+
+def test_a_served_text_is_that_of_one_device(served):
+    texts = {
+        mesh: {way: text for way, text in found.items() if way not in ("pieces", "shape")}
+        for mesh, found in served.items()
+    }
+    assert {len(text) for text in texts["one"]["orthrus"]} == {12}
+    assert all(found == texts["one"] for found in texts.values())
+
+
+def test_served_weights_lie_where_the_rules_say(served):
+    for mesh, found in served.items():
+        _, fsdp, tensor = (1, 1, 1) if mesh == "one" else map(int, mesh.split(" x "))
+        width, heads = found["shape"]
+        assert found["pieces"] == [[width // fsdp, heads // tensor]]
