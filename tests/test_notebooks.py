@@ -1,0 +1,64 @@
+"""The notebooks run from top to bottom on the tiny model, and are stored without outputs."""
+
+import json
+import pathlib
+
+import pytest
+
+nbclient = pytest.importorskip("nbclient", reason="pip install '.[notebooks]'")
+import nbformat  # noqa: E402 (comes with nbclient)
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def test_there_are_three():
+    assert [path.stem for path in NOTEBOOKS] == ["benchmark", "quickstart", "train"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_without_outputs_and_opens_in_colab(path):
+    found = nbformat.read(path, as_version=4)
+    nbformat.validate(found)
+    cells = [cell for cell in found.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in cells)
+    assert f"/notebooks/{path.name})" in found.cells[0].source
+
+
+def printed(notebook) -> str:
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+    return "".join(out.get("text", "") for out in outputs)
+
+
+def execute(name: str, run: pathlib.Path, monkeypatch, **environment: str):
+    """Run a notebook in its folder, as a person would; commands write into `run`."""
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("ORTHRUS_RUN", str(run))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(run.parent / "cache"))
+    found = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    client = nbclient.NotebookClient(
+        found, timeout=600, resources={"metadata": {"path": str(ROOT / "notebooks")}}
+    )
+    return client.execute()
+
+
+def test_the_notebooks_train_answer_and_measure(tmp_path, monkeypatch):
+    """In turn: what train.ipynb leaves is what the other two load."""
+    ran = execute("train", tmp_path / "run", monkeypatch, ORTHRUS_STEPS="24")
+    said = printed(ran)
+    assert "stopped with status 0" in said
+    assert "going on from step" in said
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    model = str(tmp_path / "run" / "model")
+
+    said = printed(execute("quickstart", tmp_path / "quick", monkeypatch, ORTHRUS_MODEL=model))
+    assert "tokens are the same, one by one" in said
+
+    options = {"ORTHRUS_MODEL": model, "ORTHRUS_LIMIT": "4"}
+    execute("benchmark", tmp_path / "bench", monkeypatch, **options)
+    result = json.loads((tmp_path / "bench" / "results.json").read_text())
+    assert result["same_text"] == 1.0
+    assert (tmp_path / "bench" / "speed.png").exists()
