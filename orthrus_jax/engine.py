@@ -30,6 +30,7 @@ from orthrus_jax.tokenizer import Tokenizer
 MODES = ("orthrus", "ar")
 STREAM_CYCLES = 8  # cycles between two looks of the host at the text, where it has to look
 FOREVER = np.iinfo(np.int32).max
+PADDING = 4096  # tokens of padding that a batch may be begun with, however short its prompts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +215,7 @@ class Engine:
         state: Any = None
         while queue or any(rows):
             if not any(rows):
-                rows = [self._admit(queue, plan) for _ in rows]
-                state = self._prefill(rows, shape, plan, memory)
+                rows, state = self._start(queue, shape, plan, memory)
             state = self._advance(state, rows, plan, refilling=plan.refill and bool(queue))
             found = _fetch(state)
             for i, row in enumerate(rows):
@@ -235,10 +235,41 @@ class Engine:
             if (idle & ~found.done).any():  # ended by a stop string
                 state = self._run(decode.stop, state, jnp.array(idle))
             for i in idle.nonzero()[0].tolist() if plan.refill else ():
-                rows[i] = self._admit(queue, plan)
-                if rows[i] is not None:
-                    fresh = self._prefill([rows[i]], shape, plan)
-                    state = self._run(decode.insert, state, fresh, jnp.int32(i))
+                rows[i], state = self._refill(i, state, queue, shape, plan)
+
+    def _start(
+        self, queue: collections.deque, shape: _Shape, plan: Plan, memory: Memory | None
+    ) -> tuple[list[_Row | None], decode.DecodeState]:
+        """Begin a batch: all prompts at once, padded to the longest, or one after another.
+
+        Where one is much longer than the rest, the padding would be most of what is read.
+        """
+        slots = range(plan.batch_size)
+        widths = [bucket(len(queue[i][1].prompt)) for i in slots[: len(queue)]]
+        padding = len(slots) * max(widths) - sum(widths)
+        if memory is not None or padding <= max(PADDING, sum(widths)):
+            rows = [self._admit(queue, plan) for _ in slots]
+            return rows, self._prefill(rows, shape, plan, memory)
+        rows = [None for _ in slots]
+        state = self._prefill(rows, shape, plan)
+        for i in slots[: len(widths)]:
+            rows[i], state = self._refill(i, state, queue, shape, plan)
+        return rows, state
+
+    def _refill(
+        self,
+        i: int,
+        state: decode.DecodeState,
+        queue: collections.deque,
+        shape: _Shape,
+        plan: Plan,
+    ) -> tuple[_Row | None, decode.DecodeState]:
+        """Put the next request in place of row i, if there is one."""
+        row = self._admit(queue, plan)
+        if row is not None:
+            fresh = self._prefill([row], shape, plan)
+            state = self._run(decode.insert, state, fresh, jnp.int32(i))
+        return row, state
 
     def _admit(self, queue: collections.deque, plan: Plan) -> _Row | None:
         if not queue:

@@ -321,6 +321,35 @@ def test_more_prompts_of_a_bucket_compile_nothing(mode) -> None:
     assert by_name.count("prefill") == 2, "a batch, and one to insert"
 
 
+@pytest.mark.parametrize("mode", ["ar", "orthrus"])
+def test_a_batch_that_would_be_mostly_padding_is_read_one_by_one(mode, monkeypatch) -> None:
+    """The same texts, in the same order; prefill sees each prompt in its own bucket."""
+    rng = np.random.default_rng(5)
+    lengths = (9, 200, 3, 50, 60, 12, 7, 8)
+    requests = [
+        Request(rng.integers(3, VOCAB - 1, n).tolist(), SamplingParams(max_new_tokens=5 + n % 7))
+        for n in lengths
+    ]
+    plan = Plan(mode, batch_size=6)
+    found = {}
+    for padding in 0, 1 << 30:
+        monkeypatch.setattr(engine_module, "PADDING", padding)
+        engine, shapes = hashing.__wrapped__().engine, []
+
+        def watched(function, *args, run=engine._run, shapes=shapes, **named):
+            if function is prefill:
+                shapes.append(args[0].shape)
+            return run(function, *args, **named)
+
+        monkeypatch.setattr(engine, "_run", watched)
+        answers, order = served(engine, requests, plan)
+        found[padding] = [answers[i].tokens for i in range(len(lengths))], order, shapes
+    apart, together = found.values()
+    assert apart[:2] == together[:2]
+    assert apart[2] == [(6, 64), (1, 64), (1, 224), *[(1, 64)] * 6]
+    assert together[2][0] == (6, 224)
+
+
 def test_calls_that_name_the_same_slots_share_the_loop() -> None:
     engine = hashing.__wrapped__().engine
     sampling = SamplingParams(max_new_tokens=20)
@@ -724,7 +753,7 @@ COMMANDS = {
 @pytest.fixture
 def command(model, monkeypatch):
     """The command on a model that is already loaded."""
-    monkeypatch.setattr(generate, "load", lambda source, dtype: model)
+    monkeypatch.setattr(generate, "load", lambda source, **options: model)
     prefix = ["--model", "loaded", "--prompt", "How many?", "--no-chat"]
     return lambda *flags: generate.main([*prefix, *flags])
 
