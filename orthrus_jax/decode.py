@@ -71,6 +71,7 @@ class DecodeState(struct.PyTreeNode):
       sampler: how tokens are drawn, or None for greedy decoding.
       min_tokens: int32[B], no end token before so many tokens; or None.
       logprobs: float32[B, N], log p of each emitted token under the AR view; or None.
+      ahead: the next draft, where a forward drafts for the one after it (ahead.py); or None.
 
     What is None is not compiled.
     """
@@ -88,6 +89,7 @@ class DecodeState(struct.PyTreeNode):
     sampler: Sampler | None = None
     min_tokens: Array | None = None
     logprobs: Array | None = None
+    ahead: Any = None
 
 
 def shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
@@ -197,7 +199,7 @@ def ar_decode(
             state.replace(cache=cache), accept_equal(none.tokens, choose(state, logits)), logits
         )
 
-    return _until_done(step, state, cycles, leave)
+    return until_done(step, state, cycles, leave)
 
 
 @partial(
@@ -240,7 +242,7 @@ def orthrus_decode(
         logits, cache = verify(model, params, state, drafts)
         return accept(state.replace(cache=cache), judge(state, drafts, logits, rule), logits)
 
-    return _until_done(cycle, state, cycles, leave)
+    return until_done(cycle, state, cycles, leave)
 
 
 def draft(
@@ -416,7 +418,7 @@ def _without_early_end(state: DecodeState, logits: Array) -> Array:
     return jnp.where(early[..., None] & is_end[:, None], -jnp.inf, logits)
 
 
-def _until_done(
+def until_done(
     step: Callable[[DecodeState], DecodeState],
     state: DecodeState,
     cycles: Array | None,

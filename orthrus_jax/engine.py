@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from orthrus_jax import decode
+from orthrus_jax import ahead, decode
 from orthrus_jax.cache import KVCache
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
@@ -28,6 +28,7 @@ from orthrus_jax.stream import TextStream
 from orthrus_jax.tokenizer import Tokenizer
 
 MODES = ("orthrus", "ar")
+CYCLES = ("two-forward", "one-forward")  # of mode orthrus: decode.py's, ahead.py's
 STREAM_CYCLES = 8  # cycles between two looks of the host at the text, where it has to look
 FOREVER = np.iinfo(np.int32).max
 PADDING = 4096  # tokens of padding that a batch may be begun with, however short its prompts
@@ -56,6 +57,8 @@ class Plan:
       accept: the rule for sampled drafts.
       proposal: what the rejection rule proposes.
       draft_length: rows of a draft block, the anchor included; None is the trained K.
+      cycle: draft and verify in turn ("two-forward"), or in one pass ("one-forward").
+      early: with "one-forward", the blocks that draft ahead in each pass; at most draft_length.
       batch_size: rows decoded together.
       refill: put the next request in a finished row's place at once; else wait for the whole batch.
       stream: report text as it grows.
@@ -68,11 +71,18 @@ class Plan:
     accept: Rule = Rule.REJECTION
     proposal: Proposal = Proposal.ARGMAX
     draft_length: int | None = None
+    cycle: str = CYCLES[0]
+    early: int = 4
     batch_size: int = 1
     refill: bool = True
     stream: bool = False
     time_first: bool = False
     slots: int = 0
+
+    @property
+    def forwards(self) -> int:
+        """Passes through the model a cycle."""
+        return 2 if self.mode == "orthrus" and self.cycle == "two-forward" else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +187,10 @@ class Engine:
             raise UserError(
                 f"draft_length={plan.draft_length} must be from 2 to {config.block_size}"
             )
+        if plan.cycle not in CYCLES:
+            raise UserError(f"cycle={plan.cycle!r} is not one of {', '.join(CYCLES)}")
+        if plan.early < 1:
+            raise UserError(f"early_blocks={plan.early} must be at least 1")
         for i, request in enumerate(requests):
             new = request.sampling.max_new_tokens
             if not len(request.prompt):
@@ -342,6 +356,8 @@ class Engine:
                 "logprobs": shape.logprobs,
             },
         )
+        if plan.mode == "orthrus" and plan.forwards == 1:
+            state = state.replace(ahead=ahead.nothing(len(rows), self._block(plan)))
         if plan.time_first:
             jax.block_until_ready(state.tokens)
             for row in filter(None, rows):
@@ -375,16 +391,26 @@ class Engine:
         """Run the loop until the host has something to do."""
         active = sum(row is not None for row in rows)
         watched = any(row is not None and row.text is not None for row in rows)
+        static: dict[str, Any]
         pause = {
             "cycles": jnp.int32(STREAM_CYCLES if watched else FOREVER),
             "leave": jnp.int32(active - 1 if refilling else 0),
         }
         if plan.mode == "ar":
             return self._run(decode.ar_decode, state, **pause)
-        static: dict[str, Any] = {"block_size": plan.draft_length}
+        if plan.cycle == "one-forward":
+            early = min(plan.early, self._block(plan))
+            static = {"block_size": plan.draft_length, "early": early}
+            if state.sampler is not None:
+                static |= {"rule": plan.accept}
+            return self._run(ahead.one_forward_decode, state, **pause, static=static)
+        static = {"block_size": plan.draft_length}
         if state.sampler is not None:
             static |= {"rule": plan.accept, "proposal": plan.proposal}
         return self._run(decode.orthrus_decode, state, **pause, static=static)
+
+    def _block(self, plan: Plan) -> int:
+        return plan.draft_length or self.config.block_size
 
     def _look(self, row: _Row, *found: Any) -> Event:
         """What is new of a row since the host last looked."""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from orthrus_jax import machine, tune
 from orthrus_jax.checkpoint import load_checkpoint
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.engine import MODES, Answer, Engine, Memory, Plan, Request
+from orthrus_jax.engine import CYCLES, MODES, Answer, Engine, Memory, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.model import Params
 from orthrus_jax.sampling import Rule, SamplingParams
@@ -39,7 +39,8 @@ class Completion:
       finish_reason: "stop" at an end token or a stop string, "length" at the budget.
       cycles: draft-verify cycles, or AR steps in mode "ar", after the prefill.
       accepted: drafts accepted in each cycle; all 0 in mode "ar".
-      forwards: passes through the model: 1 prefill, then 2 a cycle (1 an AR step).
+      forwards: passes through the model: 1 prefill, then 2 a cycle; 1 an AR step or a cycle of one
+        forward.
       seconds: wall-clock from prefill to end, with the batch it was in, compilation excluded.
       compile_seconds: what was compiled meanwhile; 0 when all shapes were seen before.
       logprobs: log p of each token under the base model, where asked for.
@@ -163,6 +164,8 @@ class Generator:
         mode: str = "orthrus",
         accept: str = "rejection",
         draft_length: int | None = None,
+        cycle: str = CYCLES[0],
+        early_blocks: int = Plan.early,
         batch_size: int = 1,
         refill: bool = True,
         progress: bool = False,
@@ -178,6 +181,8 @@ class Generator:
           accept: "rejection" or "coupled", when a sampled draft is accepted; see sampling.Rule.
           draft_length: rows of a draft block, the anchor included; None is `self.draft_length`.
             Every value gives an exact text.
+          cycle: "two-forward", the paper's, or "one-forward", which drafts while it verifies.
+          early_blocks: with "one-forward", the blocks that each forward drafts ahead.
           batch_size: rows decoded together; a finished row's place goes to the next prompt.
           refill: False decodes whole batches one after another.
           progress: show a bar on standard error.
@@ -189,9 +194,8 @@ class Generator:
         sampling = _sampling(sampling, fields)
         if sampling.n > max(batch_size, 1):  # a batch_size below 1 is refused by itself
             raise UserError(f"n={sampling.n} is over batch_size={batch_size}")
-        rule = _member(Rule, "accept", accept)
-        length = self.draft_length if draft_length is None else draft_length
-        plan = Plan(mode, rule, draft_length=length, batch_size=batch_size, refill=refill)
+        plan = self._plan(mode, accept, draft_length, cycle, early_blocks)
+        plan = dataclasses.replace(plan, batch_size=batch_size, refill=refill)
         pairs = list(itertools.product(range(len(prompts)), range(sampling.n)))
         requests = [Request(prompts[i], sampling, sample) for i, sample in pairs]
         answers: dict[int, Answer] = {}
@@ -200,7 +204,7 @@ class Generator:
                 if event.answer is not None:
                     answers[event.index] = event.answer
                     bar.update()
-        return [self._completion(answers[j], mode, *pair) for j, pair in enumerate(pairs)]
+        return [self._completion(answers[j], plan, *pair) for j, pair in enumerate(pairs)]
 
     def stream(
         self,
@@ -229,6 +233,8 @@ class Generator:
         mode: str = "orthrus",
         accept: str = "rejection",
         draft_length: int | None = None,
+        cycle: str = CYCLES[0],
+        early_blocks: int = Plan.early,
         memory: Memory | None = None,
         **fields: Any,
     ) -> Pieces:
@@ -236,9 +242,8 @@ class Generator:
         sampling = _sampling(sampling, fields)
         if sampling.n > 1:
             raise UserError(f"n={sampling.n}: a stream is of one sample")
-        rule = _member(Rule, "accept", accept)
-        length = self.draft_length if draft_length is None else draft_length
-        plan = Plan(mode, rule, draft_length=length, stream=True)
+        plan = self._plan(mode, accept, draft_length, cycle, early_blocks)
+        plan = dataclasses.replace(plan, stream=True)
         request = Request(prompt, sampling)
         self.engine.check([request], plan)
         return self._pieces(request, plan, memory)
@@ -248,10 +253,17 @@ class Generator:
             if event.text:
                 yield event.text
             if event.answer is not None:
-                return self._completion(event.answer, plan.mode, 0, 0)
+                return self._completion(event.answer, plan, 0, 0)
         raise AssertionError("a served request ends with its answer")
 
-    def _completion(self, answer: Answer, mode: str, prompt: int, sample: int) -> Completion:
+    def _plan(
+        self, mode: str, accept: str, draft_length: int | None, cycle: str, early: int
+    ) -> Plan:
+        length = self.draft_length if draft_length is None else draft_length
+        rule = _member(Rule, "accept", accept)
+        return Plan(mode, rule, draft_length=length, cycle=cycle, early=early)
+
+    def _completion(self, answer: Answer, plan: Plan, prompt: int, sample: int) -> Completion:
         text = answer.text
         if text is None:
             text = "" if self.tokenizer is None else decode_text(self.tokenizer, answer.tokens)
@@ -261,7 +273,7 @@ class Generator:
             finish_reason=answer.finish_reason,
             cycles=answer.cycles,
             accepted=answer.accepted,
-            forwards=1 + (2 if mode == "orthrus" else 1) * answer.cycles,
+            forwards=1 + plan.forwards * answer.cycles,
             seconds=answer.seconds,
             compile_seconds=answer.compile_seconds,
             logprobs=answer.logprobs,
@@ -376,11 +388,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the options of decoding that generate and chat share."""
-    default = SamplingParams()
+    defaults = dataclasses.asdict(SamplingParams()) | {"early_blocks": Plan.early}
     number = lambda flag, kind, text: parser.add_argument(
         flag,
         type=kind,
-        default=getattr(default, flag[2:].replace("-", "_")),
+        default=defaults[flag[2:].replace("-", "_")],
         metavar="N" if kind is int else "X",
         help=f"{text}; default: %(default)s",
     )
@@ -410,12 +422,20 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="rows of a draft block, from 2; default: what tune measured here, or the trained K",
     )
+    parser.add_argument(
+        "--cycle",
+        choices=CYCLES,
+        default=CYCLES[0],
+        help="draft and verify in turn, or draft while verifying; default: %(default)s",
+    )
+    number("--early-blocks", int, "with --cycle one-forward: blocks that a forward drafts ahead")
 
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_sampling` and --mode parsed, as arguments of Generator.stream."""
     same = (
-        "mode accept draft_length max_new_tokens min_new_tokens temperature top_k top_p min_p seed"
+        "mode accept draft_length cycle early_blocks "
+        "max_new_tokens min_new_tokens temperature top_k top_p min_p seed"
     )
     options = {name: getattr(args, name) for name in same.split()}
     return options | {"stop": tuple(args.stop), "stop_token_ids": tuple(args.stop_token_id)}

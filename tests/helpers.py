@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from orthrus_jax import params as params_lib
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.model import View
 
 DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 NO_EOS = jnp.array([-1, -1, -1], jnp.int32)
@@ -63,6 +64,30 @@ def random_params(config: ModelConfig, seed: int, *, gain: float = 1.5, copy: bo
     if not copy:
         return whole
     return params_lib.merge(params_lib.split(whole)[0], params_lib.diffusion_from_base(whole))
+
+
+def in_lockstep(segments, rows, block, cache):
+    """Run a mock model's segments as the real layers do: what AR rows write, blocks may read.
+
+    `rows(segment, cache)` gives hidden states and the new cache of an AR segment, `block` the
+    hidden states of a segment that is one block.
+    """
+    hidden = [None] * len(segments)
+    for i, segment in enumerate(segments):
+        if segment.view is View.AR:
+            hidden[i], cache = rows(segment, cache)
+    for i, segment in enumerate(segments):
+        if segment.view is View.DIFFUSION:
+            cuts = range(0, segment.tokens.shape[1], segment.block)
+            cut = lambda x, j, k=segment.block: x[:, j : j + k]
+            parts = [jax.tree.map(lambda x, j=j, cut=cut: cut(x, j), segment) for j in cuts]
+            hidden[i] = jnp.concatenate([block(part, cache) for part in parts], axis=1)
+    return hidden, cache
+
+
+def views(segments) -> str:
+    """The views of a forward's segments, as in "ar+diffusion"."""
+    return "+".join(segment.view.value for segment in segments)
 
 
 def flat(tree: dict) -> dict[str, jax.Array]:

@@ -18,12 +18,12 @@ import numpy as np
 from flax import struct
 
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.model import Segment, View
-from tests.helpers import tiny_config
+from orthrus_jax.model import Segment
+from tests.helpers import in_lockstep, tiny_config, views
 
 VOCAB, POISON, MASK = 64, 62, 63
-forwards: list[str] = []  # the view of every forward that ran, where `counted`
-traces: list[str] = []  # the view of every forward that was traced
+forwards: list[str] = []  # the views of every forward that ran, where `counted`
+traces: list[str] = []  # the views of every forward that was traced
 
 
 class TokenCache(struct.PyTreeNode):
@@ -43,13 +43,11 @@ class ScriptedModel:
         return TokenCache(jnp.full((batch, slots), -1, jnp.int32))
 
     def forward(self, params, segments: list[Segment], cache: TokenCache):
-        (segment,) = segments
-        traces.append(segment.view.value)
+        traces.append(views(segments))
         if self.counted:
-            jax.debug.callback(functools.partial(forwards.append, segment.view.value))
-        if segment.view is View.AR:
-            return self._ar(params, segment, cache)
-        return self._block(params, segment, cache)
+            jax.debug.callback(functools.partial(forwards.append, views(segments)))
+        own = functools.partial
+        return in_lockstep(segments, own(self._ar, params), own(self._block, params), cache)
 
     def _ar(self, params, segment: Segment, cache: TokenCache):
         """The script's next token; off the script, the draft: agreement after a miss is a trap."""
@@ -61,7 +59,7 @@ class ScriptedModel:
         after = segment.positions + 1
         text = jnp.take_along_axis(params["text"], after, axis=1)
         trap = jnp.take_along_axis(params["drafts"], after, axis=1)
-        return [jnp.where(faithful == 1, text, trap)[..., None]], TokenCache(tokens)
+        return jnp.where(faithful == 1, text, trap)[..., None], TokenCache(tokens)
 
     def _block(self, params, segment: Segment, cache: TokenCache):
         """The scripted drafts, if the block is [anchor, MASK ...] behind a faithful cache."""
@@ -71,7 +69,7 @@ class ScriptedModel:
         right_anchor = segment.tokens[:, :1] == jnp.take_along_axis(params["text"], anchor_at, 1)
         masked = (segment.tokens[:, 1:] == self.config.mask_token_id).all(1, keepdims=True)
         drafts = jnp.take_along_axis(params["drafts"], segment.positions + 1, axis=1)
-        return [jnp.where(faithful & right_anchor & masked, drafts, POISON)[..., None]], cache
+        return jnp.where(faithful & right_anchor & masked, drafts, POISON)[..., None]
 
     def logits(self, params, hidden):
         return jax.nn.one_hot(hidden[..., 0], VOCAB)
@@ -108,6 +106,38 @@ def expected(text, drafts, length: int, budget: int, eos, *, room: int, block_si
             if len(tokens) == budget or token in eos:
                 break
         accepted.append(min(agreeing, emitted))
+    return Outcome(tokens, accepted, length - 1 + len(tokens))
+
+
+def expected_ahead(
+    text, drafts, length: int, budget: int, eos, *, room: int, block_size: int, early: int
+) -> Outcome:
+    """One forward a cycle for one row, told plainly.
+
+    Every guess of the script is trusted equally and little, so that the blocks run are those for
+    0, 1, ... early - 1 drafts standing. There is no draft behind the prompt but tokens 0.
+    """
+    budget = min(budget, room)
+    if budget <= 0:
+        return Outcome([], [], length - 1)
+    tokens, accepted, draft = [int(text[length])], [], [0] * (block_size - 1)
+    while len(tokens) < budget and tokens[-1] not in eos:
+        at = length + len(tokens)
+        agreeing = 0
+        while agreeing < block_size - 1 and draft[agreeing] == text[at + agreeing]:
+            agreeing += 1
+        emitted = 0
+        for token in map(int, text[at : at + agreeing + 1]):
+            tokens.append(token)
+            emitted += 1
+            if len(tokens) == budget or token in eos:
+                break
+        accepted.append(min(agreeing, emitted))
+        behind = at + agreeing + 1  # the first position that the next draft is for
+        if agreeing < early:
+            draft = [int(t) for t in drafts[behind : behind + block_size - 1]]
+        else:
+            draft = [*draft[agreeing + 1 :], *[draft[-1]] * (agreeing + 1)][: block_size - 1]
     return Outcome(tokens, accepted, length - 1 + len(tokens))
 
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.model import Segment, View
-from tests.helpers import tiny_config
+from orthrus_jax.model import Segment
+from tests.helpers import in_lockstep, tiny_config
 from tests.scripted import TokenCache
 
 VOCAB, MASK, EOS, SUMS, POSITIONS = 5, 4, 3, 2, 16
@@ -41,19 +41,23 @@ class TabularModel:
         return TokenCache(jnp.full((batch, slots), -1, jnp.int32))
 
     def forward(self, params, segments: list[Segment], cache: TokenCache):
-        (segment,) = segments
+        own = functools.partial
+        return in_lockstep(segments, own(self._rows, params), own(self._block, params), cache)
+
+    def _rows(self, params, segment: Segment, cache: TokenCache):
+        at, write = segment.positions, jax.vmap(jax.lax.dynamic_update_slice)
+        cache = TokenCache(write(cache.tokens, segment.tokens, at[:, :1]))
+        sums = jnp.take_along_axis(jnp.cumsum(cache.tokens, axis=1), at, axis=1)
+        return params["ar"][at, sums % SUMS, segment.tokens], cache
+
+    def _block(self, params, segment: Segment, cache: TokenCache):
         at = segment.positions
-        if segment.view is View.AR:
-            write = jax.vmap(jax.lax.dynamic_update_slice)
-            cache = TokenCache(write(cache.tokens, segment.tokens, at[:, :1]))
-            sums = jnp.take_along_axis(jnp.cumsum(cache.tokens, axis=1), at, axis=1)
-            return [params["ar"][at, sums % SUMS, segment.tokens]], cache
         anchor, first, row = segment.tokens[:, :1], at[:, :1], jnp.arange(at.shape[1])
         below = jnp.arange(cache.tokens.shape[1]) < first
         sums = jnp.where(below, cache.tokens, 0).sum(1, keepdims=True) + anchor
         logits = params["block"][row, first, sums % SUMS, anchor]
         masked = (segment.tokens[:, 1:] == MASK).all(1)
-        return [jnp.where(masked[:, None, None], logits, 0.0)], cache
+        return jnp.where(masked[:, None, None], logits, 0.0)
 
     def logits(self, params, hidden):
         return hidden

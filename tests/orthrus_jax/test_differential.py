@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from orthrus_jax import params as params_lib
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.engine import CYCLES
 from orthrus_jax.generate import Generator
 from tests.helpers import random_params, tiny_config
 
@@ -72,7 +73,7 @@ def weights_of(shape: str, seed: int, copy: bool) -> dict:
 
 
 @st.composite
-def cases(draw, shapes, batches, draft_lengths, leasts):
+def cases(draw, shapes, batches, draft_lengths, leasts, cycles=CYCLES):
     """A model, its prompts, and the options of both modes."""
     shape = draw(st.sampled_from(shapes))
     ids = st.integers(0, VOCAB - 2)
@@ -100,6 +101,8 @@ def cases(draw, shapes, batches, draft_lengths, leasts):
         "batch_size": draw(st.sampled_from(batches)),
         "draft_length": draw(st.sampled_from(draft_lengths)),
         "refill": draw(st.booleans()),
+        "cycle": draw(st.sampled_from(cycles)),
+        "early_blocks": 2,
     }
     weights = draw(st.integers(0, 7)), draw(st.booleans())
     return shape, weights, prompts, options, how

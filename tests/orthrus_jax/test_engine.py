@@ -22,10 +22,10 @@ from orthrus_jax.decode import prefill
 from orthrus_jax.engine import STREAM_CYCLES, Engine, Memory, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator
-from orthrus_jax.model import Segment, View
+from orthrus_jax.model import Segment
 from orthrus_jax.sampling import Proposal, Rule, SamplingParams, greedy
 from orthrus_jax.tokenizer import decode as decode_text
-from tests.helpers import random_params, tiny_config
+from tests.helpers import in_lockstep, random_params, tiny_config, views
 from train.pretrain import train_tokenizer
 
 VOCAB, MASK, K, LIMIT = 320, 319, 5, 512
@@ -80,16 +80,19 @@ class HashModel:
         return TokenCache(jnp.full((batch, slots), -1, jnp.int32))
 
     def forward(self, params, segments: list[Segment], cache: TokenCache):
-        (segment,) = segments
         if self.counted:
-            jax.debug.callback(functools.partial(forwards.append, segment.view.value))
-        if segment.view is View.AR:
-            write = jax.vmap(jax.lax.dynamic_update_slice)
-            tokens = write(cache.tokens, segment.tokens, segment.positions[:, :1])
-            hashes = jnp.cumsum(term(tokens, jnp.arange(tokens.shape[1])), axis=1)
-            hidden = jnp.take_along_axis(hashes, segment.positions, axis=1)
-            return [hidden[..., None]], TokenCache(tokens)
+            jax.debug.callback(functools.partial(forwards.append, views(segments)))
+        block = functools.partial(self._block, params)
+        return in_lockstep(segments, self._rows, block, cache)
 
+    def _rows(self, segment: Segment, cache: TokenCache):
+        write = jax.vmap(jax.lax.dynamic_update_slice)
+        tokens = write(cache.tokens, segment.tokens, segment.positions[:, :1])
+        hashes = jnp.cumsum(term(tokens, jnp.arange(tokens.shape[1])), axis=1)
+        hidden = jnp.take_along_axis(hashes, segment.positions, axis=1)
+        return hidden[..., None], TokenCache(tokens)
+
+    def _block(self, params, segment: Segment, cache: TokenCache):
         at = segment.positions[:, 0]
         slots = jnp.arange(cache.tokens.shape[1])
         before = jnp.where(slots < at[:, None], term(cache.tokens, slots), 0).sum(axis=1)
@@ -100,7 +103,7 @@ class HashModel:
         hashes = jnp.stack(hidden, axis=1)
         masked = (segment.tokens[:, 1:] == self.config.mask_token_id).all(axis=1)
         right = (mixed(hashes + 77) % 4 > 0) & masked[:, None]
-        return [jnp.where(right, hashes, hashes + 5)[..., None]], cache
+        return jnp.where(right, hashes, hashes + 5)[..., None]
 
     def logits(self, params, hidden):
         return params["table"][mixed(hidden[..., 0]) % RESULTS]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from orthrus_jax import decode, sampling
+from orthrus_jax import ahead, decode, sampling
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, ar_segment
 from orthrus_jax.sampling import (
@@ -383,8 +383,15 @@ def sampled(
         sampler=sampler_of(settings, seeds, streams, filtered=filtered),
         min_tokens=early if early.any() else None,
     )
-    run = {"ar": decode.ar_decode, "orthrus": decode.orthrus_decode}[loop]
-    state = run(model, tables, state, **how).replace(cache=None, sampler=None)
+    loops = {
+        "ar": decode.ar_decode,
+        "orthrus": decode.orthrus_decode,
+        "ahead": ahead.one_forward_decode,
+    }
+    if loop == "ahead":
+        state = state.replace(ahead=ahead.nothing(batch, how.get("block_size", K)))
+    state = loops[loop](model, tables, state, **how)
+    state = state.replace(cache=None, sampler=None, ahead=None)
     state = jax.tree.map(np.asarray, state)
     written = np.arange(N) < state.count[:, None]
     return state.replace(tokens=np.where(written, state.tokens, MASK))
@@ -416,6 +423,9 @@ RULES = {
     "a draw from q": {"loop": "orthrus", "proposal": Proposal.DRAW},
     "the likeliest of q": {"loop": "orthrus", "proposal": Proposal.ARGMAX},
     "coupled": {"loop": "orthrus", "rule": Rule.COUPLED},
+    "ahead": {"loop": "ahead", "early": 2},
+    "ahead, all ends": {"loop": "ahead", "early": 3},
+    "ahead, coupled": {"loop": "ahead", "early": 2, "rule": Rule.COUPLED},
 }
 SIZES = [K, K - 1]
 
@@ -437,7 +447,9 @@ def test_ar_texts_are_distributed_as_the_law_has_it() -> None:
 
 
 @pytest.mark.parametrize("block_size", [SIZES[0], *slow(*SIZES[1:])])
-@pytest.mark.parametrize("rule", ["a draw from q", "the likeliest of q"])
+@pytest.mark.parametrize(
+    "rule", ["a draw from q", "the likeliest of q", "ahead", *slow("ahead, all ends")]
+)
 def test_rejection_keeps_the_law_of_whole_texts(rule: str, block_size: int) -> None:
     state = mixture(rule, block_size)
     assert_exact(state, MIXTURE)
@@ -447,6 +459,13 @@ def test_rejection_keeps_the_law_of_whole_texts(rule: str, block_size: int) -> N
     assert len(often) == block_size
     assert often.min() > 0.01 * often.sum()
     assert (state.cycles >= 3).mean() > 0.2
+
+
+@pytest.mark.parametrize("block_size", [SIZES[0], *slow(*SIZES[1:])])
+def test_texts_drafted_ahead_and_coupled_are_the_ar_texts(block_size: int) -> None:
+    state = mixture("ahead, coupled", block_size)
+    np.testing.assert_array_equal(state.tokens, mixture("ar").tokens)
+    assert (state.accepted[state.accepted >= 0] == block_size - 1).mean() > 0.02
 
 
 @pytest.mark.parametrize("block_size", [SIZES[0], *slow(*SIZES[1:])])
