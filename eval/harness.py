@@ -29,7 +29,7 @@ from eval import report
 from eval.benchmarks import BENCHMARKS, Benchmark, Problem, digest, final_part, load
 from eval.grading import Grade
 from orthrus_jax import machine
-from orthrus_jax.engine import Answer, Plan, Request
+from orthrus_jax.engine import CYCLES, Answer, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator as Answerer
 from orthrus_jax.model import Params
@@ -44,7 +44,7 @@ GRADERS = 16  # programs run at once, at most
 # What --resume must find as it was; `batch_size` too, for it decides what is timed.
 ASKED = (
     *("model", "mode", "limit", "batch_size", "thinking"),
-    *("temperature", "top_p", "top_k", "seed", "n", "accept"),
+    *("temperature", "top_p", "top_k", "seed", "n", "accept", "cycle", "early_blocks"),
 )
 
 
@@ -70,6 +70,8 @@ class Loops:
     draft_length: int
     batch_size: int
     thinking: bool
+    cycle: str = Plan.cycle
+    early_blocks: int = Plan.early
     slots: int = 0
 
     def answer(self, problems: Sequence[Problem], loop: str) -> tuple[list[Dialogue], float]:
@@ -83,7 +85,8 @@ class Loops:
             for dialogue, answer in zip(going, found, strict=True):
                 said = decode(self.model.tokenizer, answer.tokens)
                 dialogue.messages.append({"role": "assistant", "content": said})
-                dialogue.answers.append(_record(dialogue, turn, loop, answer, said))
+                forwards = self.plan(loop).forwards * answer.cycles + 1
+                dialogue.answers.append(_record(dialogue, turn, loop, answer, said, forwards))
         return every, seconds
 
     def warm(self, problems: Sequence[Problem]) -> None:
@@ -124,17 +127,22 @@ class Loops:
 
     def _serve(self, dialogues: Sequence[Dialogue], loop: str) -> Served:
         requests = [Request(d.prompt, self.sampling, d.sample) for d in dialogues]
-        plan = Plan(
+        for event in self.model.engine.serve(requests, self.plan(loop)):
+            if event.answer is not None:
+                yield event.index, event.answer
+
+    def plan(self, loop: str) -> Plan:
+        """How a loop, "ar" or "orthrus", decodes."""
+        return Plan(
             loop,
             self.accept,
             draft_length=self.draft_length,
+            cycle=self.cycle,
+            early=self.early_blocks,
             batch_size=self.batch_size,
             time_first=True,
             slots=self.slots,
         )
-        for event in self.model.engine.serve(requests, plan):
-            if event.answer is not None:
-                yield event.index, event.answer
 
     def _decode(self, dialogues: Sequence[Dialogue], loop: str) -> tuple[list[Answer], float]:
         """Answers in the dialogues' order, and seconds without those the engine compiled in."""
@@ -145,7 +153,9 @@ class Loops:
         return [answers[i] for i in range(len(dialogues))], seconds
 
 
-def _record(d: Dialogue, turn: int, loop: str, answer: Answer, text: str) -> dict[str, Any]:
+def _record(
+    d: Dialogue, turn: int, loop: str, answer: Answer, text: str, forwards: int
+) -> dict[str, Any]:
     """An answer as a line of answers.jsonl holds it."""
     orthrus = loop == "orthrus"
     return {
@@ -159,7 +169,7 @@ def _record(d: Dialogue, turn: int, loop: str, answer: Answer, text: str) -> dic
         "finish_reason": answer.finish_reason,
         "cycles": answer.cycles,
         "accepted": answer.accepted if orthrus else [],
-        "forwards": 1 + (2 if orthrus else 1) * answer.cycles,
+        "forwards": forwards,
         "seconds": answer.seconds,
         "first_seconds": answer.first_seconds,
     }
@@ -335,6 +345,9 @@ def command_parser(
     rules = [rule.value for rule in Rule]
     add("--accept", choices=rules, default=rules[0], help="of sampled drafts; default: %(default)s")
     add("--draft-length", type=_positive, metavar="K", help="default: tuned here, or the trained K")
+    add("--cycle", choices=CYCLES, default=Plan.cycle, help="default: %(default)s")
+    add("--early-blocks", type=_positive, default=Plan.early, metavar="N", help="with --cycle "
+        "one-forward: blocks that a forward drafts ahead; default: %(default)s")  # fmt: skip
     add("--thinking", action="store_true", help="let the model think first; the model cards ask "
         "for --temperature 0.6 --top-p 0.95 --top-k 20 then")  # fmt: skip
     machine.add_options(parser)
@@ -357,16 +370,19 @@ def _loops(args: argparse.Namespace, model: Answerer, sampling: SamplingParams) 
     names = report.LOOPS if args.mode == "both" else (args.mode,)
     length = args.draft_length or model.draft_length or model.config.block_size
     rule = Rule(args.accept)
+    loops = Loops(
+        model, sampling, names, rule, length, args.batch_size, args.thinking, args.cycle,
+        args.early_blocks,
+    )  # fmt: skip
     for name in names:
-        plan = Plan(name, rule, draft_length=length, batch_size=args.batch_size)
-        model.engine.check([Request([0], sampling)], plan)
+        model.engine.check([Request([0], sampling)], loops.plan(name))
     if args.mode != "ar" and not model.trained:
         print(
             "note: this model's diffusion view is untrained: its answers are exact, its acceptance "
             "and speed say nothing of the method",
             file=sys.stderr,
         )
-    return Loops(model, sampling, names, rule, length, args.batch_size, args.thinking)
+    return loops
 
 
 def run(benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:

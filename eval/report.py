@@ -360,10 +360,13 @@ def details(result: Row) -> list[str]:
     if asked["temperature"]:
         names = ("temperature", "top_p", "top_k", "seed", "n", "accept")
         chosen = ", ".join(f"{name} {asked[name]}" for name in names)
+    ahead = ""
+    if asked.get("cycle") == "one-forward":
+        ahead = f", one forward a cycle with {asked['early_blocks']} early blocks"
     lines.append(
         f"{chosen}; {'thinking' if asked['thinking'] else 'not thinking'}; at most "
         f"{asked['max_new_tokens']} new tokens; batch {asked['batch_size']}; "
-        f"K = {loaded['draft_length']}; {loaded['dtype']}; {result['hardware']}"
+        f"K = {loaded['draft_length']}{ahead}; {loaded['dtype']}; {result['hardware']}"
     )
     for loop, found in result["loops"].items():
         told = [f"{_share(found['ended'])} of the answers ended by themselves"]

@@ -29,14 +29,14 @@ import orthrus_jax
 from eval.hf import HF, check_torch
 from orthrus_jax import decode, machine, params, sharding
 from orthrus_jax.config import PRESETS
-from orthrus_jax.engine import bucket
+from orthrus_jax.engine import Plan, bucket
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator, read_prompts
 from orthrus_jax.model import Model
 from orthrus_jax.tokenizer import encode
 
 CYCLES = 16  # of one timed call; the context grows by what they emit
-MODES = ("ar", "orthrus", "hf")
+MODES = ("ar", "orthrus", "one-forward", "hf")
 
 
 def copy_bandwidth(repeats: int = 5) -> float:
@@ -157,7 +157,11 @@ def text_variants(
     budget = args.max_new_tokens
 
     def ours(mode: str, **options: Any) -> Variant:
-        options |= {"mode": mode, "draft_length": args.draft_length, "max_new_tokens": budget}
+        options |= {"draft_length": args.draft_length, "max_new_tokens": budget}
+        if mode == "one-forward":
+            options |= {"mode": "orthrus", "cycle": mode, "early_blocks": args.early_blocks}
+        else:
+            options |= {"mode": mode}
         return lambda prompts: [
             c.tokens for c in model.complete(prompts, batch_size=batch, **options)
         ]
@@ -251,7 +255,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--modes",
         default="ar,orthrus",
-        help="of ar, orthrus, hf (transformers' generate; needs torch); default: %(default)s",
+        help="of ar, orthrus, one-forward (text only: drafting while verifying), hf (transformers' "
+        "generate; needs torch); default: %(default)s",
+    )
+    parser.add_argument(
+        "--early-blocks",
+        type=int,
+        default=Plan.early,
+        metavar="N",
+        help="of one-forward; default: %(default)s",
     )
     parser.add_argument("--batch-sizes", type=_numbers, default=[1], help="default: 1")
     parser.add_argument("--contexts", type=_numbers, default=[128, 1024], help="default: 128,1024")

@@ -79,9 +79,9 @@ def test_bfloat16_weights_reach_torch_bit_by_bit(one_thread) -> None:
     np.testing.assert_array_equal(theirs.T, kernel.view(np.int16))
 
 
-def test_the_three_are_timed_in_one_run(directory, prompts, tmp_path, capsys, one_thread) -> None:
+def test_all_modes_are_timed_in_one_run(directory, prompts, tmp_path, capsys, one_thread) -> None:
     out = tmp_path / "out.json"
-    arguments = ["--model", directory, "--prompts", prompts, "--modes", "ar,orthrus,hf"]
+    arguments = ["--model", directory, "--prompts", prompts, "--modes", ",".join(speed.MODES)]
     arguments += ["--contexts", "32", "--max-new-tokens", "12", "--repeats", "2"]
     arguments += ["--plot", str(tmp_path / "out.png"), "--json", str(out)]
     speed.main(arguments)
@@ -119,7 +119,9 @@ def test_missing_torch_is_told_before_anything_is_loaded(monkeypatch) -> None:
 
 
 def test_unknown_modes_and_prompts_without_weights_are_refused(prompts) -> None:
-    with pytest.raises(UserError, match="--modes names beam: expected some of ar, orthrus, hf"):
+    with pytest.raises(
+        UserError, match="--modes names beam: expected some of ar, orthrus, one-forward, hf"
+    ):
         speed.main(["--model", "absent", "--modes", "ar,beam"])
     with pytest.raises(UserError, match="--prompts needs --model"):
         speed.main(["--random-weights", "qwen3-4b", "--prompts", prompts])
