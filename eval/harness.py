@@ -61,18 +61,16 @@ class Dialogue:
 
 @dataclasses.dataclass(frozen=True)
 class Loops:
-    """A model and how it is to decode: problems in, answers and seconds out."""
+    """A model and how it is to decode: problems in, answers and seconds out.
+
+    `plan` is that of all loops; each of `names` is its mode in turn.
+    """
 
     model: Answerer
     sampling: SamplingParams
     names: Sequence[str]
-    accept: Rule
-    draft_length: int
-    batch_size: int
+    plan: Plan
     thinking: bool
-    cycle: str = Plan.cycle
-    early_blocks: int = Plan.early
-    slots: int = 0
 
     def answer(self, problems: Sequence[Problem], loop: str) -> tuple[list[Dialogue], float]:
         """Every sample of every problem, turn by turn; and the wall-clock seconds of decoding."""
@@ -85,7 +83,7 @@ class Loops:
             for dialogue, answer in zip(going, found, strict=True):
                 said = decode(self.model.tokenizer, answer.tokens)
                 dialogue.messages.append({"role": "assistant", "content": said})
-                forwards = self.plan(loop).forwards * answer.cycles + 1
+                forwards = 1 + self.of(loop).forwards * answer.cycles
                 dialogue.answers.append(_record(dialogue, turn, loop, answer, said, forwards))
         return every, seconds
 
@@ -106,7 +104,8 @@ class Loops:
             ids = encode_messages(self.model.tokenizer, said, thinking=self.thinking)
             longest = max(longest, len(ids) + (len(said) - 1) * new)
         longest = min(longest, self.model.config.max_position_embeddings - new)
-        return dataclasses.replace(self, slots=self.model.engine.slots(longest, new))
+        slots = self.model.engine.slots(longest, new)
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, slots=slots))
 
     def _ask(self, dialogue: Dialogue, turn: int, loop: str) -> bool:
         """Say the next turn; False where the prompt, or the one before, does not fit the model."""
@@ -127,22 +126,13 @@ class Loops:
 
     def _serve(self, dialogues: Sequence[Dialogue], loop: str) -> Served:
         requests = [Request(d.prompt, self.sampling, d.sample) for d in dialogues]
-        for event in self.model.engine.serve(requests, self.plan(loop)):
+        for event in self.model.engine.serve(requests, self.of(loop)):
             if event.answer is not None:
                 yield event.index, event.answer
 
-    def plan(self, loop: str) -> Plan:
-        """How a loop, "ar" or "orthrus", decodes."""
-        return Plan(
-            loop,
-            self.accept,
-            draft_length=self.draft_length,
-            cycle=self.cycle,
-            early=self.early_blocks,
-            batch_size=self.batch_size,
-            time_first=True,
-            slots=self.slots,
-        )
+    def of(self, loop: str) -> Plan:
+        """The plan of one loop."""
+        return dataclasses.replace(self.plan, mode=loop)
 
     def _decode(self, dialogues: Sequence[Dialogue], loop: str) -> tuple[list[Answer], float]:
         """Answers in the dialogues' order, and seconds without those the engine compiled in."""
@@ -276,7 +266,7 @@ def answer_all(
     wall-clock, whichever of the lines a killed process got to write.
     """
     with ThreadPoolExecutor(min(GRADERS, os.cpu_count() or 1)) as pool:
-        size = max(1, ROUNDS * loops.batch_size // loops.sampling.n)
+        size = max(1, ROUNDS * loops.plan.batch_size // loops.sampling.n)
         for begin in range(0, len(problems), size):
             chunk = problems[begin : begin + size]
             if not begin:
@@ -368,14 +358,17 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
 def _loops(args: argparse.Namespace, model: Answerer, sampling: SamplingParams) -> Loops:
     """The loops asked for, checked against the model."""
     names = report.LOOPS if args.mode == "both" else (args.mode,)
-    length = args.draft_length or model.draft_length or model.config.block_size
-    rule = Rule(args.accept)
-    loops = Loops(
-        model, sampling, names, rule, length, args.batch_size, args.thinking, args.cycle,
-        args.early_blocks,
-    )  # fmt: skip
+    plan = Plan(
+        accept=Rule(args.accept),
+        draft_length=args.draft_length or model.draft_length or model.config.block_size,
+        cycle=args.cycle,
+        early=args.early_blocks,
+        batch_size=args.batch_size,
+        time_first=True,
+    )
+    loops = Loops(model, sampling, names, plan, args.thinking)
     for name in names:
-        model.engine.check([Request([0], sampling)], loops.plan(name))
+        model.engine.check([Request([0], sampling)], loops.of(name))
     if args.mode != "ar" and not model.trained:
         print(
             "note: this model's diffusion view is untrained: its answers are exact, its acceptance "
@@ -412,7 +405,7 @@ def run(benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
     loaded = {
         "weights": fingerprint(model.params),
         "dtype": model.config.dtype,
-        "draft_length": loops.draft_length,
+        "draft_length": loops.plan.draft_length,
         "device": jax.devices()[0].device_kind,
     }
     found.check("loaded", loaded)

@@ -18,7 +18,7 @@ left of the old draft is. Either way the next forward verifies something, and ev
 least the AR view's own token. What is emitted never depends on which blocks were run: they only
 propose, and were chosen before the tokens behind them were drawn.
 
-Prior work with one forward a cycle: see docs/decoding.md.
+Why that is exact, and related work: docs/decoding.md.
 """
 
 from functools import partial

@@ -20,8 +20,9 @@ from eval.grading import grade_integer
 from eval.harness import Loops, Run, fingerprint
 from orthrus_jax.chat import Conversation
 from orthrus_jax.checkpoint import save_checkpoint
+from orthrus_jax.engine import Plan
 from orthrus_jax.errors import UserError
-from orthrus_jax.sampling import Rule, SamplingParams
+from orthrus_jax.sampling import SamplingParams
 from tests.helpers import DATA, random_params, slow, tiny_config
 from train.pretrain import train_tokenizer
 from train.problems import is_correct, problems
@@ -44,6 +45,7 @@ TIMES = {
     *("tokens_per_second", "speedup", "speedup_range"),
 }
 
+PAIRS = Plan(draft_length=4, batch_size=2)
 
 _load = functools.cache(orthrus_jax.load)
 
@@ -163,7 +165,9 @@ def test_a_chunk_goes_through_ar_and_orthrus_in_turn(directory, data, tmp_path, 
 
 def test_compiling_is_not_timed(directory, data):
     model = _load.__wrapped__(directory)  # with nothing compiled
-    loops = Loops(model, SamplingParams(max_new_tokens=4), ["ar"], Rule.REJECTION, 4, 2, False)
+    loops = Loops(
+        model, SamplingParams(max_new_tokens=4), ["ar"], Plan(draft_length=4, batch_size=2), False
+    )
     asked = load(BENCHMARKS["gsm8k"], data, 2)
     begin = time.perf_counter()
     _, seconds = loops.answer(asked, "ar")
@@ -176,7 +180,9 @@ def test_chunks_of_other_lengths_compile_no_loop_of_their_own(directory, data):
     model = _load.__wrapped__(directory)
     asked = load(BENCHMARKS["gsm8k"], data, 2)
     longer = [dataclasses.replace(asked[0], turns=(asked[0].turns[0] * 3, "And why?"))]
-    loops = Loops(model, SamplingParams(max_new_tokens=4), ["ar"], Rule.REJECTION, 4, 2, False)
+    loops = Loops(
+        model, SamplingParams(max_new_tokens=4), ["ar"], Plan(draft_length=4, batch_size=2), False
+    )
     loops = loops.fitted([*asked, *longer])
     for chunk in asked, longer:
         loops.answer(chunk, "ar")
