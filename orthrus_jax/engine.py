@@ -191,6 +191,8 @@ class Engine:
             raise UserError(f"cycle={plan.cycle!r} is not one of {', '.join(CYCLES)}")
         if plan.early < 1:
             raise UserError(f"early_blocks={plan.early} must be at least 1")
+        if plan.cycle == "one-forward" and plan.proposal is Proposal.DRAW:
+            raise UserError("proposal=draw needs cycle='two-forward': no q is kept for drafts ahead")
         for i, request in enumerate(requests):
             new = request.sampling.max_new_tokens
             if not len(request.prompt):

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from orthrus_jax import ahead
+from orthrus_jax.engine import Plan, Request
 from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator
+from orthrus_jax.sampling import Proposal, SamplingParams
 from tests import scripted
 from tests.helpers import tiny_config
 from tests.orthrus_jax.test_decode import (
@@ -143,6 +145,13 @@ def test_more_blocks_than_ends_are_refused(early: int) -> None:
 def test_an_impossible_cycle_is_refused(options, message) -> None:
     with pytest.raises(UserError, match=message):
         Generator(tiny_config(), {}).complete([[1, 2]], **options)
+
+
+def test_a_draw_from_q_is_not_drafted_ahead() -> None:
+    engine = Generator(tiny_config(), {}).engine
+    plan = Plan(cycle="one-forward", proposal=Proposal.DRAW)
+    with pytest.raises(UserError, match="proposal=draw needs cycle='two-forward'"):
+        engine.check([Request([1], SamplingParams(temperature=1.0))], plan)
 
 
 def test_drafting_ahead_without_a_mask_token_is_refused() -> None:
