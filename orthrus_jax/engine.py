@@ -192,7 +192,7 @@ class Engine:
         if plan.early < 1:
             raise UserError(f"early_blocks={plan.early} must be at least 1")
         if plan.cycle == "one-forward" and plan.proposal is Proposal.DRAW:
-            raise UserError("proposal=draw needs cycle='two-forward': no q is kept for drafts ahead")
+            raise UserError("proposal=draw needs cycle='two-forward': no q is kept ahead")
         for i, request in enumerate(requests):
             new = request.sampling.max_new_tokens
             if not len(request.prompt):
