@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval import lossless
-from eval.lossless import Audit, Law, Options, audit, near_tie, table
+from eval import audit as audit_module
+from eval import judges, lossless
+from eval.audit import Audit, Options, audit
+from eval.judges import Law, near_tie
+from eval.lossless import table
 from orthrus_jax import cache, decode, model, sampling
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decode import Verdict
@@ -306,7 +309,7 @@ def drawn(rng, probs: np.ndarray) -> np.ndarray:
 
 
 def read_law(logits, p, q, x) -> Law:
-    found = lossless.law(*(jnp.asarray(a, jnp.float32) for a in (logits, p, q)), jnp.asarray(x))
+    found = judges.law(*(jnp.asarray(a, jnp.float32) for a in (logits, p, q)), jnp.asarray(x))
     return Law(*(np.asarray(a, np.float64)[:, 0] for a in found))
 
 
@@ -341,12 +344,12 @@ def test_honest_tokens_are_normal_in_every_statistic() -> None:
     logits, p, q = some_law(rng, 100_000)
     seen = read_law(logits, p, q, drawn(rng, p))
     audits = [Law(*(x[i::200] for x in seen)) for i in range(200)]
-    found = [lossless.law_statistics(some)["z"] for some in audits]
+    found = [audit_module.law_statistics(some)["z"] for some in audits]
     for name in found[0]:
         z = np.array([f[name] for f in found])
         assert abs(z.mean()) < 0.25, name
         assert 0.85 < z.std() < 1.15, name
-        assert abs(z).max() < lossless.Z_LIMIT, name
+        assert abs(z).max() < audit_module.Z_LIMIT, name
 
 
 @pytest.mark.parametrize("proposal", ["draw", "argmax"])
@@ -359,12 +362,12 @@ def test_a_rule_that_accepts_too_much_is_seen_from_the_tokens_said(excess, propo
     if proposal == "argmax":
         q = np.eye(64)[q.argmax(-1)]
     x = np.where(rng.random((tokens, 1)) < excess, drawn(rng, q), drawn(rng, p))
-    z = lossless.law_statistics(read_law(logits, p, q, x))["z"]
+    z = audit_module.law_statistics(read_law(logits, p, q, x))["z"]
     favour = np.minimum(1, q / p)
     moved = excess * (((q - p) * favour).sum(-1)).sum()
     spread = math.sqrt(((p * favour**2).sum(-1) - (p * favour).sum(-1) ** 2).sum())
     assert moved / spread > 6, "the case is meant to be one that shows"
-    assert z["drafter's favour"] > lossless.Z_LIMIT
+    assert z["drafter's favour"] > audit_module.Z_LIMIT
 
 
 def test_a_chi_square_on_a_normal_s_scale() -> None:
@@ -374,14 +377,14 @@ def test_a_chi_square_on_a_normal_s_scale() -> None:
         counts[3], counts[11] = 1000 + round(off), 1000 - round(off)
         points = np.repeat((np.arange(20) + 0.5) / 20, counts)
         exact = stats.norm.isf(stats.chi2.sf(chi_square, 19))
-        assert lossless.uniform_z(points) == pytest.approx(exact, abs=0.1)
+        assert audit_module.uniform_z(points) == pytest.approx(exact, abs=0.1)
 
 
 def test_each_token_s_anchor_is_that_of_its_cycle() -> None:
     answer = lambda tokens, accepted: Answer([0] * tokens, None, "", None, 0, accepted, 0.0, 0.0)
-    assert lossless._anchors(5, answer(1, [])) == [4]
+    assert audit_module._anchors(5, answer(1, [])) == [4]
     # The first token; then 2 drafts and one more; one more alone; a cycle cut by the budget.
-    assert lossless._anchors(5, answer(7, [2, 0, 2])) == [4, 5, 5, 5, 8, 9, 9]
+    assert audit_module._anchors(5, answer(7, [2, 0, 2])) == [4, 5, 5, 5, 8, 9, 9]
 
 
 def test_the_anchors_are_those_the_drafts_came_from() -> None:
@@ -390,9 +393,7 @@ def test_the_anchors_are_those_the_drafts_came_from() -> None:
     run = Audit(made, PROMPTS, Options(parts=("rejection",), **SAMPLED))
     requests = run.requests("rejection")[:32]
     answers = run.decode(requests, proposal=Proposal.ARGMAX)
-    laws = run.judge(
-        lossless.one_row, requests, answers, answers, block=K, proposal=Proposal.ARGMAX
-    )
+    laws = run.judge(judges.one_row, requests, answers, answers, block=K, proposal=Proposal.ARGMAX)
     accepted = 0
     for answer, seen in zip(answers, laws, strict=True):
         at = 1
@@ -438,7 +439,7 @@ def test_the_command_audits_the_demo_s_base(tiny_base, prompts, tmp_path, capsys
     assert found["failures"] == []
     assert found["dtype"] == "bfloat16"
     assert found["near_tie"] == pytest.approx(near_tie(made_config(tiny_base)))
-    assert set(found["parts"]) == set(lossless.PARTS)
+    assert set(found["parts"]) == set(audit_module.PARTS)
     assert found["parts"]["greedy"]["texts"] == 2
     assert found["parts"]["rejection"]["texts"] == 4
     assert f"near-tie: {found['near_tie']:.4g}" in said
