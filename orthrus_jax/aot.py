@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from orthrus_jax import decode, params, sharding
-from orthrus_jax.config import PRESETS, ModelConfig
+from orthrus_jax.config import PRESETS, ModelConfig, preset_of
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.model import REMAT, Model
 
@@ -230,10 +230,10 @@ def _recipe(path: str) -> tuple[ModelConfig, Any]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
-    name = config.base.split("/")[-1].lower()
-    if name not in PRESETS:
-        raise UserError(f"--config {path}: its base {config.base!r} is not of {', '.join(PRESETS)}")
-    return PRESETS[name], config
+    try:
+        return preset_of(config.base), config
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
 
 
 def _lowering(args: argparse.Namespace, devices: Sequence[Any]) -> Callable[..., Program]:

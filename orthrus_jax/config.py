@@ -233,3 +233,15 @@ PRESETS: dict[str, ModelConfig] = {
     "qwen3-32b": _qwen3(5120, 25_600, 64, 64, tied=False),
 }
 """The dense Qwen3 family. Source: the released config.json files; tests compare every dimension."""
+
+
+def preset_of(base: str) -> ModelConfig:
+    """The preset that a directory or hub id is named after.
+
+    Raises:
+      UserError: when it is named after none.
+    """
+    name = base.split("/")[-1].lower()
+    if name not in PRESETS:
+        raise UserError(f"the base {base!r} is not of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -260,15 +260,15 @@ class Engine:
 
         Where one is much longer than the rest, the padding would be most of what is read.
         """
-        slots = range(plan.batch_size)
-        widths = [bucket(len(queue[i][1].prompt)) for i in slots[: len(queue)]]
-        padding = len(slots) * max(widths) - sum(widths)
+        places = range(plan.batch_size)
+        widths = [bucket(len(queue[i][1].prompt)) for i in places[: len(queue)]]
+        padding = len(places) * max(widths) - sum(widths)
         if memory is not None or padding <= max(PADDING, sum(widths)):
-            rows = [self._admit(queue, plan) for _ in slots]
+            rows = [self._admit(queue, plan) for _ in places]
             return rows, self._prefill(rows, shape, plan, memory)
-        rows = [None for _ in slots]
+        rows = [None for _ in places]
         state = self._prefill(rows, shape, plan)
-        for i in slots[: len(widths)]:
+        for i in places[: len(widths)]:
             rows[i], state = self._refill(i, state, queue, shape, plan)
         return rows, state
 

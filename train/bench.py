@@ -11,7 +11,6 @@ import functools
 import json
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ import optax
 from tqdm import tqdm
 
 from orthrus_jax import params
-from orthrus_jax.config import PRESETS, ModelConfig
+from orthrus_jax.config import ModelConfig, preset_of
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params, Segment, View
 from train import command, flops, pretrain, trainer
@@ -42,13 +41,7 @@ def sizes_of(config: Any) -> ModelConfig:
       UserError: where it gives neither.
     """
     t = config.train
-    if "model" in config:
-        found = pretrain.sizes(config)
-    else:
-        name = config.base.split("/")[-1].lower()
-        if name not in PRESETS:
-            raise UserError(f"the base {config.base!r} is not of {', '.join(PRESETS)}")
-        found = PRESETS[name]
+    found = pretrain.sizes(config) if "model" in config else preset_of(config.base)
     return dataclasses.replace(found, block_size=t.block_size, dtype=t.dtype)
 
 
@@ -63,7 +56,7 @@ def matmul_rate(dtype: str) -> float:
 def _seconds(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
     """Seconds of each call, warm and interleaved: a slow spell of the machine hits all alike."""
     found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(REPEATS + 1):
+    for _ in tqdm(range(REPEATS + 1), desc="measure", unit="round"):
         for name, call in calls.items():
             begin = time.perf_counter()
             jax.block_until_ready(call())
@@ -76,6 +69,7 @@ class Parts:
 
     def __init__(self, config: Any) -> None:
         t = config.train
+        trainer.check_batch(t, None)
         sizes = sizes_of(config)
         self.model = Model(sizes, None, t.remat)
         self.objective = objective_of(t)
@@ -235,9 +229,7 @@ def main(config: Any, overwrite: bool) -> None:
     path = pathlib.Path(config.run) / "step.json"
     if path.exists() and not overwrite:
         raise UserError(f"{path} is there: give another --config.run, or --overwrite")
-    with tqdm(total=1, desc="measure", file=sys.stderr) as bar:
-        found = measure(config)
-        bar.update()
+    found = measure(config)
     print(table(found))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=2) + "\n")

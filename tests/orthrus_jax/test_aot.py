@@ -67,7 +67,7 @@ BAD = {
     "no file": (["--config", "no.py", *DECODE[2:5], "train"], "--config no.py is not there"),
     "not a preset": (
         ["--config", "configs/tiny.py", *DECODE[2:5], "train"],
-        "configs/tiny.py: its base",
+        "configs/tiny.py: the base",
     ),
     "micro-batches": (
         ["--config", "configs/qwen3_0_6b.py", *DECODE[2:5], "train", "--accumulate", "7"],
