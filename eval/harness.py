@@ -29,9 +29,10 @@ from eval import report
 from eval.benchmarks import BENCHMARKS, Benchmark, Problem, digest, final_part, load
 from eval.grading import Grade
 from orthrus_jax import machine
-from orthrus_jax.engine import CYCLES, Answer, Plan, Request
+from orthrus_jax.engine import Answer, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator as Answerer
+from orthrus_jax.generate import add_cycle
 from orthrus_jax.model import Params
 from orthrus_jax.sampling import Rule, SamplingParams
 from orthrus_jax.tokenizer import decode, encode_messages
@@ -44,7 +45,8 @@ GRADERS = 16  # programs run at once, at most
 # What --resume must find as it was; `batch_size` too, for it decides what is timed.
 ASKED = (
     *("model", "mode", "limit", "batch_size", "thinking"),
-    *("temperature", "top_p", "top_k", "seed", "n", "accept", "cycle", "early_blocks"),
+    *("temperature", "top_p", "top_k", "seed", "n", "accept"),
+    *("cycle", "early_blocks", "fresh_blocks", "tree_nodes"),
 )
 
 
@@ -104,7 +106,7 @@ class Loops:
             ids = encode_messages(self.model.tokenizer, said, thinking=self.thinking)
             longest = max(longest, len(ids) + (len(said) - 1) * new)
         longest = min(longest, self.model.config.max_position_embeddings - new)
-        slots = self.model.engine.slots(longest, new)
+        slots = self.model.engine.slots(longest, new, self.plan)
         return dataclasses.replace(self, plan=dataclasses.replace(self.plan, slots=slots))
 
     def _ask(self, dialogue: Dialogue, turn: int, loop: str) -> bool:
@@ -335,9 +337,7 @@ def command_parser(
     rules = [rule.value for rule in Rule]
     add("--accept", choices=rules, default=rules[0], help="of sampled drafts; default: %(default)s")
     add("--draft-length", type=_positive, metavar="K", help="default: tuned here, or the trained K")
-    add("--cycle", choices=CYCLES, default=Plan.cycle, help="default: %(default)s")
-    add("--early-blocks", type=_positive, default=Plan.early, metavar="N", help="with --cycle "
-        "one-forward: blocks that a forward drafts ahead; default: %(default)s")  # fmt: skip
+    add_cycle(parser)
     add("--thinking", action="store_true", help="let the model think first; the model cards ask "
         "for --temperature 0.6 --top-p 0.95 --top-k 20 then")  # fmt: skip
     machine.add_options(parser)
@@ -363,6 +363,8 @@ def _loops(args: argparse.Namespace, model: Answerer, sampling: SamplingParams) 
         draft_length=args.draft_length or model.draft_length or model.config.block_size,
         cycle=args.cycle,
         early=args.early_blocks,
+        fresh=args.fresh_blocks,
+        nodes=args.tree_nodes,
         batch_size=args.batch_size,
         time_first=True,
     )

@@ -361,8 +361,10 @@ def details(result: Row) -> list[str]:
         names = ("temperature", "top_p", "top_k", "seed", "n", "accept")
         chosen = ", ".join(f"{name} {asked[name]}" for name in names)
     ahead = ""
-    if asked.get("cycle") == "one-forward":
-        ahead = f", one forward a cycle with {asked['early_blocks']} early blocks"
+    if asked.get("cycle", "paper") != "paper":
+        names = ("early_blocks", "fresh_blocks", "tree_nodes")
+        spent = [f"{asked[name]} {name.replace('_', ' ')}" for name in names if asked[name]]
+        ahead = f", {asked['cycle']} cycle with {', '.join(spent)}"
     lines.append(
         f"{chosen}; {'thinking' if asked['thinking'] else 'not thinking'}; at most "
         f"{asked['max_new_tokens']} new tokens; batch {asked['batch_size']}; "

@@ -29,14 +29,15 @@ import orthrus_jax
 from eval.hf import HF, check_torch
 from orthrus_jax import decode, machine, params, sharding
 from orthrus_jax.config import PRESETS
-from orthrus_jax.engine import Plan, bucket
+from orthrus_jax.engine import CYCLES, bucket
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.generate import Generator, read_prompts
+from orthrus_jax.generate import Generator, add_blocks, read_prompts
 from orthrus_jax.model import Model
 from orthrus_jax.tokenizer import encode
 
-CYCLES = 16  # of one timed call; the context grows by what they emit
-MODES = ("ar", "orthrus", "one-forward", "hf")
+BLOCKS = ("early_blocks", "fresh_blocks", "tree_nodes")
+TIMED_CYCLES = 16  # of one timed call; the context grows by what they emit
+MODES = ("ar", "orthrus", *CYCLES[1:], "hf")  # orthrus: the paper's cycle
 
 
 def copy_bandwidth(repeats: int = 5) -> float:
@@ -55,7 +56,7 @@ def copy_bandwidth(repeats: int = 5) -> float:
 def standing_at(model: Model, batch: int, context: int, slots: int) -> decode.DecodeState:
     """A state whose rows stand behind `context` tokens (of zero keys) and never end."""
     full = lambda n: jnp.full(batch, n, jnp.int32)
-    width = CYCLES * model.config.block_size + 1
+    width = TIMED_CYCLES * model.config.block_size + 1
     make = lambda: decode.DecodeState(
         tokens=jnp.zeros((batch, width), jnp.int32),
         count=full(0),
@@ -75,11 +76,11 @@ def time_forwards(
     model: Model, weights: Any, batch: int, context: int, block_size: int, repeats: int
 ) -> dict[str, Any]:
     """Milliseconds a forward of each kind (medians), spreads, memory; see the module."""
-    slots = bucket(context + (CYCLES + 1) * block_size)  # as generation rounds them
-    limit = jnp.int32(CYCLES)
+    slots = bucket(context + (TIMED_CYCLES + 1) * block_size)  # as generation rounds them
+    limit = jnp.int32(TIMED_CYCLES)
     alone = lambda body: jax.jit(
         lambda weights, state: jax.lax.fori_loop(
-            0, CYCLES, lambda i, s: s.replace(anchor=body(weights, s)), state
+            0, TIMED_CYCLES, lambda i, s: s.replace(anchor=body(weights, s)), state
         )
     )
     drafting = lambda w, s: decode.draft(model, w, s, block_size).tokens[:, 0] % 7 + s.anchor % 2
@@ -116,7 +117,7 @@ def time_forwards(
             state = jax.block_until_ready(make())
             begin = time.perf_counter()
             jax.block_until_ready(call(state))
-            times[name].append((time.perf_counter() - begin) / CYCLES * 1e3)
+            times[name].append((time.perf_counter() - begin) / TIMED_CYCLES * 1e3)
     for name, found in times.items():
         result[f"{name}_ms"] = statistics.median(found)
         result[f"{name}_ms_range"] = [min(found), max(found)]
@@ -137,13 +138,13 @@ def floor_ms(model: Model, weights: Any, batch: int, context: int, bandwidth: fl
 
 def time_hf(theirs: HF, batch: int, context: int, repeats: int) -> dict[str, Any]:
     """Milliseconds of transformers' one-row forward behind `context` tokens, median and range."""
-    theirs.steps(batch, context, CYCLES)()
+    theirs.steps(batch, context, TIMED_CYCLES)()
     found = []
     for _ in range(repeats):
-        run = theirs.steps(batch, context, CYCLES)  # reads the context, outside the clock
+        run = theirs.steps(batch, context, TIMED_CYCLES)  # reads the context, outside the clock
         begin = time.perf_counter()
         run()
-        found.append((time.perf_counter() - begin) / CYCLES * 1e3)
+        found.append((time.perf_counter() - begin) / TIMED_CYCLES * 1e3)
     return {"hf_step_ms": statistics.median(found), "hf_step_ms_range": [min(found), max(found)]}
 
 
@@ -158,8 +159,9 @@ def text_variants(
 
     def ours(mode: str, **options: Any) -> Variant:
         options |= {"draft_length": args.draft_length, "max_new_tokens": budget}
-        if mode == "one-forward":
-            options |= {"mode": "orthrus", "cycle": mode, "early_blocks": args.early_blocks}
+        if mode in CYCLES:
+            options |= {name: getattr(args, name) for name in BLOCKS}
+            options |= {"mode": "orthrus", "cycle": mode}
         else:
             options |= {"mode": mode}
         return lambda prompts: [
@@ -255,16 +257,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--modes",
         default="ar,orthrus",
-        help="of ar, orthrus, one-forward (text only: drafting while verifying), hf (transformers' "
-        "generate; needs torch); default: %(default)s",
+        help="of ar, orthrus (the paper's cycle), two-forward and one-forward (text only), hf "
+        "(transformers' generate; needs torch); default: %(default)s",
     )
-    parser.add_argument(
-        "--early-blocks",
-        type=int,
-        default=Plan.early,
-        metavar="N",
-        help="of one-forward; default: %(default)s",
-    )
+    add_blocks(parser)
     parser.add_argument("--batch-sizes", type=_numbers, default=[1], help="default: 1")
     parser.add_argument("--contexts", type=_numbers, default=[128, 1024], help="default: 128,1024")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")

@@ -1,26 +1,34 @@
-"""One forward a cycle: the next block is drafted while this one is verified.
+"""Every forward emits: the next draft is made in a forward that also verifies, and may be a tree.
 
 The paper's cycle is two forwards, draft and verify. But segments move through the layers together,
-and a diffusion block reads keys that AR rows wrote in the same layer: so a forward that verifies
-[anchor, d_1 ... d_K-1] can also run blocks for the draft after it. Block E(n), "exactly n drafts
-will stand", is anchored at row n, sees the rows below it, and is the very input the view was
-trained on. Which n comes true is known only afterwards, so the blocks of the likeliest n are run.
+and a diffusion block reads keys that AR rows wrote in the same layer. Two cycles come of that.
 
-    rows of one forward, K = 4, early blocks for n = 3 and n = 1 (. is a mask):
+`two_forward_decode`: the drafting forward carries the anchor as an AR row too, which says the next
+token; what is left of the block is the draft behind it, and the second forward verifies that.
 
-    AR      a d d d         verified; the AR view adds its own token behind the last that stands
-    E(3)          d . . .   if all three stand
-    E(1)      d . . .       if one stands
+`one_forward_decode`: the forward that verifies [anchor, d_1 ... d_K-1] also runs blocks for the
+draft after it. Block E(n), "exactly n drafts will stand", is anchored at row n, sees the rows below
+it, and is the very input the view was trained on. Block F(n, c), "and c comes in place of the
+next", is anchored at c and sees row n too. Which comes true is known only afterwards, so blocks are
+run for the likeliest.
 
-When n stands, E(n) has guesses for the token that the AR view has just said (its first row, of no
-use any more) and for those behind it: they are the next draft. When no block was run for n, what is
-left of the old draft is. Either way the next forward verifies something, and every forward emits at
-least the AR view's own token. What is emitted never depends on which blocks were run: they only
-propose, and were chosen before the tokens behind them were drawn.
+    rows of one forward, K = 4, with E(3), E(1) and F(0, c) (. is a mask):
+
+    AR        a d d d         verified; the AR view adds its own token behind the last that stands
+    E(3)            d . . .   if all three stand
+    E(1)        d . . .       if one stands
+    F(0, c)     c . . .       if none stands and the AR view says c
+
+When n stand, E(n) has guesses for the token that the AR view has just said (its first row, of no
+use any more) and for those behind it: they are the next draft. F(n, c) has guesses for all behind
+c. When no block was run for what happened, what is left of the old draft is. Either way the next
+forward verifies something. What is emitted never depends on which blocks were run or which drafts
+were on the table: they only propose, and the AR view's own tokens are what is emitted.
 
 Why that is exact, and related work: docs/decoding.md.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -28,131 +36,282 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from orthrus_jax import tree as trees
+from orthrus_jax.attention import Branches
 from orthrus_jax.decode import (
     DecodeState,
     DecodingModel,
-    Drafts,
-    accept,
     choose,
-    judge,
+    count_cycle,
+    emit,
+    forbid_early_end,
+    next_positions,
     until_done,
 )
-from orthrus_jax.model import Segment, View, ar_segment
-from orthrus_jax.sampling import Rule
+from orthrus_jax.model import Segment, View, ar_segment, block_segment
+from orthrus_jax.sampling import Purpose, Rule, greedy, perturbed, probabilities
+from orthrus_jax.tree import Guesses, Tree
 
 Array = jax.Array
+CHOICES = 8  # the AR token at a rejection is among so many nine times in ten
 
 
-class Ahead(struct.PyTreeNode):
-    """The draft that the next forward verifies.
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """What the rows of a forward are spent on. Static.
 
     Attributes:
-      tokens: int32[B, K-1], proposed behind the anchor.
-      trust: float32[B, K-1], how likely the drafting view held each to be; 0 where there is none.
+      block_size: rows of a diffusion block, K.
+      nodes: drafts of the tree that is verified; 0 is a chain, the likeliest K - 1.
+      early: blocks E(n), in a forward that verifies.
+      fresh: blocks F(n, c), likewise.
+      choices: guesses kept of each position, where more than the likeliest can be of use.
     """
 
-    tokens: Array
-    trust: Array
+    block_size: int
+    nodes: int = 0
+    early: int = 0
+    fresh: int = 0
+    choices: int = CHOICES
+
+    @property
+    def drafts(self) -> int:
+        """Rows verified behind the anchor: slots that a cycle writes behind it."""
+        return self.nodes or self.block_size - 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that draft ahead."""
+        return self.early + self.fresh
+
+    @property
+    def rows(self) -> int:
+        """Rows of the verifying forward."""
+        return 1 + self.drafts + self.block_size * self.blocks
+
+    def nothing(self, batch: int) -> Guesses:
+        """No draft yet, as behind a prefill."""
+        return trees.nothing(batch, self.block_size - 1, self.kept)
+
+    @property
+    def kept(self) -> int:
+        """Guesses kept of each position."""
+        return self.choices if self.nodes or self.fresh else 1
+
+    def grow(self, anchor: Array, guesses: Guesses) -> Tree:
+        """The drafts to verify behind `anchor` [B]."""
+        if not self.nodes:
+            return trees.chain(anchor, guesses)
+        return trees.grow(anchor, guesses, self.nodes)
+
+    def check(self) -> None:
+        """Refuse what cannot be run ahead: the first draft, and one after a miss, is an E(0)."""
+        if not 1 <= self.early <= self.drafts + 1:
+            raise ValueError(f"early={self.early} must be from 1 to {self.drafts + 1}, the ends")
 
 
-def nothing(batch: int, block_size: int) -> Ahead:
-    """No draft yet, as behind a prefill: the first forward only says its own token and drafts."""
-    shape = (batch, block_size - 1)
-    return Ahead(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+class Bets(struct.PyTreeNode):
+    """Blocks that draft ahead: E early ones, then F fresh ones.
+
+    Attributes:
+      row: int32[B, E + F], where the walk must end for the block to be of use.
+      anchor: int32[B, E + F], the block's first token.
+      depth: int32[B, E + F], how far behind the verified anchor it lies.
+      seen: bool[B, E + F, R], which of the verified rows the block sees.
+    """
+
+    row: Array
+    anchor: Array
+    depth: Array
+    seen: Array
 
 
-@partial(
-    jax.jit,
-    static_argnames=("model", "block_size", "early", "rule"),
-    donate_argnames=("state",),
-)
+class Walked(struct.PyTreeNode):
+    """A verification's outcome: drafts that stand, the row it ended at, the token said there."""
+
+    accepted: Array
+    last: Array
+    correction: Array
+
+
+@partial(jax.jit, static_argnames=("model", "scheme", "rule"), donate_argnames=("state",))
 def one_forward_decode(
     model: DecodingModel,
     params: Any,
     state: DecodeState,
     *,
-    block_size: int | None = None,
-    early: int = 4,
+    scheme: Scheme,
     rule: Rule = Rule.REJECTION,
     cycles: Array | None = None,
     leave: Array | None = None,
 ) -> DecodeState:
-    """Decode with one forward a cycle until every row is done. What it emits is `orthrus_decode`'s.
+    """Decode with one forward a cycle until every row is done. What it emits is `ar_decode`'s.
 
     Args:
       model: static.
       params: both views' parameters.
-      state: donated; its `ahead` is of this block_size.
-      block_size: rows of a block, static; None is the trained K.
-      early: blocks run in each forward, from 1 to block_size; static. Each is block_size rows.
-      rule: static; with a sampler. A draft is always the likeliest token of its q, or coupled.
+      state: donated; its `ahead` is of this scheme, its prefill's `reach` at least scheme.drafts.
+      scheme: static.
+      rule: static; with a sampler, what is guessed: the likeliest tokens of q, or (COUPLED) those
+        that the noise of their position makes the likeliest. Sampled texts are AR's for the seed
+        under both.
       cycles, leave: pause the loop, see `orthrus_decode`.
     """
-    block_size = block_size or model.config.block_size
-    if not 1 <= early <= block_size:
-        raise ValueError(f"early={early} must be from 1 to block_size={block_size}")
+    scheme.check()
 
     def cycle(state: DecodeState) -> DecodeState:
-        rows = jnp.concatenate([state.anchor[:, None], state.ahead.tokens], axis=1)
-        bets = likeliest_ends(state.ahead.trust, early)
-        verified = ar_segment(rows, state.position)
-        blocks = early_blocks(model, rows, state.position, bets)
-        (hidden, guesses), cache = model.forward(params, [verified, blocks], state.cache)
-        logits = model.logits(params, hidden)
-        verdict = judge(state, Drafts(state.ahead.tokens), logits, rule)
-        left = leftover(state.ahead, verdict.accepted)
-        state = accept(state.replace(cache=cache), verdict, logits)
+        tree = scheme.grow(state.anchor, state.ahead)
+        bets = place(tree, state.ahead, scheme)
+        segments = [rows_of(tree, state, scheme), blocks_of(bets, model, state, scheme)]
+        (hidden, ahead), cache = model.forward(params, segments, state.cache)
+        left, active = state.ahead, ~state.done
+        state, walked, kept = verify(model, params, state.replace(cache=cache), tree, hidden, scheme)
+        state = count_cycle(state, active, kept)
 
-        # The block whose bet came true, without its first row: the AR view has said that token.
-        guesses = guesses.reshape(*bets.shape, block_size, -1)
-        won = bets == verdict.accepted[:, None]
-        which = jnp.argmax(won, axis=1)[:, None, None, None]
-        guesses = jnp.take_along_axis(guesses, which, axis=1)[:, 0, 1:]
-        drafted = propose(model, params, state, guesses, rule)
-        hit = won.any(axis=1)[:, None]
-        ahead = jax.tree.map(lambda new, old: jnp.where(hit, new, old), drafted, left)
-        return state.replace(ahead=ahead)
+        hit, rows = payoff(bets, walked, ahead, scheme)
+        drafted = guess(state, model.logits(params, rows), scheme, rule)
+        left = trees.shifted(left, walked.accepted + 1)
+        pick = lambda new, old: jnp.where(hit[:, None, None], new, old)
+        return state.replace(ahead=jax.tree.map(pick, drafted, left))
 
     return until_done(cycle, state, cycles, leave)
 
 
-def likeliest_ends(trust: Array, early: int) -> Array:
-    """The `early` likeliest numbers of drafts that will stand, int32[B, early], of trust [B, K-1].
+@partial(jax.jit, static_argnames=("model", "scheme", "rule"), donate_argnames=("state",))
+def two_forward_decode(
+    model: DecodingModel,
+    params: Any,
+    state: DecodeState,
+    *,
+    scheme: Scheme,
+    rule: Rule = Rule.REJECTION,
+    cycles: Array | None = None,
+    leave: Array | None = None,
+) -> DecodeState:
+    """Decode with two forwards a cycle, both of which emit. Arguments: see `one_forward_decode`."""
+    mask = mask_id(model)
 
-    Exactly n stand with the probability that the first n are right and the next is wrong.
+    def cycle(state: DecodeState) -> DecodeState:
+        active = ~state.done
+        own = ar_segment(state.anchor[:, None], state.position)
+        block = block_segment(state.anchor, state.position, scheme.block_size, mask)
+        (said, rows), cache = model.forward(params, [own, block], state.cache)
+        logits = model.logits(params, jnp.concatenate([said, rows[:, 1:]], axis=1))
+        said, logits = logits[:, :1], logits[:, 1:]
+        state = emit(
+            state.replace(cache=cache), choose(state, said), jnp.zeros_like(state.count), said
+        )
+        tree = scheme.grow(state.anchor, guess(state, logits, scheme, rule))
+        (hidden,), cache = model.forward(params, [rows_of(tree, state, scheme)], state.cache)
+        state, _, kept = verify(model, params, state.replace(cache=cache), tree, hidden, scheme)
+        return count_cycle(state, active, kept)
+
+    return until_done(cycle, state, cycles, leave)
+
+
+def place(tree: Tree, guesses: Guesses, scheme: Scheme) -> Bets:
+    """Bet on the likeliest ends of the walk, and on the likeliest (end, next token)."""
+    at = lambda x, row: jnp.take_along_axis(x, row, axis=1)
+    path_of = lambda row: jnp.take_along_axis(tree.path, row[..., None], axis=1)
+    row = jax.lax.top_k(trees.ends(tree), scheme.early)[1]
+    itself = row[..., None] == jnp.arange(tree.tokens.shape[1])
+    bets = [Bets(row, at(tree.tokens, row), at(tree.depth, row), path_of(row) & ~itself)]
+    if scheme.fresh:
+        odds = trees.corrections(tree, guesses)
+        choices = odds.shape[2]
+        which = jax.lax.top_k(odds.reshape(odds.shape[0], -1), scheme.fresh)[1]
+        row = which // choices
+        depth = at(tree.depth, row) + 1
+        place = jnp.minimum(depth - 1, guesses.tokens.shape[1] - 1) * choices + which % choices
+        anchor = at(guesses.tokens.reshape(odds.shape[0], -1), place)
+        bets.append(Bets(row, anchor, depth, path_of(row)))
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *bets)
+
+
+def rows_of(tree: Tree, state: DecodeState, scheme: Scheme) -> Segment:
+    """The tree as AR rows behind the live slots, each seeing its own path."""
+    if not scheme.nodes:
+        return ar_segment(tree.tokens, state.position)
+    positions = state.position[:, None] + tree.depth
+    branches = Branches(state.position, tree.path)
+    return Segment(tree.tokens, positions, View.AR, branches=branches)
+
+
+def blocks_of(bets: Bets, model: DecodingModel, state: DecodeState, scheme: Scheme) -> Segment:
+    """The blocks [anchor, MASK x (K - 1)] of all bets, as one segment."""
+    offset = jnp.arange(scheme.block_size)
+    tokens = jnp.where(offset == 0, bets.anchor[..., None], mask_id(model))
+    positions = (state.position[:, None] + bets.depth)[..., None] + offset
+    flat = lambda x: x.reshape(x.shape[0], -1)
+    branches = Branches(state.position, bets.seen) if scheme.nodes else None
+    return Segment(
+        flat(tokens), flat(positions), View.DIFFUSION, block=scheme.block_size, branches=branches
+    )
+
+
+def verify(
+    model: DecodingModel,
+    params: Any,
+    state: DecodeState,
+    tree: Tree,
+    hidden: Array,
+    scheme: Scheme,
+) -> tuple[DecodeState, Walked, Array]:
+    """Walk the tree by the AR view's own tokens and emit them; keep the accepted rows' slots.
+
+    Returns:
+      The state, what the walk found, and how many drafts were emitted, int32[B].
     """
-    reached = jnp.cumprod(trust, axis=1)
-    reached = jnp.pad(reached, ((0, 0), (1, 0)), constant_values=1.0)
-    wrong = jnp.pad(1 - trust, ((0, 0), (0, 1)), constant_values=1.0)
-    return jax.lax.top_k(reached * wrong, early)[1].astype(jnp.int32)
+    logits = model.logits(params, hidden)
+    predicted = choose(state, logits, tree.depth)
+    accepted, way = trees.walk(tree, predicted)
+    along = jnp.take_along_axis(predicted, way, axis=1)
+    if scheme.nodes:
+        state = state.replace(cache=state.cache.compact(state.position, way))
+        logits = jnp.take_along_axis(logits, way[..., None], axis=1)
+    count = state.count
+    state = emit(state, along, accepted, logits)
+    correction = jnp.take_along_axis(along, accepted[:, None], axis=1)[:, 0]
+    walked = Walked(accepted, way[:, -1], correction)
+    return state, walked, jnp.minimum(accepted, state.count - count)
 
 
-def early_blocks(model: DecodingModel, rows: Array, position: Array, bets: Array) -> Segment:
-    """Blocks anchored at rows `bets` [B, E] of the verified rows [B, K] from `position` [B] on."""
+def payoff(bets: Bets, walked: Walked, hidden: Array, scheme: Scheme) -> tuple[Array, Array]:
+    """Which rows had a bet come true, bool[B], and that block's hidden states [B, K-1, E].
+
+    The draft begins behind the new anchor: an early block's first row guessed that anchor itself.
+    """
+    fresh = jnp.arange(scheme.blocks) >= scheme.early
+    won = bets.row == walked.last[:, None]
+    won &= ~fresh | (bets.anchor == walked.correction[:, None])
+    # A fresh block knows what came; where it won, an early one may have won too.
+    which = jnp.argmax(won * (1 + fresh), axis=1)
+    begin = which * scheme.block_size + (which < scheme.early)
+    rows = begin[:, None] + jnp.arange(scheme.block_size - 1)
+    return won.any(axis=1), jnp.take_along_axis(hidden, rows[..., None], axis=1)
+
+
+def guess(state: DecodeState, logits: Array, scheme: Scheme, rule: Rule) -> Guesses:
+    """The likeliest tokens behind the anchor, from the drafting view's logits [B, K-1, V]."""
+    scores = logits
+    if state.sampler is not None:
+        logits = forbid_early_end(state, logits)
+        hot = state.sampler.temperature[:, None, None]
+        scores = logits / jnp.where(hot > 0, hot, 1.0)
+        if rule is Rule.COUPLED:
+            q, at = probabilities(logits, state.sampler), next_positions(state, logits)
+            noisy = perturbed(q, state.sampler, at, Purpose.TOKEN)
+            scores = jnp.where(hot > 0, noisy, scores)
+    if scheme.kept == 1:
+        tokens = greedy(scores)[..., None]
+    else:
+        tokens = jax.lax.top_k(scores, scheme.kept)[1]
+    probs = jax.nn.softmax(scores, axis=-1)
+    return Guesses(tokens, jnp.take_along_axis(probs, tokens, axis=-1))
+
+
+def mask_id(model: DecodingModel) -> int:
+    """The id of the MASK token."""
     mask = model.config.mask_token_id
     assert mask is not None, "drafting needs config.mask_token_id"
-    offset = jnp.arange(rows.shape[1])
-    anchors = jnp.take_along_axis(rows, bets, axis=1)[..., None]
-    tokens = jnp.where(offset == 0, anchors, mask)
-    positions = (position[:, None] + bets)[..., None] + offset
-    flat = lambda x: x.reshape(rows.shape[0], -1)
-    return Segment(flat(tokens), flat(positions), View.DIFFUSION, block=rows.shape[1])
-
-
-def propose(
-    model: DecodingModel, params: Any, state: DecodeState, guesses: Array, rule: Rule
-) -> Ahead:
-    """The draft behind the new anchor, from its rows' hidden states [B, K-1, E]."""
-    logits = model.logits(params, guesses)
-    greedily = state if rule is Rule.COUPLED else state.replace(sampler=None)
-    tokens = choose(greedily, logits)
-    probs = jax.nn.softmax(logits, axis=-1)
-    return Ahead(tokens, jnp.take_along_axis(probs, tokens[..., None], axis=-1)[..., 0])
-
-
-def leftover(ahead: Ahead, accepted: Array) -> Ahead:
-    """What the old draft says behind the token that came in place of draft accepted + 1."""
-    width = ahead.tokens.shape[1]
-    source = accepted[:, None] + 1 + jnp.arange(width)
-    shift = lambda x: jnp.take_along_axis(x, jnp.minimum(source, width - 1), axis=1)
-    return Ahead(shift(ahead.tokens), jnp.where(source < width, shift(ahead.trust), 0.0))
+    return mask

@@ -2,7 +2,7 @@
 
 Two shapes of visibility cover everything the project does: a row that sees a range of slots
 (prefill, AR decoding, verification), and a block that sees a range of slots and itself (drafting,
-training). Scores and softmax are float32.
+training). On a tree of drafts either sees its ancestors besides. Scores and softmax are float32.
 
 Over many slots the work follows the rows' real length: `used`, known only at run time, says how
 many slots are alive, and a loop walks that many in steps of SLOT_STEP with a running softmax (arXiv
@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -26,6 +27,24 @@ SLOT_STEP = 512
 MANY_SLOTS = 1024  # more than this are walked in steps
 
 
+class Branches(struct.PyTreeNode):
+    """Slots that are seen one by one: of the W from `first` int32[B] on, those that `seen` marks.
+
+    `seen` is bool[B, T, W], for each of T rows or blocks.
+    """
+
+    first: Array
+    seen: Array
+
+    def among(self, slots: Array) -> Array:
+        """bool[B, T, S]: which of the consecutive `slots` [S] are seen."""
+        many, width = slots.shape[0], self.seen.shape[2]
+        around = jnp.pad(self.seen, ((0, 0), (0, 0), (many, many)))
+        begin = jnp.clip(many + slots[0] - self.first, 0, many + width)
+        cut = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, many, axis=1)
+        return jax.vmap(cut)(around, begin)
+
+
 def attend(
     q: Array,
     k: Array,
@@ -34,6 +53,7 @@ def attend(
     end: Array,
     used: Array | None = None,
     mesh: Mesh | None = None,
+    branches: Branches | None = None,
 ) -> Array:
     """Each query row sees the slots start <= s < end.
 
@@ -42,8 +62,9 @@ def attend(
       k: [B, G, D, S]. v: [B, G, S, D].
       start: int32[B, T] or None for 0.
       end: int32[B, T], at least start + 1.
-      used: int32[], a bound on `end` that may save work, or None for S.
+      used: int32[], a bound on the slots seen that may save work, or None for S.
       mesh: what the arrays lie on, if on more than one device.
+      branches: slots seen besides.
 
     Returns:
       [B, T, H, D] in q's dtype.
@@ -54,9 +75,10 @@ def attend(
         out, _ = _ranged(queries, k, v, start, end, per_row, mesh)
         return _by_row(out.astype(v.dtype), q.shape)
     if used is not None and k.shape[3] > MANY_SLOTS:
-        out, _ = _walk(queries, k, v, lambda s: _in_range(s, start, end, per_row), used)
+        visible = lambda s: _in_range(s, start, end, per_row, branches)
+        out, _ = _walk(queries, k, v, visible, used)
         return _by_row(out.astype(v.dtype), q.shape)
-    visible = _in_range(jnp.arange(k.shape[3]), start, end, per_row)
+    visible = _in_range(jnp.arange(k.shape[3]), start, end, per_row, branches)
     scores = jnp.where(visible, _scores(queries, k), -jnp.inf)
     out = jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
     return _by_row(out, q.shape)
@@ -72,6 +94,7 @@ def attend_blocks(
     end: Array,
     used: Array | None = None,
     mesh: Mesh | None = None,
+    branches: Branches | None = None,
 ) -> Array:
     """Each row of a block sees the slots start <= s < end, and every row of its own block.
 
@@ -83,8 +106,9 @@ def attend_blocks(
       own_k, own_v: [B, A, K, G, D].
       start: int32[B, A] or None for 0.
       end: int32[B, A]; end = start is a block that sees only itself.
-      used: int32[], a bound on `end` that may save work, or None for S.
+      used: int32[], a bound on the slots seen that may save work, or None for S.
       mesh: what the arrays lie on, if on more than one device.
+      branches: slots seen besides.
 
     Returns:
       [B, A, K, H, D] in q's dtype.
@@ -98,7 +122,7 @@ def attend_blocks(
     own_v = own_v.transpose(0, 3, 1, 2, 4)
     apart = None  # the slots' part, where they are many
     if used is not None and slots > MANY_SLOTS:
-        apart = _walk(queries, k, v, lambda s: _in_range(s, start, end, rows), used)
+        apart = _walk(queries, k, v, lambda s: _in_range(s, start, end, rows, branches), used)
     elif used is None and tiled.fits(a * rows, slots):
         apart = _ranged(queries, k, v, start, end, rows, mesh)
     if apart is not None:
@@ -111,7 +135,7 @@ def attend_blocks(
             q.shape
         )
 
-    visible = _in_range(jnp.arange(slots), start, end, rows)  # [B, 1, A * rows, S]
+    visible = _in_range(jnp.arange(slots), start, end, rows, branches)  # [B, 1, A * rows, S]
     prefix = jnp.where(visible, _scores(queries, k), -jnp.inf)
     scores = jnp.concatenate([prefix.reshape(by_block), own], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -212,9 +236,13 @@ def _scores(q: Array, k: Array) -> Array:
     return jnp.matmul(q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
 
 
-def _in_range(slots: Array, start: Array | None, end: Array, repeat: int) -> Array:
-    """bool[B, 1, T * repeat, S]: which of `slots` [S] lie in [start, end) of each of T rows."""
+def _in_range(
+    slots: Array, start: Array | None, end: Array, repeat: int, branches: Branches | None = None
+) -> Array:
+    """bool[B, 1, T * repeat, S]: which of `slots` [S] each of T rows sees."""
     inside = slots < end[..., None]
     if start is not None:
         inside &= slots >= start[..., None]
+    if branches is not None:
+        inside |= branches.among(slots)
     return jnp.repeat(inside, repeat, axis=1)[:, None]

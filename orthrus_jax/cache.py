@@ -63,6 +63,28 @@ class KVCache(struct.PyTreeNode):
             k=tuple(map(heads, self.k)), v=tuple(map(heads, self.v)), rotary=(whole, whole)
         )
 
+    def compact(self, first: Array, rows: Array) -> "KVCache":
+        """Move what lies in slots first[b] + rows[b, j] to first[b] + j, for all j at once.
+
+        Args:
+          first: int32[B].
+          rows: int32[B, R], each below R.
+        """
+
+        def move(buffer: Array, axis: int) -> Array:
+            def of_row(x: Array, first: Array, rows: Array) -> Array:
+                window = jax.lax.dynamic_slice_in_dim(x, first, rows.shape[0], axis)
+                window = jnp.take(window, rows, axis=axis, mode="clip")
+                return jax.lax.dynamic_update_slice_in_dim(x, window, first, axis)
+
+            if buffer.ndim == 4:
+                return jax.vmap(of_row)(buffer, first, rows)
+            return of_row(buffer, first[0], rows[0])
+
+        return self.replace(
+            k=tuple(move(k, -1) for k in self.k), v=tuple(move(v, -2) for v in self.v)
+        )
+
     def insert(self, row: "KVCache", at: Array) -> "KVCache":
         """Put a batch of one with as many slots in place of row `at`."""
 

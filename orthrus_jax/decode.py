@@ -98,17 +98,17 @@ def shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     return rest.replace(cache=state.cache.shardings(mesh))
 
 
-def capacity(slots: int, block_size: int) -> int:
+def capacity(slots: int, reach: int) -> int:
     """Return how many tokens, prompt and answer, a row of `slots` can hold.
 
-    A row on its last anchor still writes a whole block behind it.
+    A row on its last anchor still writes `reach` slots behind it.
     """
-    return slots - (block_size - 1)
+    return slots - reach
 
 
 @partial(
     jax.jit,
-    static_argnames=("model", "slots", "max_new_tokens", "logprobs"),
+    static_argnames=("model", "slots", "max_new_tokens", "logprobs", "reach"),
     donate_argnames=("cache",),
 )
 def prefill(
@@ -124,6 +124,7 @@ def prefill(
     sampler: Sampler | None = None,
     min_tokens: Array | None = None,
     logprobs: bool = False,
+    reach: int | None = None,
     cache: Any = None,
     start: Array | None = None,
 ) -> DecodeState:
@@ -141,6 +142,7 @@ def prefill(
       slots: cache slots a row, static.
       max_new_tokens: N, the width of the output, static.
       sampler, min_tokens, logprobs: see DecodeState.
+      reach: slots that a cycle writes behind its anchor, static; None is a block's, K - 1.
       cache: continue with this one, of `slots` slots, donated; None is a new one.
       start: int32[B], with a cache: its live slots. The prompts are then what follows, and
         start + P <= slots.
@@ -157,7 +159,8 @@ def prefill(
         start,
     )
     total = lengths if start is None else start + lengths
-    room = jnp.minimum(capacity(slots, model.config.block_size) - total, max_new_tokens)
+    reach = model.config.block_size - 1 if reach is None else reach
+    room = jnp.minimum(capacity(slots, reach) - total, max_new_tokens)
     zeros = jnp.zeros(batch, jnp.int32)
     state = DecodeState(
         tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
@@ -262,11 +265,11 @@ def draft(
     logits = model.logits(params, hidden[:, :-1])
     if state.sampler is None or rule is Rule.COUPLED:
         return Drafts(choose(state, logits))
-    logits = _without_early_end(state, logits)
+    logits = forbid_early_end(state, logits)
     if proposal is Proposal.ARGMAX:
         return Drafts(greedy(logits))
     q = probabilities(logits, state.sampler)
-    return Drafts(draw(q, state.sampler, _next_positions(state, q), Purpose.DRAFT), q)
+    return Drafts(draw(q, state.sampler, next_positions(state, q), Purpose.DRAFT), q)
 
 
 def verify(
@@ -284,28 +287,35 @@ def verify(
     return model.logits(params, hidden), cache
 
 
-def choose(state: DecodeState, logits: Array) -> Array:
-    """The tokens AR decoding takes from logits [B, T, V] behind the anchor: int32[B, T]."""
-    logits = _without_early_end(state, logits)
+def choose(state: DecodeState, logits: Array, depth: Array | None = None) -> Array:
+    """The tokens AR decoding takes from logits [B, T, V] behind the anchor: int32[B, T].
+
+    `depth` int32[B, T] is how far behind the anchor each row lies; None is 0, 1, 2, ...
+    """
+    logits = forbid_early_end(state, logits, depth)
     if state.sampler is None:
         return greedy(logits)
     probs = probabilities(logits, state.sampler)
-    return draw(probs, state.sampler, _next_positions(state, logits), Purpose.TOKEN)
+    return draw(probs, state.sampler, next_positions(state, logits, depth), Purpose.TOKEN)
 
 
 def judge(state: DecodeState, drafts: Drafts, logits: Array, rule: Rule) -> Verdict:
     """How many drafts stand, and the AR view's own token behind them."""
     if state.sampler is None or rule is Rule.COUPLED:
         return accept_equal(drafts.tokens, choose(state, logits))
-    target = probabilities(_without_early_end(state, logits), state.sampler)
-    return accept_rejection(drafts, target, state.sampler, _next_positions(state, logits))
+    target = probabilities(forbid_early_end(state, logits), state.sampler)
+    return accept_rejection(drafts, target, state.sampler, next_positions(state, logits))
 
 
 def accept(state: DecodeState, verdict: Verdict, logits: Array) -> DecodeState:
     """Emit what the verdict accepts, and count the cycle."""
     active, count = ~state.done, state.count
     state = emit(state, verdict.tokens, verdict.accepted, logits)
-    kept = jnp.minimum(verdict.accepted, state.count - count)
+    return count_cycle(state, active, jnp.minimum(verdict.accepted, state.count - count))
+
+
+def count_cycle(state: DecodeState, active: Array, kept: Array) -> DecodeState:
+    """Note a cycle of the rows `active` [B], in which `kept` [B] drafts were emitted."""
     now = jnp.arange(state.accepted.shape[1]) == state.cycles[:, None]
     return state.replace(
         cycles=state.cycles + active,
@@ -404,16 +414,18 @@ def _read(
     return jax.lax.fori_loop(1, chunks, step, (last, cache))
 
 
-def _next_positions(state: DecodeState, rows: Array) -> Array:
-    """Positions int32[B, T] of the tokens behind the anchor, for rows [B, T, ...]."""
-    return state.position[:, None] + 1 + jnp.arange(rows.shape[1])
+def next_positions(state: DecodeState, rows: Array, depth: Array | None = None) -> Array:
+    """Positions int32[B, T] of the tokens behind rows [B, T, ...], `depth` behind the anchor."""
+    depth = jnp.arange(rows.shape[1]) if depth is None else depth
+    return state.position[:, None] + 1 + depth
 
 
-def _without_early_end(state: DecodeState, logits: Array) -> Array:
+def forbid_early_end(state: DecodeState, logits: Array, depth: Array | None = None) -> Array:
     """Forbid end tokens where fewer than min_tokens would stand before them."""
     if state.min_tokens is None:
         return logits
-    early = state.count[:, None] + jnp.arange(logits.shape[1]) < state.min_tokens[:, None]
+    depth = jnp.arange(logits.shape[1]) if depth is None else depth
+    early = state.count[:, None] + depth < state.min_tokens[:, None]
     is_end = (jnp.arange(logits.shape[-1]) == state.eos[..., None]).any(axis=1)
     return jnp.where(early[..., None] & is_end[:, None], -jnp.inf, logits)
 

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from orthrus_jax import ahead, decode
+from orthrus_jax.ahead import CHOICES, Scheme
 from orthrus_jax.cache import KVCache
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
@@ -28,7 +29,7 @@ from orthrus_jax.stream import TextStream
 from orthrus_jax.tokenizer import Tokenizer
 
 MODES = ("orthrus", "ar")
-CYCLES = ("two-forward", "one-forward")  # of mode orthrus: decode.py's, ahead.py's
+CYCLES = ("paper", "two-forward", "one-forward")  # of mode orthrus: decode.py's, ahead.py's two
 STREAM_CYCLES = 8  # cycles between two looks of the host at the text, where it has to look
 FOREVER = np.iinfo(np.int32).max
 PADDING = 4096  # tokens of padding that a batch may be begun with, however short its prompts
@@ -57,8 +58,10 @@ class Plan:
       accept: the rule for sampled drafts.
       proposal: what the rejection rule proposes.
       draft_length: rows of a draft block, the anchor included; None is the trained K.
-      cycle: draft and verify in turn ("two-forward"), or in one pass ("one-forward").
-      early: with "one-forward", the blocks that draft ahead in each pass; at most draft_length.
+      cycle: draft and verify in turn ("paper"), the same with a draft pass that emits too
+        ("two-forward"), or both in one pass ("one-forward"). See docs/decoding.md.
+      early, fresh: with "one-forward", the blocks of either kind that draft ahead in each pass.
+      nodes: with either of the last two, the drafts of a tree to verify; 0 is a chain.
       batch_size: rows decoded together.
       refill: put the next request in a finished row's place at once; else wait for the whole batch.
       stream: report text as it grows.
@@ -73,6 +76,8 @@ class Plan:
     draft_length: int | None = None
     cycle: str = CYCLES[0]
     early: int = 4
+    fresh: int = 0
+    nodes: int = 0
     batch_size: int = 1
     refill: bool = True
     stream: bool = False
@@ -82,7 +87,20 @@ class Plan:
     @property
     def forwards(self) -> int:
         """Passes through the model a cycle."""
-        return 2 if self.mode == "orthrus" and self.cycle == "two-forward" else 1
+        return 2 if self.mode == "orthrus" and self.cycle != "one-forward" else 1
+
+    def scheme(self, config: ModelConfig) -> Scheme:
+        """What a forward's rows are spent on, for a model of these sizes."""
+        block = self.draft_length or config.block_size
+        ahead = self.cycle == "one-forward"
+        ends = 1 + (self.nodes or block - 1)
+        return Scheme(
+            block,
+            nodes=self.nodes,
+            early=min(self.early, ends) if ahead else 0,
+            fresh=self.fresh if ahead else 0,
+            choices=min(CHOICES, config.vocab_size),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +207,17 @@ class Engine:
             )
         if plan.cycle not in CYCLES:
             raise UserError(f"cycle={plan.cycle!r} is not one of {', '.join(CYCLES)}")
-        if plan.early < 1:
-            raise UserError(f"early_blocks={plan.early} must be at least 1")
-        if plan.cycle == "one-forward" and plan.proposal is Proposal.DRAW:
-            raise UserError("proposal=draw needs cycle='two-forward': no q is kept ahead")
+        for name, value in {
+            "early_blocks": plan.early, "fresh_blocks": plan.fresh, "tree_nodes": plan.nodes
+        }.items():  # fmt: skip
+            if value < 0:
+                raise UserError(f"{name}={value} must be 0 or more")
+        if plan.cycle == "one-forward" and not plan.early:
+            raise UserError("early_blocks=0: cycle='one-forward' drafts by at least one")
+        if plan.cycle == "paper" and plan.nodes:
+            raise UserError(f"tree_nodes={plan.nodes} needs cycle='two-forward' or 'one-forward'")
+        if plan.cycle != "paper" and plan.proposal is Proposal.DRAW:
+            raise UserError(f"proposal=draw needs cycle='paper': {plan.cycle} keeps no q")
         for i, request in enumerate(requests):
             new = request.sampling.max_new_tokens
             if not len(request.prompt):
@@ -210,9 +235,10 @@ class Engine:
             if request.sampling.stop and self.tokenizer is None:
                 raise UserError("stop strings need a tokenizer: this model was loaded without one")
 
-    def slots(self, prompt: int, new: int) -> int:
+    def slots(self, prompt: int, new: int, plan: Plan) -> int:
         """Cache slots that a prompt and its answer, of at most so many tokens, are given."""
-        return bucket(bucket(prompt) + bucket(new) + self.config.block_size)
+        behind = max(self.config.block_size, plan.nodes + 1)
+        return bucket(bucket(prompt) + bucket(new) + behind)
 
     def serve(
         self, requests: Sequence[Request], plan: Plan, memory: Memory | None = None
@@ -300,7 +326,7 @@ class Engine:
         asked = [request.sampling for request in requests]
         new = max(sampling.max_new_tokens for sampling in asked)
         longest = max(len(request.prompt) for request in requests)
-        slots = max(self.slots(longest, new), bucket(plan.slots))
+        slots = max(self.slots(longest, new, plan), bucket(plan.slots))
         if memory is not None:
             if slots > memory.slots:
                 memory.slots, memory.cache = slots, None
@@ -356,10 +382,11 @@ class Engine:
                 "slots": shape.slots,
                 "max_new_tokens": shape.width,
                 "logprobs": shape.logprobs,
+                "reach": max(self.config.block_size - 1, plan.nodes),
             },
         )
         if plan.mode == "orthrus" and plan.forwards == 1:
-            state = state.replace(ahead=ahead.nothing(len(rows), self._block(plan)))
+            state = state.replace(ahead=plan.scheme(self.config).nothing(len(rows)))
         if plan.time_first:
             jax.block_until_ready(state.tokens)
             for row in filter(None, rows):
@@ -400,19 +427,16 @@ class Engine:
         }
         if plan.mode == "ar":
             return self._run(decode.ar_decode, state, **pause)
-        if plan.cycle == "one-forward":
-            early = min(plan.early, self._block(plan))
-            static = {"block_size": plan.draft_length, "early": early}
+        if plan.cycle != "paper":
+            static = {"scheme": plan.scheme(self.config)}
             if state.sampler is not None:
                 static |= {"rule": plan.accept}
-            return self._run(ahead.one_forward_decode, state, **pause, static=static)
+            loop = ahead.one_forward_decode if plan.forwards == 1 else ahead.two_forward_decode
+            return self._run(loop, state, **pause, static=static)
         static = {"block_size": plan.draft_length}
         if state.sampler is not None:
             static |= {"rule": plan.accept, "proposal": plan.proposal}
         return self._run(decode.orthrus_decode, state, **pause, static=static)
-
-    def _block(self, plan: Plan) -> int:
-        return plan.draft_length or self.config.block_size
 
     def _look(self, row: _Row, *found: Any) -> Event:
         """What is new of a row since the host last looked."""

@@ -5,6 +5,7 @@ Chat template, sampling options, streaming and statistics around engine.py, whic
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -166,6 +167,8 @@ class Generator:
         draft_length: int | None = None,
         cycle: str = CYCLES[0],
         early_blocks: int = Plan.early,
+        fresh_blocks: int = Plan.fresh,
+        tree_nodes: int = Plan.nodes,
         batch_size: int = 1,
         refill: bool = True,
         progress: bool = False,
@@ -181,8 +184,10 @@ class Generator:
           accept: "rejection" or "coupled", when a sampled draft is accepted; see sampling.Rule.
           draft_length: rows of a draft block, the anchor included; None is `self.draft_length`.
             Every value gives an exact text.
-          cycle: "two-forward", the paper's, or "one-forward", which drafts while it verifies.
-          early_blocks: with "one-forward", the blocks that each forward drafts ahead.
+          cycle: "paper", draft and verify in turn; "two-forward", the same, and the drafting pass
+            emits too; "one-forward", which drafts while it verifies. See docs/decoding.md.
+          early_blocks, fresh_blocks: with "one-forward", the blocks that each pass drafts ahead.
+          tree_nodes: with "two-forward" or "one-forward", drafts of a tree; 0 verifies a chain.
           batch_size: rows decoded together; a finished row's place goes to the next prompt.
           refill: False decodes whole batches one after another.
           progress: show a bar on standard error.
@@ -194,7 +199,8 @@ class Generator:
         sampling = _sampling(sampling, fields)
         if sampling.n > max(batch_size, 1):  # a batch_size below 1 is refused by itself
             raise UserError(f"n={sampling.n} is over batch_size={batch_size}")
-        plan = self._plan(mode, accept, draft_length, cycle, early_blocks)
+        blocks = early_blocks, fresh_blocks, tree_nodes
+        plan = self._plan(mode, accept, draft_length, cycle, *blocks)
         plan = dataclasses.replace(plan, batch_size=batch_size, refill=refill)
         pairs = list(itertools.product(range(len(prompts)), range(sampling.n)))
         requests = [Request(prompts[i], sampling, sample) for i, sample in pairs]
@@ -235,6 +241,8 @@ class Generator:
         draft_length: int | None = None,
         cycle: str = CYCLES[0],
         early_blocks: int = Plan.early,
+        fresh_blocks: int = Plan.fresh,
+        tree_nodes: int = Plan.nodes,
         memory: Memory | None = None,
         **fields: Any,
     ) -> Pieces:
@@ -242,7 +250,8 @@ class Generator:
         sampling = _sampling(sampling, fields)
         if sampling.n > 1:
             raise UserError(f"n={sampling.n}: a stream is of one sample")
-        plan = self._plan(mode, accept, draft_length, cycle, early_blocks)
+        blocks = early_blocks, fresh_blocks, tree_nodes
+        plan = self._plan(mode, accept, draft_length, cycle, *blocks)
         plan = dataclasses.replace(plan, stream=True)
         request = Request(prompt, sampling)
         self.engine.check([request], plan)
@@ -257,11 +266,25 @@ class Generator:
         raise AssertionError("a served request ends with its answer")
 
     def _plan(
-        self, mode: str, accept: str, draft_length: int | None, cycle: str, early: int
+        self,
+        mode: str,
+        accept: str,
+        draft_length: int | None,
+        cycle: str,
+        early: int,
+        fresh: int,
+        nodes: int,
     ) -> Plan:
         length = self.draft_length if draft_length is None else draft_length
-        rule = _member(Rule, "accept", accept)
-        return Plan(mode, rule, draft_length=length, cycle=cycle, early=early)
+        return Plan(
+            mode,
+            _member(Rule, "accept", accept),
+            draft_length=length,
+            cycle=cycle,
+            early=early,
+            fresh=fresh,
+            nodes=nodes,
+        )
 
     def _completion(self, answer: Answer, plan: Plan, prompt: int, sample: int) -> Completion:
         text = answer.text
@@ -388,7 +411,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the options of decoding that generate and chat share."""
-    defaults = dataclasses.asdict(SamplingParams()) | {"early_blocks": Plan.early}
+    defaults = dataclasses.asdict(SamplingParams())
     number = lambda flag, kind, text: parser.add_argument(
         flag,
         type=kind,
@@ -422,19 +445,47 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="rows of a draft block, from 2; default: what tune measured here, or the trained K",
     )
+    add_cycle(parser)
+
+
+def add_cycle(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what a cycle is, which all commands that decode share."""
     parser.add_argument(
         "--cycle",
         choices=CYCLES,
-        default=CYCLES[0],
-        help="draft and verify in turn, or draft while verifying; default: %(default)s",
+        default=Plan.cycle,
+        help="draft and verify in turn, the same with a draft pass that emits too, or draft while "
+        "verifying; default: %(default)s",
     )
-    number("--early-blocks", int, "with --cycle one-forward: blocks that a forward drafts ahead")
+    add_blocks(parser)
+
+
+def add_blocks(parser: argparse.ArgumentParser) -> None:
+    """Add what the rows of a forward are spent on."""
+    number = functools.partial(parser.add_argument, type=int, metavar="N")
+    number(
+        "--early-blocks",
+        default=Plan.early,
+        help="with --cycle one-forward: blocks that a forward drafts ahead, each for one number of "
+        "drafts that may stand; default: %(default)s",
+    )
+    number(
+        "--fresh-blocks",
+        default=Plan.fresh,
+        help="likewise, each for one token besides that may come next; default: %(default)s",
+    )
+    number(
+        "--tree-nodes",
+        default=Plan.nodes,
+        help="with --cycle two-forward or one-forward: drafts of a tree that a forward verifies; "
+        "default: %(default)s, a chain",
+    )
 
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_sampling` and --mode parsed, as arguments of Generator.stream."""
     same = (
-        "mode accept draft_length cycle early_blocks "
+        "mode accept draft_length cycle early_blocks fresh_blocks tree_nodes "
         "max_new_tokens min_new_tokens temperature top_k top_p min_p seed"
     )
     options = {name: getattr(args, name) for name in same.split()}

@@ -47,14 +47,17 @@ class Segment(struct.PyTreeNode):
 
     Attributes:
       tokens: int32[B, T].
-      positions: int32[B, T], the rotary position of each row, which is also its cache slot. An AR
-        segment's positions are consecutive. A diffusion segment's are consecutive within a block.
+      positions: int32[B, T], the rotary position of each row. An AR segment's rows lie in
+        consecutive cache slots from its first row's position on; without `branches` the positions
+        are those slots. A diffusion segment's are consecutive within a block.
       view: whose attention.
       block: rows of a diffusion block; T is a multiple of it. Unused by AR segments.
       start: int32[B, T] or None: the first slot each row may see, where several documents are
         packed into a row. None is slot 0.
       span: an upper bound, known when compiling, on the slots these rows see; None is the whole
         cache. It saves work, never changes a result.
+      branches: on a tree of drafts. Each row, or block, sees the slots below `branches.first` and
+        those marked; an AR row marks itself.
     """
 
     tokens: Array
@@ -63,6 +66,7 @@ class Segment(struct.PyTreeNode):
     block: int = struct.field(pytree_node=False, default=0)
     start: Array | None = None
     span: int | None = struct.field(pytree_node=False, default=None)
+    branches: attention.Branches | None = None
 
 
 def ar_segment(tokens: Array, first: Array, *, span: int | None = None) -> Segment:
@@ -105,11 +109,11 @@ class Layer(nn.Module):
         mixed: list[Array] = [None] * len(rows)  # type: ignore[list-item]
         order = sorted(range(len(rows)), key=lambda i: segments[i].view is View.DIFFUSION)
         for i in order:  # AR first: what it writes, the blocks of this pass may read
-            args = normed[i], segments[i], rotary[i], kv
+            args = normed[i], segments[i], rotary[i], kv, cached
             if segments[i].view is View.AR:
                 mixed[i], kv = self._attend_ar(*args)
             else:
-                mixed[i] = self._attend_blocks(*args, cached)
+                mixed[i] = self._attend_blocks(*args)
         rows = [x + y for x, y in zip(rows, mixed, strict=True)]
         out = _together(lambda x: self.mlp(self.post_attention_layernorm(x)), rows, cached)
         return [x + y for x, y in zip(rows, out, strict=True)], kv
@@ -120,15 +124,18 @@ class Layer(nn.Module):
         segment: Segment,
         rotary: tuple[Array, Array],
         kv: tuple[Array, Array] | None,
+        cached: bool,
     ) -> tuple[Array, tuple[Array, Array]]:
         q, k, v = self.self_attn.qkv(x, *rotary)
-        end = segment.positions + 1
-        used = None
         if kv is None:  # without a cache the segment's own rows are the slots
             kv = as_slots(k, v)
         else:
-            kv, used = write(kv, k, v, segment.positions[:, 0]), end.max()
-        heads = attention.attend(q, *seen(kv, segment.span), segment.start, end, used, self.mesh)
+            kv = write(kv, k, v, segment.positions[:, 0])
+        end, used = _limits(segment, segment.positions + 1, cached)
+        slots = seen(kv, segment.span)
+        heads = attention.attend(
+            q, *slots, segment.start, end, used, self.mesh, segment.branches
+        )
         return self.self_attn.out(heads), kv
 
     def _attend_blocks(
@@ -142,12 +149,21 @@ class Layer(nn.Module):
         assert kv is not None, "a diffusion segment needs a cache or an AR segment to read"
         by_block = lambda x: x.reshape(x.shape[0], -1, segment.block, *x.shape[2:])
         q, k, v = (by_block(x) for x in self.self_attn_diff.qkv(x, *rotary))
-        anchors = segment.positions[:, :: segment.block]
         start = None if segment.start is None else segment.start[:, :: segment.block]
-        used = anchors.max() if cached else None
+        end, used = _limits(segment, segment.positions[:, :: segment.block], cached)
         slots = seen(kv, segment.span)
-        heads = attention.attend_blocks(q, *slots, k, v, start, anchors, used, self.mesh)
+        heads = attention.attend_blocks(
+            q, *slots, k, v, start, end, used, self.mesh, segment.branches
+        )
         return self.self_attn_diff.out(heads.reshape(*x.shape[:2], *heads.shape[3:]))
+
+
+def _limits(segment: Segment, end: Array, cached: bool) -> tuple[Array, Array | None]:
+    """The slots below which each row or block sees all, and a bound on the slots seen."""
+    if segment.branches is None:
+        return end, end.max() if cached else None
+    first, width = segment.branches.first, segment.branches.seen.shape[2]
+    return jnp.broadcast_to(first[:, None], end.shape), first.max() + width
 
 
 class DualViewTransformer(nn.Module):

@@ -189,9 +189,14 @@ def draw(probs: Array, sampler: Sampler, positions: Array, purpose: Purpose) -> 
     Returns:
       int32[B, T].
     """
+    return greedy(perturbed(probs, sampler, positions, purpose))
+
+
+def perturbed(probs: Array, sampler: Sampler, positions: Array, purpose: Purpose) -> Array:
+    """Log-probabilities and noise, [B, T, V]: the largest is `draw`'s, the next its runners-up."""
     keys = _keys(sampler, positions, purpose)
     noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, probs.shape[-1:])))(keys)
-    return greedy(jnp.log(probs) + noise)
+    return jnp.log(probs) + noise
 
 
 def accept_equal(drafts: Array, predicted: Array) -> Verdict:

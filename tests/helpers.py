@@ -78,11 +78,19 @@ def in_lockstep(segments, rows, block, cache):
             hidden[i], cache = rows(segment, cache)
     for i, segment in enumerate(segments):
         if segment.view is View.DIFFUSION:
-            cuts = range(0, segment.tokens.shape[1], segment.block)
-            cut = lambda x, j, k=segment.block: x[:, j : j + k]
-            parts = [jax.tree.map(lambda x, j=j, cut=cut: cut(x, j), segment) for j in cuts]
-            hidden[i] = jnp.concatenate([block(part, cache) for part in parts], axis=1)
+            hidden[i] = jnp.concatenate([block(part, cache) for part in blocks(segment)], axis=1)
     return hidden, cache
+
+
+def blocks(segment):
+    """A segment of several blocks as one segment a block."""
+    for i in range(segment.tokens.shape[1] // segment.block):
+        at = slice(i * segment.block, (i + 1) * segment.block)
+        sees = segment.branches
+        if sees is not None:
+            sees = sees.replace(seen=sees.seen[:, i : i + 1])
+        tokens, positions = segment.tokens[:, at], segment.positions[:, at]
+        yield segment.replace(tokens=tokens, positions=positions, branches=sees)
 
 
 def views(segments) -> str:

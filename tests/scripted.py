@@ -31,6 +31,30 @@ class TokenCache(struct.PyTreeNode):
 
     tokens: jax.Array
 
+    def compact(self, first: jax.Array, rows: jax.Array) -> "TokenCache":
+        def move(tokens, first, rows):
+            window = jax.lax.dynamic_slice_in_dim(tokens, first, rows.shape[0])
+            return jax.lax.dynamic_update_slice_in_dim(tokens, window[rows], first, 0)
+
+        return TokenCache(jax.vmap(move)(self.tokens, first, rows))
+
+
+def seen_tokens(cache: TokenCache, ends: jax.Array, branches) -> tuple[jax.Array, jax.Array]:
+    """What T rows or blocks see, in the order of positions: int32[B, T, S], and how many [B, T].
+
+    `ends` [B, T] is the slot up to which each sees all, where there are no `branches`.
+    """
+    slots = jnp.arange(cache.tokens.shape[1])
+    seen = slots < ends[..., None]
+    if branches is not None:  # its own slots one by one, so that attention.py is not needed to test
+        first = branches.first[:, None, None]
+        mark = lambda seen, marks, at: jax.lax.dynamic_update_slice(seen, marks, (0, at))
+        seen = jnp.broadcast_to(slots < first, seen.shape)
+        seen = jax.vmap(mark)(seen, branches.seen, branches.first)
+    order = jnp.argsort(~seen, axis=2, stable=True)
+    tokens = jnp.broadcast_to(cache.tokens[:, None], seen.shape)
+    return jnp.take_along_axis(tokens, order, axis=2), seen.sum(axis=2)
+
 
 @dataclasses.dataclass(frozen=True)
 class ScriptedModel:
@@ -52,27 +76,33 @@ class ScriptedModel:
     def _ar(self, params, segment: Segment, cache: TokenCache):
         """The script's next token; off the script, the draft: agreement after a miss is a trap."""
         write = jax.vmap(jax.lax.dynamic_update_slice)
-        tokens = write(cache.tokens, segment.tokens, segment.positions[:, :1])
-        slots = tokens.shape[1]
-        on_script = jnp.cumprod(tokens == params["text"][:, :slots], axis=1)
-        faithful = jnp.take_along_axis(on_script, segment.positions, axis=1)
+        cache = TokenCache(write(cache.tokens, segment.tokens, segment.positions[:, :1]))
         after = segment.positions + 1
+        faithful = self._faithful(params, cache, after, segment)
         text = jnp.take_along_axis(params["text"], after, axis=1)
         trap = jnp.take_along_axis(params["drafts"], after, axis=1)
-        return jnp.where(faithful == 1, text, trap)[..., None], TokenCache(tokens)
+        return jnp.where(faithful, text, trap)[..., None], cache
+
+    def _faithful(self, params, cache: TokenCache, ends, segment: Segment):
+        """Whether each row or block sees the script's tokens, `ends` of them, and nothing else."""
+        tokens, count = seen_tokens(cache, ends, segment.branches)
+        slots = jnp.arange(tokens.shape[2])
+        right = (tokens == params["text"][:, None, : tokens.shape[2]]) | (slots >= ends[..., None])
+        return right.all(axis=2) & (count == jnp.minimum(ends, tokens.shape[2]))
 
     def _block(self, params, segment: Segment, cache: TokenCache):
         """The scripted drafts, if the block is [anchor, MASK ...] behind a faithful cache."""
-        anchor_at, slots = segment.positions[:, :1], cache.tokens.shape[1]
-        below = jnp.arange(slots) < anchor_at
-        faithful = (~below | (cache.tokens == params["text"][:, :slots])).all(1, keepdims=True)
+        anchor_at = segment.positions[:, :1]
+        faithful = self._faithful(params, cache, anchor_at, segment)
         right_anchor = segment.tokens[:, :1] == jnp.take_along_axis(params["text"], anchor_at, 1)
         masked = (segment.tokens[:, 1:] == self.config.mask_token_id).all(1, keepdims=True)
         drafts = jnp.take_along_axis(params["drafts"], segment.positions + 1, axis=1)
         return jnp.where(faithful & right_anchor & masked, drafts, POISON)[..., None]
 
     def logits(self, params, hidden):
-        return jax.nn.one_hot(hidden[..., 0], VOCAB)
+        """The id that `hidden` says; next to it the one that `drafts_agreeing` made it from."""
+        said = hidden[..., 0]
+        return 3 * jax.nn.one_hot(said, VOCAB) + 2 * jax.nn.one_hot((said - 17) % 51 + 10, VOCAB)
 
 
 @dataclasses.dataclass(frozen=True)

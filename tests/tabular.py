@@ -21,7 +21,7 @@ import numpy as np
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import Segment
 from tests.helpers import in_lockstep, tiny_config
-from tests.scripted import TokenCache
+from tests.scripted import TokenCache, seen_tokens
 
 VOCAB, MASK, EOS, SUMS, POSITIONS = 5, 4, 3, 2, 16
 TEXT = np.arange(VOCAB) != MASK
@@ -47,20 +47,25 @@ class TabularModel:
     def _rows(self, params, segment: Segment, cache: TokenCache):
         at, write = segment.positions, jax.vmap(jax.lax.dynamic_update_slice)
         cache = TokenCache(write(cache.tokens, segment.tokens, at[:, :1]))
-        sums = jnp.take_along_axis(jnp.cumsum(cache.tokens, axis=1), at, axis=1)
+        sums = _sum(cache, at + 1, segment)
         return params["ar"][at, sums % SUMS, segment.tokens], cache
 
     def _block(self, params, segment: Segment, cache: TokenCache):
         at = segment.positions
         anchor, first, row = segment.tokens[:, :1], at[:, :1], jnp.arange(at.shape[1])
-        below = jnp.arange(cache.tokens.shape[1]) < first
-        sums = jnp.where(below, cache.tokens, 0).sum(1, keepdims=True) + anchor
+        sums = _sum(cache, first, segment) + anchor
         logits = params["block"][row, first, sums % SUMS, anchor]
         masked = (segment.tokens[:, 1:] == MASK).all(1)
         return jnp.where(masked[:, None, None], logits, 0.0)
 
     def logits(self, params, hidden):
         return hidden
+
+
+def _sum(cache: TokenCache, ends: jax.Array, segment: Segment) -> jax.Array:
+    """int32[B, T]: the sum of the tokens that each row or block sees."""
+    tokens, count = seen_tokens(cache, ends, segment.branches)
+    return jnp.where(jnp.arange(tokens.shape[2]) < count[..., None], tokens, 0).sum(axis=2)
 
 
 def tables(seed: int) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from orthrus_jax import ahead
+from orthrus_jax.ahead import Scheme
 from orthrus_jax.engine import Plan, Request
 from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator
@@ -25,13 +26,19 @@ from tests.orthrus_jax.test_decode import (
     script_of,
     start,
 )
-from tests.scripted import drafts_agreeing, expected_ahead, plain_text
+from tests.scripted import Outcome, drafts_agreeing, expected, expected_ahead, plain_text
 
 
 def run(model, *args, early: int, block_size: int = K, **kwargs):
     state, params = start(model, *args, **kwargs)
-    state = state.replace(ahead=ahead.nothing(state.count.shape[0], block_size))
-    return ahead.one_forward_decode(model, params, state, block_size=block_size, early=early)
+    return decode(model, params, state, Scheme(block_size, early=early))
+
+
+def decode(model, params, state, scheme: Scheme, **options):
+    """With no draft yet, if the state has none."""
+    if state.ahead is None:
+        state = state.replace(ahead=scheme.nothing(state.count.shape[0]))
+    return ahead.one_forward_decode(model, params, state, scheme=scheme, **options)
 
 
 def check_all(model, text, drafts, lengths, budgets, eos=(), *, early, block_size=K, slots=SLOTS):
@@ -92,54 +99,132 @@ def test_each_cycle_is_one_forward_and_emits() -> None:
     assert int(state.cycles[0]) == N - 1, "as many as AR decoding takes, and no more"
 
 
+ANY = [
+    (ahead.one_forward_decode, Scheme(K, early=2, fresh=3)),
+    (ahead.one_forward_decode, Scheme(K, nodes=6, early=3)),
+    (ahead.one_forward_decode, Scheme(K, nodes=9, early=10, fresh=2, choices=4)),
+    (ahead.one_forward_decode, Scheme(K, nodes=2, early=1, choices=2)),
+    (ahead.two_forward_decode, Scheme(K)),
+    (ahead.two_forward_decode, Scheme(2)),
+    (ahead.two_forward_decode, Scheme(K, nodes=6)),
+]
+NAMES = [f"{loop.__name__}, {s.nodes} nodes, {s.early}+{s.fresh}" for loop, s in ANY]
+
+
+def run_any(loop, scheme: Scheme, text, drafts, lengths, budgets, eos=(), slots=SLOTS):
+    state, params = start(
+        MODEL, text, drafts, lengths, budgets, eos, slots=slots, reach=max(scheme.drafts, K - 1)
+    )
+    if loop is ahead.one_forward_decode:
+        state = state.replace(ahead=scheme.nothing(len(lengths)))
+    return loop(MODEL, params, state, scheme=scheme)
+
+
+def check_any(state, text, lengths, budgets, eos, room: list[int], cycle_emits: int) -> None:
+    """Every row says its script as AR decoding does, and no cycle emits less than it must."""
+    for row, (length, budget) in enumerate(zip(lengths, budgets, strict=True)):
+        ar = expected(text[row], text[row], length, budget, eos, room=room[row], block_size=1)
+        accepted = [n for n in np.asarray(state.accepted)[row].tolist() if n >= 0]
+        check(state, row, text, Outcome(ar.tokens, accepted, ar.position))
+        emitted, most = sum(n + cycle_emits for n in accepted), max(len(ar.tokens) - 1, 0)
+        assert most <= emitted < most + cycle_emits + 1
+
+
+@pytest.mark.parametrize(("loop", "scheme"), ANY, ids=NAMES)
+@pytest.mark.parametrize("name", PATHS)
+def test_every_path_is_exact_whatever_is_drafted(name: str, loop, scheme: Scheme) -> None:
+    _, _, budget, eos, *_ = PATHS[name]
+    text, drafts = script_of(name)
+    state = run_any(loop, scheme, text, drafts, [5], [budget], eos)
+    emits = 2 if loop is ahead.two_forward_decode else 1
+    check_any(state, text, [5], [budget], eos, [N], emits)
+
+
+@pytest.mark.parametrize(("loop", "scheme"), ANY, ids=NAMES)
+@pytest.mark.parametrize("slots", [SLOTS, 22])
+def test_random_batches_are_exact_whatever_is_drafted(loop, scheme: Scheme, slots: int) -> None:
+    """Rows of every length, some of which meet the end of the cache."""
+    rng = np.random.default_rng(slots)
+    rows = 8
+    text = plain_text(rows, WIDTH, seed=slots, low=5)
+    drafts = drafts_agreeing(text, rng.random((rows, WIDTH)) < rng.uniform(0.3, 1, (rows, 1)))
+    lengths, budgets = rng.integers(1, PROMPT + 1, rows).tolist(), [N, N, 3, N, 9, N, 1, 0]
+    eos = tuple(rng.choice(61, 3, replace=False).tolist())
+    state = run_any(loop, scheme, text, drafts, lengths, budgets, eos, slots)
+    reach = max(scheme.drafts, K - 1)
+    room = [min(slots - reach - length, N) for length in lengths]
+    emits = 2 if loop is ahead.two_forward_decode else 1
+    check_any(state, text, lengths, budgets, eos, room, emits)
+
+
+@pytest.mark.parametrize("agree", [1.0, 0.5, 0.0])
+def test_a_tree_of_all_the_drafter_s_choices_is_always_right(agree: float) -> None:
+    """Each token is one of the two likeliest guesses, and the tree holds both, everywhere."""
+    text = plain_text(6, WIDTH, seed=2)
+    drafts = drafts_agreeing(text, np.random.default_rng(1).random((6, WIDTH)) < agree)
+    nodes = 2 + 4 + 8
+    both = Scheme(K, nodes=nodes, choices=2)
+    state = run_any(ahead.two_forward_decode, both, text, drafts, [4] * 6, [16] * 6)
+    assert np.asarray(state.accepted)[:, :4].tolist() == [[3, 3, 3, -1]] * 6
+    both = Scheme(K, nodes=nodes, early=nodes + 1, choices=2)
+    state = run_any(ahead.one_forward_decode, both, text, drafts, [4] * 6, [14] * 6)
+    assert np.asarray(state.accepted)[:, :5].tolist() == [[0, 3, 3, 3, -1]] * 6
+
+
+@pytest.mark.parametrize(("fresh", "accepted"), [(0, [0, 1, 1]), (2, [0, 1, 3])])
+def test_a_fresh_block_drafts_on_where_its_token_comes(fresh: int, accepted: list[int]) -> None:
+    """At 8 the second guess is right. The early block bets on no draft standing, and is wrong.
+
+    Without F(1, second) only the old draft's last token is left; with it, a whole draft is there.
+    """
+    text = plain_text(1, WIDTH, seed=3)
+    drafts = drafts_agreeing(text, np.arange(WIDTH) != 8)
+    scheme = Scheme(K, early=1, fresh=fresh, choices=2)
+    state = run_any(ahead.one_forward_decode, scheme, text, drafts, [5], [12])
+    assert np.asarray(state.tokens)[0, :12].tolist() == text[0, 5:17].tolist()
+    assert np.asarray(state.accepted)[0, :3].tolist() == accepted
+
+
+def test_each_forward_of_two_emits() -> None:
+    text = plain_text(1, WIDTH, seed=3)
+    never = drafts_agreeing(text, np.zeros_like(text, bool))
+    scripted.forwards.clear()
+    state, params = start(COUNTED, text, never, [5], [9])
+    state = ahead.two_forward_decode(COUNTED, params, state, scheme=Scheme(K))
+    jax.block_until_ready(state)
+    jax.effects_barrier()
+    assert scripted.forwards == ["ar", *["ar+diffusion", "ar"] * 4]
+    assert np.asarray(state.accepted)[0, :5].tolist() == [0, 0, 0, 0, -1]
+
+
 def test_a_draft_goes_on_behind_a_pause() -> None:
     """Stopped after every cycle, the loop says the same in as many cycles."""
     text = plain_text(3, WIDTH, seed=5)
     drafts = drafts_agreeing(text, np.random.default_rng(6).random((3, WIDTH)) < 0.8)
     whole = run(MODEL, text, drafts, [4, 7, 9], [N] * 3, early=2)
     state, params = start(MODEL, text, drafts, [4, 7, 9], [N] * 3)
-    state = state.replace(ahead=ahead.nothing(3, K))
     for _ in range(N):
-        state = ahead.one_forward_decode(MODEL, params, state, early=2, cycles=jnp.int32(1))
+        state = decode(MODEL, params, state, Scheme(K, early=2), cycles=jnp.int32(1))
     np.testing.assert_array_equal(state.tokens, whole.tokens)
     np.testing.assert_array_equal(state.accepted, whole.accepted)
 
 
-def test_the_likeliest_ends_are_bet_on() -> None:
-    trust = np.random.default_rng(0).random((50, 5)).astype(np.float32)
-    bets = np.asarray(ahead.likeliest_ends(jnp.asarray(trust), 3))
-    for row, found in zip(trust, bets, strict=True):
-        ends = [np.prod(row[:n]) * (1 - row[n] if n < 5 else 1) for n in range(6)]
-        assert sum(ends) == pytest.approx(1, abs=1e-5)
-        assert sorted(found) == sorted(np.argsort(ends)[-3:])
-
-
-def test_a_new_draft_is_all_before_it_has_begun() -> None:
-    bets = ahead.likeliest_ends(ahead.nothing(2, K).trust, 1)
-    assert np.asarray(bets).tolist() == [[0], [0]]
-
-
-def test_what_is_left_of_a_draft_moves_up() -> None:
-    old = ahead.Ahead(jnp.array([[1, 2, 3, 4]] * 4), jnp.array([[0.9, 0.8, 0.7, 0.6]] * 4))
-    left = ahead.leftover(old, jnp.array([0, 1, 3, 4]))
-    assert np.asarray(left.tokens).tolist() == [
-        [2, 3, 4, 4], [3, 4, 4, 4], [4, 4, 4, 4], [4, 4, 4, 4],
-    ]  # fmt: skip
-    assert (np.asarray(left.trust) > 0).sum(1).tolist() == [3, 2, 0, 0]
-
-
-@pytest.mark.parametrize("early", [0, K + 1])
+@pytest.mark.parametrize(
+    "early", [0, K + 1]
+)
 def test_more_blocks_than_ends_are_refused(early: int) -> None:
     text = plain_text(1, WIDTH)
-    with pytest.raises(ValueError, match=f"early={early} must be from 1 to block_size=4"):
+    with pytest.raises(ValueError, match=f"early={early} must be from 1 to 4, the ends"):
         run(MODEL, text, text, [3], [3], early=early)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cycle": "half"}, "cycle='half' is not one of two-forward, one-forward"),
-        ({"cycle": "one-forward", "early_blocks": 0}, "early_blocks=0 must be at least 1"),
+        ({"cycle": "half"}, "cycle='half' is not one of paper, two-forward, one-forward"),
+        ({"cycle": "one-forward", "early_blocks": 0}, "early_blocks=0: .* at least one"),
+        ({"cycle": "one-forward", "fresh_blocks": -1}, "fresh_blocks=-1 must be 0 or more"),
+        ({"cycle": "paper", "tree_nodes": 8}, "tree_nodes=8 needs cycle='two-forward' or"),
     ],
 )
 def test_an_impossible_cycle_is_refused(options, message) -> None:
@@ -150,7 +235,7 @@ def test_an_impossible_cycle_is_refused(options, message) -> None:
 def test_a_draw_from_q_is_not_drafted_ahead() -> None:
     engine = Generator(tiny_config(), {}).engine
     plan = Plan(cycle="one-forward", proposal=Proposal.DRAW)
-    with pytest.raises(UserError, match="proposal=draw needs cycle='two-forward'"):
+    with pytest.raises(UserError, match="proposal=draw needs cycle='paper'"):
         engine.check([Request([1], SamplingParams(temperature=1.0))], plan)
 
 

@@ -17,7 +17,9 @@ MODEL = ScriptedModel(tiny_config(block_size=K))
 COUNTED = ScriptedModel(tiny_config(block_size=K), counted=True)
 
 
-def start(model, text, drafts, lengths, budgets, eos=(), *, slots=SLOTS, padded=PROMPT, new=N):
+def start(
+    model, text, drafts, lengths, budgets, eos=(), *, slots=SLOTS, padded=PROMPT, new=N, reach=None
+):
     """The state after prefill, the params and the EOS array."""
     text, lengths = np.asarray(text), np.asarray(lengths, np.int32)
     prompts = np.where(np.arange(padded) < lengths[:, None], text[:, :padded], scripted.POISON)
@@ -32,6 +34,7 @@ def start(model, text, drafts, lengths, budgets, eos=(), *, slots=SLOTS, padded=
         ids,
         slots=slots,
         max_new_tokens=new,
+        reach=reach,
     )
     return state, params
 
@@ -188,7 +191,7 @@ def test_a_row_is_cut_exactly_where_the_cache_ends(loop: str, agree: float) -> N
     text = plain_text(rows, WIDTH, seed=4)
     drafts = drafts_agreeing(text, np.random.default_rng(5).random((rows, WIDTH)) < agree)
     lengths = list(range(1, rows + 1))
-    assert decode.capacity(slots, K) == 15
+    assert decode.capacity(slots, K - 1) == 15
     state = check_all(loop, MODEL, text, drafts, lengths, [99] * rows, slots=slots)
     assert np.asarray(state.count).tolist() == [15 - length for length in lengths]
 

@@ -1,0 +1,187 @@
+"""Trees of drafts: several guesses a position, verified together in one forward.
+
+The drafting view gives the likeliest tokens of each position behind the anchor. A tree holds the
+prefixes that are likeliest as a whole, one node for the last token of each. It is laid out in rows:
+the anchor first, a parent before its children. Every row sees the cache and its own path.
+
+    guesses        to buy | milk eggs | and at          a tree of 6 nodes, P falling
+
+    row            0       1     2     3      4      5      6
+    token          anchor  to    buy   milk   milk   eggs   and
+    parent         .       0     0     1      2      1      3
+    depth          0       1     1     2      2      2      3
+
+The AR view says one token behind each row: the walk goes from the root to the child that equals it,
+as far as there is one. Which nodes there are decides how far it gets, never what is emitted.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+Array = jax.Array
+
+
+class Guesses(struct.PyTreeNode):
+    """What a drafting view holds likely at each of the D positions behind the anchor.
+
+    Attributes:
+      tokens: int32[B, D, M], the M likeliest, likeliest first.
+      probs: float32[B, D, M], their probabilities; 0 where nothing is known.
+    """
+
+    tokens: Array
+    probs: Array
+
+
+class Tree(struct.PyTreeNode):
+    """R rows to verify: row 0 is the anchor, the others are drafts, parents before children.
+
+    Attributes:
+      tokens: int32[B, R].
+      parent: int32[B, R], the row before it on its path; the anchor's is itself.
+      depth: int32[B, R], its distance from the anchor; 0 too for a row that fills up the shape.
+      rank: int32[B, R], which guess of its position it is; the anchor's is 0.
+      path: bool[B, R, R], path[b, r, s]: s is r or one of its ancestors.
+      reach: float32[B, R], how likely all of its path is right.
+    """
+
+    tokens: Array
+    parent: Array
+    depth: Array
+    rank: Array
+    path: Array
+    reach: Array
+
+
+def nothing(batch: int, positions: int, choices: int) -> Guesses:
+    """No guesses: any tree of them has its anchor alone for a likely end."""
+    shape = (batch, positions, choices)
+    return Guesses(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+
+def shifted(guesses: Guesses, by: Array) -> Guesses:
+    """What the guesses say of the positions `by` [B] further on; behind them nothing is known."""
+    width = guesses.tokens.shape[1]
+    source = by[:, None] + jnp.arange(width)
+    index = jnp.minimum(source, width - 1)[..., None]
+    move = lambda x: jnp.take_along_axis(x, index, axis=1)
+    known = (source < width)[..., None]
+    return Guesses(move(guesses.tokens), jnp.where(known, move(guesses.probs), 0.0))
+
+
+def grow(anchor: Array, guesses: Guesses, nodes: int) -> Tree:
+    """The `nodes` likeliest prefixes if positions were independent, behind `anchor` [B].
+
+    Level by level: what is among the best of all levels is among the best `nodes` of its own, and
+    so is its parent, which is no less likely. Ties go to the shallower node, so a parent is always
+    chosen with its child.
+    """
+    batch, _, choices = guesses.tokens.shape
+    levels = min(nodes, guesses.tokens.shape[1])
+    least = jnp.finfo(jnp.float32).tiny  # what is not known is unlikely, not absent
+    log_p = jnp.log(jnp.maximum(guesses.probs[:, :levels], least)).swapaxes(0, 1)
+
+    def level(above: Array, at: Array) -> tuple[Array, tuple[Array, Array]]:
+        scores = (above[:, :, None] + at[:, None]).reshape(batch, nodes * choices)
+        best, index = jax.lax.top_k(scores, nodes)
+        return best, (best, index)
+
+    root = jnp.where(jnp.arange(nodes) == 0, 0.0, -jnp.inf)
+    _, (scores, index) = jax.lax.scan(level, jnp.broadcast_to(root, (batch, nodes)), log_p)
+    by_level = lambda x: x.swapaxes(0, 1).reshape(batch, levels * nodes)
+    scores, index = by_level(scores), by_level(index)
+    chosen = jnp.sort(jax.lax.top_k(scores, nodes)[1], axis=1)  # numbered level by level
+
+    pick = lambda x: jnp.take_along_axis(x, chosen, axis=1)
+    scores, index, depth = pick(scores), pick(index), chosen // nodes + 1
+    exists = scores > -jnp.inf
+    above = (depth - 2) * nodes + index // choices  # the parent's number, where it has one
+    parent = 1 + jnp.argmax(chosen[:, None] == above[..., None], axis=2)
+    parent = jnp.where(exists & (depth > 1), parent, 0)
+    rank = index % choices
+    flat = guesses.tokens[:, :levels].reshape(batch, -1)
+    tokens = jnp.take_along_axis(flat, (depth - 1) * choices + rank, axis=1)
+    with_root = lambda x, root: jnp.concatenate([root[:, None].astype(x.dtype), x], axis=1)
+    zero, parent = jnp.zeros_like(anchor), parent.astype(jnp.int32)
+    parent = with_root(parent, zero)
+    return Tree(
+        tokens=with_root(tokens, anchor),
+        parent=parent,
+        depth=with_root(jnp.where(exists, depth, 0), zero),
+        rank=with_root(rank, zero),
+        path=_paths(parent, levels),
+        reach=with_root(jnp.exp(scores), jnp.ones_like(anchor)),
+    )
+
+
+def chain(anchor: Array, guesses: Guesses) -> Tree:
+    """The likeliest guess of each position, one behind the other: `grow` of one choice, at once."""
+    rows = guesses.tokens.shape[1] + 1
+    depth = jnp.broadcast_to(jnp.arange(rows), (anchor.shape[0], rows))
+    reach = jnp.cumprod(guesses.probs[..., 0], axis=1)
+    return Tree(
+        tokens=jnp.concatenate([anchor[:, None], guesses.tokens[..., 0]], axis=1),
+        parent=jnp.maximum(depth - 1, 0),
+        depth=depth,
+        rank=jnp.zeros_like(depth),
+        path=jnp.broadcast_to(jnp.tri(rows, dtype=bool), (anchor.shape[0], rows, rows)),
+        reach=jnp.pad(reach, ((0, 0), (1, 0)), constant_values=1.0),
+    )
+
+
+def walk(tree: Tree, predicted: Array) -> tuple[Array, Array]:
+    """Follow what the AR view says behind each row, `predicted` [B, R], from the root on.
+
+    Returns:
+      How many drafts stand, int32[B]; and the rows from the anchor to the last that stands,
+      int32[B, R], the last repeated from there on.
+    """
+    behind = jnp.take_along_axis(predicted, tree.parent, axis=1)
+    is_root = jnp.arange(tree.tokens.shape[1]) == 0
+    right = is_root | ((tree.tokens == behind) & (tree.depth > 0))
+    stands = ~(tree.path & ~right[:, None]).any(axis=2)
+    last = jnp.argmax(jnp.where(stands, tree.depth, -1), axis=1)
+    way = jnp.take_along_axis(tree.path, last[:, None, None], axis=1)[:, 0]
+    accepted = jnp.take_along_axis(tree.depth, last[:, None], axis=1)[:, 0]
+    steps = jnp.arange(tree.tokens.shape[1])
+    at_step = way[:, None] & (tree.depth[:, None] == steps[:, None])
+    rows = jnp.where(steps <= accepted[:, None], jnp.argmax(at_step, axis=2), last[:, None])
+    return accepted, rows.astype(jnp.int32)
+
+
+def ends(tree: Tree) -> Array:
+    """How likely the walk ends at each row, float32[B, R]: it gets there, and to no child."""
+    onward = jnp.where(_children(tree), tree.reach[:, None], 0.0).sum(axis=2)
+    return jnp.maximum(tree.reach - onward, 0.0)
+
+
+def corrections(tree: Tree, guesses: Guesses) -> Array:
+    """How likely the walk ends at a row and a guess outside the tree comes next.
+
+    Returns:
+      float32[B, R, M]: for each row, the guesses of the position behind it; 0 for its children.
+    """
+    choices = jnp.arange(guesses.tokens.shape[2])
+    probs = jnp.pad(guesses.probs, ((0, 0), (0, 1), (0, 0)))  # behind the last: nothing known
+    after = jnp.take_along_axis(probs, jnp.minimum(tree.depth, probs.shape[1] - 1)[..., None], 1)
+    taken = (_children(tree)[..., None] & (tree.rank[:, None, :, None] == choices)).any(axis=2)
+    return jnp.where(taken, 0.0, tree.reach[..., None] * after)
+
+
+def _children(tree: Tree) -> Array:
+    """bool[B, R, R]: [b, r, s], s is a child of r."""
+    rows = jnp.arange(tree.tokens.shape[1])
+    return (tree.parent[:, None] == rows[:, None]) & (tree.depth[:, None] > 0)
+
+
+def _paths(parent: Array, levels: int) -> Array:
+    """bool[B, R, R]: the closure of "is its parent", by doubling the steps taken."""
+    rows = jnp.arange(parent.shape[1])
+    path = (parent[..., None] == rows) | (rows[:, None] == rows)
+    reached = 1
+    while reached < levels:
+        hops = path.astype(jnp.float32)
+        path = hops @ hops > 0
+        reached *= 2
+    return path
