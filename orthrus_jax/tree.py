@@ -67,7 +67,8 @@ def shifted(guesses: Guesses, by: Array) -> Guesses:
     index = jnp.minimum(source, width - 1)[..., None]
     move = lambda x: jnp.take_along_axis(x, index, axis=1)
     known = (source < width)[..., None]
-    return Guesses(move(guesses.tokens), jnp.where(known, move(guesses.probs), 0.0))
+    keep = lambda x: jnp.where(known, move(x), 0)
+    return Guesses(keep(guesses.tokens), keep(guesses.probs))
 
 
 def grow(anchor: Array, guesses: Guesses, nodes: int) -> Tree:

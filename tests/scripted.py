@@ -167,7 +167,7 @@ def expected_ahead(
         if agreeing < early:
             draft = [int(t) for t in drafts[behind : behind + block_size - 1]]
         else:
-            draft = [*draft[agreeing + 1 :], *[draft[-1]] * (agreeing + 1)][: block_size - 1]
+            draft = [*draft[agreeing + 1 :], *[0] * (agreeing + 1)][: block_size - 1]
     return Outcome(tokens, accepted, length - 1 + len(tokens))
 
 

@@ -146,6 +146,6 @@ def test_what_is_left_of_guesses_moves_up() -> None:
     )
     left = trees.shifted(old, jnp.array([1, 2, 4, 5]))
     assert np.asarray(left.tokens)[..., 0].tolist() == [
-        [2, 3, 4, 4], [3, 4, 4, 4], [4, 4, 4, 4], [4, 4, 4, 4],
+        [2, 3, 4, 0], [3, 4, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0],
     ]  # fmt: skip
     assert (np.asarray(left.probs)[..., 0] > 0).sum(1).tolist() == [3, 2, 0, 0]
