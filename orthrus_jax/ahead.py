@@ -21,9 +21,10 @@ run for the likeliest.
 
 When n stand, E(n) has guesses for the token that the AR view has just said (its first row, of no
 use any more) and for those behind it: they are the next draft. F(n, c) has guesses for all behind
-c. When no block was run for what happened, what is left of the old draft is. Either way the next
-forward verifies something. What is emitted never depends on which blocks were run or which drafts
-were on the table: they only propose, and the AR view's own tokens are what is emitted.
+c. When no block was run for what happened, what is left of the deepest that was passed is, or of
+the old draft. Either way the next forward verifies something. What is emitted never depends on
+which blocks were run or which drafts were on the table: they only propose, and the AR view's own
+tokens are what is emitted.
 
 Why that is exact, and related work: docs/decoding.md.
 """
@@ -168,10 +169,11 @@ def one_forward_decode(
         state, walked, kept = verify(model, params, state.replace(cache=cache), tree, hidden, scheme)
         state = count_cycle(state, active, kept)
 
-        hit, rows = payoff(bets, walked, ahead, scheme)
+        usable, rows, behind = payoff(bets, tree, walked, ahead, scheme)
         drafted = guess(state, model.logits(params, rows), scheme, rule)
+        drafted = trees.known(drafted, behind)
         left = trees.shifted(left, walked.accepted + 1)
-        pick = lambda new, old: jnp.where(hit[:, None, None], new, old)
+        pick = lambda new, old: jnp.where(usable[:, None, None], new, old)
         return state.replace(ahead=jax.tree.map(pick, drafted, left))
 
     return until_done(cycle, state, cycles, leave)
@@ -276,19 +278,30 @@ def verify(
     return state, walked, jnp.minimum(accepted, state.count - count)
 
 
-def payoff(bets: Bets, walked: Walked, hidden: Array, scheme: Scheme) -> tuple[Array, Array]:
-    """Which rows had a bet come true, bool[B], and that block's hidden states [B, K-1, E].
+def payoff(
+    bets: Bets, tree: Tree, walked: Walked, hidden: Array, scheme: Scheme
+) -> tuple[Array, Array, Array]:
+    """What the blocks say of the tokens behind the new anchor.
 
-    The draft begins behind the new anchor: an early block's first row guessed that anchor itself.
+    Of all blocks whose anchor is on the text that came about, the deepest knows most. One anchored
+    `skip` tokens before the new anchor has spent so many rows on what is known by now: none if it
+    was fresh and right, one if it was early and right, more if its end was passed.
+
+    Returns:
+      Which rows have such a block, bool[B]; its hidden states for the K - 1 tokens behind the new
+      anchor, [B, K-1, E]; and how many of them it has, int32[B].
     """
-    fresh = jnp.arange(scheme.blocks) >= scheme.early
-    won = bets.row == walked.last[:, None]
-    won &= ~fresh | (bets.anchor == walked.correction[:, None])
-    # A fresh block knows what came; where it won, an early one may have won too.
-    which = jnp.argmax(won * (1 + fresh), axis=1)
-    begin = which * scheme.block_size + (which < scheme.early)
-    rows = begin[:, None] + jnp.arange(scheme.block_size - 1)
-    return won.any(axis=1), jnp.take_along_axis(hidden, rows[..., None], axis=1)
+    on_way = jnp.take_along_axis(tree.path, walked.last[:, None, None], axis=1)[:, 0]
+    early = jnp.arange(scheme.blocks) < scheme.early
+    came = (bets.row == walked.last[:, None]) & (bets.anchor == walked.correction[:, None])
+    right = jnp.where(early, jnp.take_along_axis(on_way, bets.row, axis=1), came)
+    depth = jnp.where(right, bets.depth, -1)
+    which = jnp.argmax(depth, axis=1)
+    skip = jnp.maximum(walked.accepted + 1 - depth.max(axis=1), 0)
+    rows = skip[:, None] + jnp.arange(scheme.block_size - 1)
+    rows = which[:, None] * scheme.block_size + jnp.minimum(rows, scheme.block_size - 1)
+    rows = jnp.take_along_axis(hidden, rows[..., None], axis=1)
+    return right.any(axis=1), rows, scheme.block_size - skip
 
 
 def guess(state: DecodeState, logits: Array, scheme: Scheme, rule: Rule) -> Guesses:

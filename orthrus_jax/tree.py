@@ -65,10 +65,14 @@ def shifted(guesses: Guesses, by: Array) -> Guesses:
     width = guesses.tokens.shape[1]
     source = by[:, None] + jnp.arange(width)
     index = jnp.minimum(source, width - 1)[..., None]
-    move = lambda x: jnp.take_along_axis(x, index, axis=1)
-    known = (source < width)[..., None]
-    keep = lambda x: jnp.where(known, move(x), 0)
-    return Guesses(keep(guesses.tokens), keep(guesses.probs))
+    moved = jax.tree.map(lambda x: jnp.take_along_axis(x, index, axis=1), guesses)
+    return known(moved, width - by)
+
+
+def known(guesses: Guesses, count: Array) -> Guesses:
+    """The first `count` [B] positions; of the others nothing is known."""
+    inside = (jnp.arange(guesses.tokens.shape[1]) < count[:, None])[..., None]
+    return jax.tree.map(lambda x: jnp.where(inside, x, 0), guesses)
 
 
 def grow(anchor: Array, guesses: Guesses, nodes: int) -> Tree:
