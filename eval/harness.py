@@ -32,7 +32,7 @@ from orthrus_jax import machine
 from orthrus_jax.engine import Answer, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator as Answerer
-from orthrus_jax.generate import add_cycle
+from orthrus_jax.generate import add_cycle, spend_rows
 from orthrus_jax.model import Params
 from orthrus_jax.sampling import Rule, SamplingParams
 from orthrus_jax.tokenizer import decode, encode_messages
@@ -45,9 +45,9 @@ GRADERS = 16  # programs run at once, at most
 # What --resume must find as it was; `batch_size` too, for it decides what is timed.
 ASKED = (
     *("model", "mode", "limit", "batch_size", "thinking"),
-    *("temperature", "top_p", "top_k", "seed", "n", "accept"),
-    *("cycle", "early_blocks", "fresh_blocks", "tree_nodes"),
+    *("temperature", "top_p", "top_k", "seed", "n", "accept", "rows"),
 )
+CYCLE = ("cycle", "early_blocks", "fresh_blocks", "tree_nodes")  # as told, or as --rows has it
 
 
 @dataclasses.dataclass
@@ -403,8 +403,9 @@ def run(benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
     found.check("asked", asked)
     benchmark.ready()
     model = orthrus_jax.load(args.model, **machine.prepare(args))
+    spend_rows(args, model, args.batch_size)
     loops = _loops(args, model, sampling).fitted(problems)
-    loaded = {
+    loaded = {name: getattr(args, name) for name in CYCLE} | {
         "weights": fingerprint(model.params),
         "dtype": model.config.dtype,
         "draft_length": loops.plan.draft_length,

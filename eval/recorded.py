@@ -211,9 +211,7 @@ def _watched(
     hits = cycles = 0
     known, rows = np.asarray(params["log_probs"])[..., 0], np.arange(len(state.done))
     while not state.done.all():
-        state = ahead.one_forward_decode(
-            model, params, state, scheme=scheme, cycles=jnp.int32(1)
-        )
+        state = ahead.one_forward_decode(model, params, state, scheme=scheme, cycles=jnp.int32(1))
         going = ~np.asarray(state.done)
         index = np.asarray(state.position) - 1  # the anchor's, in its answer
         early = known[rows, np.clip(index - 1, 0, known.shape[1] - 1)][:, 1:]

@@ -361,10 +361,10 @@ def details(result: Row) -> list[str]:
         names = ("temperature", "top_p", "top_k", "seed", "n", "accept")
         chosen = ", ".join(f"{name} {asked[name]}" for name in names)
     ahead = ""
-    if asked.get("cycle", "paper") != "paper":
+    if loaded.get("cycle", "paper") != "paper":
         names = ("early_blocks", "fresh_blocks", "tree_nodes")
-        spent = [f"{asked[name]} {name.replace('_', ' ')}" for name in names if asked[name]]
-        ahead = f", {asked['cycle']} cycle with {', '.join(spent)}"
+        spent = [f"{loaded[name]} {name.replace('_', ' ')}" for name in names if loaded[name]]
+        ahead = ", ".join(["", f"{loaded['cycle']} cycle", *spent])
     lines.append(
         f"{chosen}; {'thinking' if asked['thinking'] else 'not thinking'}; at most "
         f"{asked['max_new_tokens']} new tokens; batch {asked['batch_size']}; "

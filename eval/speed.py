@@ -238,7 +238,8 @@ def draw(path: pathlib.Path, result: dict[str, Any]) -> None:
     pyplot.close(figure)
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """Parse a list like 1,4,16, as an option takes it."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -261,8 +262,8 @@ def _parser() -> argparse.ArgumentParser:
         "(transformers' generate; needs torch); default: %(default)s",
     )
     add_blocks(parser)
-    parser.add_argument("--batch-sizes", type=_numbers, default=[1], help="default: 1")
-    parser.add_argument("--contexts", type=_numbers, default=[128, 1024], help="default: 128,1024")
+    parser.add_argument("--batch-sizes", type=numbers, default=[1], help="default: 1")
+    parser.add_argument("--contexts", type=numbers, default=[128, 1024], help="default: 128,1024")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--draft-length", type=int, metavar="K", help="default: the trained K")
     machine.add_options(parser)

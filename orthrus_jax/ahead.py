@@ -166,7 +166,9 @@ def one_forward_decode(
         segments = [rows_of(tree, state, scheme), blocks_of(bets, model, state, scheme)]
         (hidden, ahead), cache = model.forward(params, segments, state.cache)
         left, active = state.ahead, ~state.done
-        state, walked, kept = verify(model, params, state.replace(cache=cache), tree, hidden, scheme)
+        state, walked, kept = verify(
+            model, params, state.replace(cache=cache), tree, hidden, scheme
+        )
         state = count_cycle(state, active, kept)
 
         usable, rows, behind = payoff(bets, tree, walked, ahead, scheme)

@@ -20,6 +20,7 @@ from orthrus_jax.generate import (
     decoding_options,
     load,
     print_pieces,
+    spend_rows,
 )
 from orthrus_jax.tokenizer import encode_messages
 
@@ -96,10 +97,10 @@ def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> C
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
+    model = load(args.model, **machine.prepare(args))
+    spend_rows(args, model, 1)
     options = decoding_options(args)
-    conversation = Conversation(
-        load(args.model, **machine.prepare(args)), system=args.system, thinking=args.thinking
-    )
+    conversation = Conversation(model, system=args.system, thinking=args.thinking)
     print(HELP, file=sys.stderr)
     while True:
         try:

@@ -18,12 +18,13 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from orthrus_jax import machine, tune
+from orthrus_jax import machine, planner, tune
 from orthrus_jax.checkpoint import load_checkpoint
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import CYCLES, MODES, Answer, Engine, Memory, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.model import Params
+from orthrus_jax.planner import Calibration
 from orthrus_jax.sampling import Rule, SamplingParams
 from orthrus_jax.tokenizer import Tokenizer, load_tokenizer
 from orthrus_jax.tokenizer import decode as decode_text
@@ -105,7 +106,7 @@ class Generator:
 
     `trained` is False where the diffusion view is a mere copy: exact all the same, but slow.
     `draft_length` is what a call that names none drafts with; None is the trained K. `mesh` is
-    what the parameters lie on, if on several devices.
+    what the parameters lie on, if on several devices. `calibration` is what `plan` goes by.
     """
 
     def __init__(
@@ -117,10 +118,11 @@ class Generator:
         trained: bool = True,
         draft_length: int | None = None,
         mesh: Mesh | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         self.engine = Engine(config, params, tokenizer, mesh)
         self.config, self.tokenizer, self.trained = config, tokenizer, trained
-        self.draft_length = draft_length
+        self.draft_length, self.calibration = draft_length, calibration
 
     @property
     def params(self) -> Params:
@@ -130,6 +132,13 @@ class Generator:
     @params.setter
     def params(self, params: Params) -> None:
         self.engine.params = params
+
+    def plan(self, rows: int, batch_size: int = 1) -> planner.Choice:
+        """How to spend at most `rows` rows a forward, by eval.calibrate's figures if there are any.
+
+        `model.generate(prompts, **model.plan(160).split.options)`.
+        """
+        return planner.choose(self.calibration, rows, batch_size, self.config.block_size)
 
     def generate(
         self,
@@ -349,6 +358,7 @@ def load(
         trained=checkpoint.trained,
         draft_length=tune.preferred(checkpoint.directory, checkpoint.config.block_size),
         mesh=mesh,
+        calibration=planner.load(checkpoint.directory),
     )
 
 
@@ -458,6 +468,13 @@ def add_cycle(parser: argparse.ArgumentParser) -> None:
         "verifying; default: %(default)s",
     )
     add_blocks(parser)
+    parser.add_argument(
+        "--rows",
+        type=int,
+        metavar="R",
+        help="let the planner choose the cycle and the next four, for at most R rows a forward, by "
+        "what eval.calibrate measured of this model and device",
+    )
 
 
 def add_blocks(parser: argparse.ArgumentParser) -> None:
@@ -480,6 +497,19 @@ def add_blocks(parser: argparse.ArgumentParser) -> None:
         help="with --cycle two-forward or one-forward: drafts of a tree that a forward verifies; "
         "default: %(default)s, a chain",
     )
+
+
+def spend_rows(args: argparse.Namespace, model: Generator, batch: int) -> None:
+    """Where --rows was given, set the options of `add_cycle` as the planner has them; say why."""
+    if args.rows is None:
+        return
+    choice = model.plan(args.rows, batch)
+    spent = {name: value for name, value in choice.split.options.items() if value}
+    said = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in spent.items())
+    print(f"--rows {args.rows}: {said}\n  {choice.why}", file=sys.stderr)
+    for name, value in choice.split.options.items():
+        if name != "mode" or (value, args.mode) == ("ar", "orthrus"):
+            setattr(args, name, value)
 
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -518,6 +548,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "faster until train.main has trained it",
             file=sys.stderr,
         )
+    batch = args.n if args.batch_size is None else args.batch_size
+    spend_rows(args, model, batch)
     options = decoding_options(args)
     if args.stream:
         for prompt in prompts:
@@ -530,7 +562,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         thinking=args.thinking,
         n=args.n,
         logprobs=args.logprobs,
-        batch_size=args.n if args.batch_size is None else args.batch_size,
+        batch_size=batch,
         progress=len(prompts) > 1,
         **options,
     )

@@ -133,9 +133,7 @@ class Layer(nn.Module):
             kv = write(kv, k, v, segment.positions[:, 0])
         end, used = _limits(segment, segment.positions + 1, cached)
         slots = seen(kv, segment.span)
-        heads = attention.attend(
-            q, *slots, segment.start, end, used, self.mesh, segment.branches
-        )
+        heads = attention.attend(q, *slots, segment.start, end, used, self.mesh, segment.branches)
         return self.self_attn.out(heads), kv
 
     def _attend_blocks(

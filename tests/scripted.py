@@ -164,10 +164,9 @@ def expected_ahead(
                 break
         accepted.append(min(agreeing, emitted))
         behind = at + agreeing + 1  # the first position that the next draft is for
-        if agreeing < early:
-            draft = [int(t) for t in drafts[behind : behind + block_size - 1]]
-        else:
-            draft = [*draft[agreeing + 1 :], *[0] * (agreeing + 1)][: block_size - 1]
+        spent = max(1, agreeing - (early - 1) + 1)  # rows of the deepest block on the way
+        draft = [int(t) for t in drafts[behind : behind + block_size - spent]]
+        draft += [0] * (block_size - 1 - len(draft))
     return Outcome(tokens, accepted, length - 1 + len(tokens))
 
 

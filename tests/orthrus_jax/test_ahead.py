@@ -171,11 +171,11 @@ def test_a_tree_of_all_the_drafter_s_choices_is_always_right(agree: float) -> No
     assert np.asarray(state.accepted)[:, :5].tolist() == [[0, 3, 3, 3, -1]] * 6
 
 
-@pytest.mark.parametrize(("fresh", "accepted"), [(0, [0, 1, 1]), (2, [0, 1, 3])])
+@pytest.mark.parametrize(("fresh", "accepted"), [(0, [0, 1, 2]), (2, [0, 1, 3])])
 def test_a_fresh_block_drafts_on_where_its_token_comes(fresh: int, accepted: list[int]) -> None:
     """At 8 the second guess is right. The early block bets on no draft standing, and is wrong.
 
-    Without F(1, second) only the old draft's last token is left; with it, a whole draft is there.
+    It was passed, and has a row less for what comes next. F(1, second) has a whole draft.
     """
     text = plain_text(1, WIDTH, seed=3)
     drafts = drafts_agreeing(text, np.arange(WIDTH) != 8)
@@ -209,9 +209,7 @@ def test_a_draft_goes_on_behind_a_pause() -> None:
     np.testing.assert_array_equal(state.accepted, whole.accepted)
 
 
-@pytest.mark.parametrize(
-    "early", [0, K + 1]
-)
+@pytest.mark.parametrize("early", [0, K + 1])
 def test_more_blocks_than_ends_are_refused(early: int) -> None:
     text = plain_text(1, WIDTH)
     with pytest.raises(ValueError, match=f"early={early} must be from 1 to 4, the ends"):

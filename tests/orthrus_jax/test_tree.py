@@ -44,7 +44,11 @@ def prefixes_of(tree, row: int) -> dict[tuple, int]:
 def grown(request):
     positions, choices, nodes = request.param
     guesses = random_guesses(nodes, 3, positions, choices)
-    return guesses, jax.jit(trees.grow, static_argnums=2)(jnp.full(3, ANCHOR), guesses, nodes), nodes
+    return (
+        guesses,
+        jax.jit(trees.grow, static_argnums=2)(jnp.full(3, ANCHOR), guesses, nodes),
+        nodes,
+    )
 
 
 def test_the_likeliest_prefixes_are_chosen(grown) -> None:
