@@ -114,7 +114,7 @@ class NoCache(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class RecordedModel:
-    """`decode.DecodingModel` by recording. Every token of an answer is RIGHT; it begins at position 1.
+    """`decode.DecodingModel` by recording. All of an answer is RIGHT, from position 1 on.
 
     A hidden state is the M guesses of a row and their log-probabilities. Where a block stands on
     text that did not come about, it says what it would say on the text that did: nothing looks.
@@ -141,8 +141,8 @@ class RecordedModel:
                 continue
             index = jnp.clip(anchors[:, :: segment.block] - 1, 0, params["guesses"].shape[1] - 1)
             take = lambda x, i=index: jnp.take_along_axis(x, i[..., None, None], axis=1)
-            both = [take(params["guesses"]).astype(jnp.float32), take(params["log_probs"])]
-            both = jnp.concatenate(both, axis=-1)
+            said, log_probs = take(params["guesses"]), take(params["log_probs"])
+            both = jnp.concatenate([said.astype(jnp.float32), log_probs], axis=-1)
             hidden.append(both.reshape(*anchors.shape, -1))
         return hidden, cache
 
@@ -217,8 +217,8 @@ def _watched(
         early = known[rows, np.clip(index - 1, 0, known.shape[1] - 1)][:, 1:]
         fresh = known[rows, np.minimum(index, known.shape[1] - 1)][:, :-1]
         drafted = np.asarray(state.ahead.probs)[..., 0]
-        hit = lambda by: np.isclose(drafted, np.exp(by), rtol=0.02, atol=1e-6).all(axis=1)
-        hits += ((hit(early) | hit(fresh)) & going).sum()
+        hit = [np.isclose(drafted, np.exp(by), rtol=0.02, atol=1e-6) for by in (early, fresh)]
+        hits += ((hit[0].all(axis=1) | hit[1].all(axis=1)) & going).sum()
         cycles += going.sum()
     return state, hits / max(cycles, 1)
 

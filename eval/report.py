@@ -362,8 +362,8 @@ def details(result: Row) -> list[str]:
         chosen = ", ".join(f"{name} {asked[name]}" for name in names)
     ahead = ""
     if loaded.get("cycle", "paper") != "paper":
-        names = ("early_blocks", "fresh_blocks", "tree_nodes")
-        spent = [f"{loaded[name]} {name.replace('_', ' ')}" for name in names if loaded[name]]
+        kinds = ("early_blocks", "fresh_blocks", "tree_nodes")
+        spent = [f"{loaded[kind]} {kind.replace('_', ' ')}" for kind in kinds if loaded[kind]]
         ahead = ", ".join(["", f"{loaded['cycle']} cycle", *spent])
     lines.append(
         f"{chosen}; {'thinking' if asked['thinking'] else 'not thinking'}; at most "

@@ -75,8 +75,8 @@ def attend(
         out, _ = _ranged(queries, k, v, start, end, per_row, mesh)
         return _by_row(out.astype(v.dtype), q.shape)
     if used is not None and k.shape[3] > MANY_SLOTS:
-        visible = lambda s: _in_range(s, start, end, per_row, branches)
-        out, _ = _walk(queries, k, v, visible, used)
+        sees = lambda slots: _in_range(slots, start, end, per_row, branches)
+        out, _ = _walk(queries, k, v, sees, used)
         return _by_row(out.astype(v.dtype), q.shape)
     visible = _in_range(jnp.arange(k.shape[3]), start, end, per_row, branches)
     scores = jnp.where(visible, _scores(queries, k), -jnp.inf)

@@ -127,10 +127,8 @@ class Layer(nn.Module):
         cached: bool,
     ) -> tuple[Array, tuple[Array, Array]]:
         q, k, v = self.self_attn.qkv(x, *rotary)
-        if kv is None:  # without a cache the segment's own rows are the slots
-            kv = as_slots(k, v)
-        else:
-            kv = write(kv, k, v, segment.positions[:, 0])
+        # Without a cache the segment's own rows are the slots.
+        kv = as_slots(k, v) if kv is None else write(kv, k, v, segment.positions[:, 0])
         end, used = _limits(segment, segment.positions + 1, cached)
         slots = seen(kv, segment.span)
         heads = attention.attend(q, *slots, segment.start, end, used, self.mesh, segment.branches)

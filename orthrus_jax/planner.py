@@ -100,7 +100,7 @@ class Calibration:
     def save(self, directory: str | pathlib.Path) -> pathlib.Path:
         """Write the file beside the model."""
         path = pathlib.Path(directory) / FILE
-        found = {"about": self.about, "earned": [], "cost": self.cost}
+        found: dict[str, Any] = {"about": self.about, "earned": [], "cost": self.cost}
         for each in self.earned:
             plain = dataclasses.asdict(each)
             found["earned"].append(plain.pop("split") | {"rows": each.split.rows} | plain)
@@ -172,22 +172,21 @@ def choose(
         return _by_rule(rows, batch, block_size, kind)
     curves = calibration.cost.get(kind)
     of = (lambda n: _cost(curves, batch, n)) if curves else (lambda n: roofline(kind, batch * n))
-    fitting = [e for e in calibration.earned if e.split.rows <= rows]
-    ar = 1 / of(1)
-    speed = {e: e.pooled / _mean([of(n) for n in e.split.forwards]) for e in fitting}
-    best = max(speed, key=speed.__getitem__, default=None)
     source = "measured here" if curves else f"estimated: {kind} was not calibrated"
-    if best is None or speed[best] <= ar:
-        gain = f"the best drafting split gives {speed[best] / ar:.2f}" if best else "none fits"
+    price = lambda e: sum(map(of, e.split.forwards)) / len(e.split.forwards) / of(1)
+    speed = {e: e.pooled / price(e) for e in calibration.earned if e.split.rows <= rows}
+    best = max(speed, key=speed.__getitem__, default=None)
+    if best is None or speed[best] <= 1:
+        gain = f"the best drafting split gives {speed[best]:.2f}" if best else "none fits"
         return Choice(
             Split("ar"),
-            f"one token a forward is fastest with {rows} rows at batch {batch}: {gain} of its speed "
-            f"(costs {source})",
+            f"one token a forward is fastest with {rows} rows at batch {batch}: {gain} of its "
+            f"speed (costs {source})",
         )
     return Choice(
         best.split,
-        f"{best.pooled:.2f} tokens a forward at {_mean([of(n) for n in best.split.forwards]) * ar:.2f} "
-        f"times the cost of one row, {speed[best] / ar:.2f} times AR's speed (costs {source})",
+        f"{best.pooled:.2f} tokens a forward at {price(best):.2f} times the cost of one row, "
+        f"{speed[best]:.2f} times AR's speed (costs {source})",
     )
 
 
@@ -227,7 +226,3 @@ def interpolated(points: Sequence[tuple[int, float]], rows: float) -> float:
     right = min(max(bisect.bisect_left([n for n, _ in points], rows), 1), len(points) - 1)
     (a, low), (b, high) = points[right - 1], points[right]
     return max(low + (high - low) * (rows - a) / (b - a), points[0][1])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

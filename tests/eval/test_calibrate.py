@@ -124,7 +124,7 @@ def test_the_command_keeps_both_sides_beside_the_model(directory, capsys, monkey
     monkeypatch.setattr(calibrate, "record", None)
     calibrate.main(options)
     assert planner.load(directory).earned == found.earned
-    with pytest.raises(UserError, match="acceptance on other prompts .*--overwrite"):
+    with pytest.raises(UserError, match=r"acceptance on other prompts .*--overwrite"):
         calibrate.main([*options, "--limit", "1"])
 
     capsys.readouterr()

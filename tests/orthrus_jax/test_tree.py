@@ -1,4 +1,4 @@
-"""Trees of drafts against plain Python: which prefixes are chosen, the walk, the odds of its ends."""
+"""Trees of drafts against plain Python: the prefixes chosen, the walk, the odds of its ends."""
 
 import jax
 import jax.numpy as jnp
