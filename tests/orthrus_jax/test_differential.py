@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from orthrus_jax import params as params_lib
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.engine import CYCLES
 from orthrus_jax.generate import Generator
 from tests.helpers import random_params, tiny_config
 
@@ -28,6 +27,18 @@ SHAPES = {  # layers, heads, key heads, K, tied embeddings, the model's own end 
     "long block": (1, 6, 2, 6, False, (0,)),
     "three key heads": (2, 3, 3, 6, True, (1, 2)),
 }
+
+
+NAMES = ("cycle", "early_blocks", "fresh_blocks", "tree_nodes", "accept")
+SCHEMES = [
+    ("paper", 1, 0, 0, "coupled"),
+    ("two-forward", 1, 0, 0, "rejection"),
+    ("two-forward", 1, 0, 7, "coupled"),
+    ("one-forward", 2, 0, 0, "coupled"),
+    ("one-forward", 2, 1, 0, "rejection"),
+    ("one-forward", 3, 0, 6, "coupled"),
+    ("one-forward", 2, 2, 9, "rejection"),
+]
 
 
 class Letters:
@@ -73,7 +84,7 @@ def weights_of(shape: str, seed: int, copy: bool) -> dict:
 
 
 @st.composite
-def cases(draw, shapes, batches, draft_lengths, leasts, cycles=CYCLES):
+def cases(draw, shapes, batches, draft_lengths, leasts, schemes=SCHEMES):
     """A model, its prompts, and the options of both modes."""
     shape = draw(st.sampled_from(shapes))
     ids = st.integers(0, VOCAB - 2)
@@ -101,8 +112,8 @@ def cases(draw, shapes, batches, draft_lengths, leasts, cycles=CYCLES):
         "batch_size": draw(st.sampled_from(batches)),
         "draft_length": draw(st.sampled_from(draft_lengths)),
         "refill": draw(st.booleans()),
-        "cycle": draw(st.sampled_from(cycles)),
-        "early_blocks": 2,
+        # Ahead, AR's own text is said under both rules; by the paper's cycle, coupled.
+        **dict(zip(NAMES, draw(st.sampled_from(schemes)), strict=True)),
     }
     weights = draw(st.integers(0, 7)), draw(st.booleans())
     return shape, weights, prompts, options, how
@@ -113,7 +124,7 @@ def assert_orthrus_is_ar(case) -> None:
     generator = generator_of(shape)
     generator.params = weights_of(shape, *weights)
     ar = generator.complete(prompts, mode="ar", **options)
-    orthrus = generator.complete(prompts, mode="orthrus", accept="coupled", **options, **how)
+    orthrus = generator.complete(prompts, mode="orthrus", **options, **how)
     shown = lambda found: [(c.prompt, c.tokens, c.text, c.finish_reason) for c in found]
     assert shown(orthrus) == shown(ar)
 
@@ -145,7 +156,7 @@ def test_orthrus_is_ar_on_a_few_random_cases() -> None:
     accepted.clear()
 
     @unhurried(max_examples=25)
-    @hypothesis.given(cases(["small", "two layers"], [3], [None], [False]))
+    @hypothesis.given(cases(["small", "two layers"], [3], [None], [False], SCHEMES[::3]))
     def check(case) -> None:
         assert_orthrus_is_ar(case)
 
