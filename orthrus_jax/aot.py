@@ -165,7 +165,7 @@ def report(program: Program, limit: float) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"{name.replace(' ', '_')}_gib": gib_a_device(tree) for name, tree in program.parts.items()
     }
-    begin = time.perf_counter()
+    begin, worked = time.perf_counter(), time.process_time()
     try:
         compiled = program.lowered.compile()
     except Exception as error:
@@ -183,7 +183,11 @@ def report(program: Program, limit: float) -> dict[str, Any]:
         found["temporaries_gib"] = gib("temp")
         total = found["arguments_gib"] + found["results_gib"] + found["temporaries_gib"]
         found |= {"total_gib": total, "fits": total <= limit}
-    return found | {"seconds": time.perf_counter() - begin}
+    # Of the two, the processor's time says something on a busy host.
+    return found | {
+        "seconds": time.perf_counter() - begin,
+        "processor_seconds": time.process_time() - worked,
+    }
 
 
 def largest(fits: Callable[[int], bool], first: int, last: int) -> int:
@@ -262,7 +266,7 @@ def _say(found: dict[str, Any], limit: float, devices: int) -> None:
     verdict = "fits" if found["fits"] else "does not fit"
     print(f"{verdict} {limit} GiB a device, {devices} device(s)")
     print(f"GiB a device: {', '.join(parts)}")
-    print(f"compiled in {found['seconds']:.0f} s")
+    print(f"compiled in {found['seconds']:.0f} s, {found['processor_seconds']:.0f} s of processors")
     if "why" in found:
         print(f"the compiler: {found['why']}")
 
