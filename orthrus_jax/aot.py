@@ -157,10 +157,11 @@ def gib_a_device(tree: Any) -> float:
     return sum(map(here, jax.tree.leaves(tree))) / 2**30
 
 
-def report(program: Program, limit: float) -> dict[str, Any]:
+def report(program: Program, limit: float, text: str | None = None) -> dict[str, Any]:
     """Compile; GiB a device by part, and whether all of it fits `limit` GiB.
 
-    A program that the compiler finds too large is reported in the compiler's words.
+    A program that the compiler finds too large is reported in the compiler's words. What it made of
+    one that it took is written to the file `text`.
     """
     found: dict[str, Any] = {
         f"{name.replace(' ', '_')}_gib": gib_a_device(tree) for name, tree in program.parts.items()
@@ -176,6 +177,8 @@ def report(program: Program, limit: float) -> dict[str, Any]:
         first = next((line for line in lines if "hbm" in line.lower()), lines[0])
         found |= {"fits": False, "why": first.strip()[:200]}
     else:
+        if text is not None:
+            pathlib.Path(text).write_text(compiled.as_text() or "", encoding="utf-8")
         memory = compiled.memory_analysis()
         gib = lambda name: getattr(memory, f"{name}_size_in_bytes") / 2**30
         found["arguments_gib"] = gib("argument")
@@ -222,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("context", "batch"),
         help="double it, from --context or --batch on, while the program fits",
     )
+    add("--text", metavar="FILE", help="write the compiled program there, to read what is copied")
     add("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -278,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices = tpu_devices(args.topology)
     lower = _lowering(args, devices)
     limit = CHIPS[args.topology.partition(":")[0]]
-    found = report(lower(), limit)
+    found = report(lower(), limit, args.text)
     if args.largest:
         size = getattr(args, args.largest)
         fits = lambda n: report(lower(**{args.largest: n}), limit)["fits"]
