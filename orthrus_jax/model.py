@@ -121,7 +121,7 @@ class Layer(nn.Module):
         rotary: tuple[Array, Array],
         kv: tuple[Array, Array] | None,
     ) -> tuple[Array, tuple[Array, Array]]:
-        q, k, v = self.self_attn.qkv(x, *rotary)
+        q, k, v = self.self_attn.qkv(x, *rotary, kv is not None)
         end = segment.positions + 1
         used = None
         if kv is None:  # without a cache the segment's own rows are the slots
@@ -141,7 +141,8 @@ class Layer(nn.Module):
     ) -> Array:
         assert kv is not None, "a diffusion segment needs a cache or an AR segment to read"
         by_block = lambda x: x.reshape(x.shape[0], -1, segment.block, *x.shape[2:])
-        q, k, v = (by_block(x) for x in self.self_attn_diff.qkv(x, *rotary))
+        projected = self.self_attn_diff.qkv(x, *rotary, cached)
+        q, k, v = (by_block(x) for x in projected)
         anchors = segment.positions[:, :: segment.block]
         start = None if segment.start is None else segment.start[:, :: segment.block]
         used = anchors.max() if cached else None
