@@ -43,6 +43,17 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1).astype(x.dtype)
 
 
+def fenced_on_tpu(x: Array) -> Array:
+    """x as it is, and for the TPU's compiler the end of the product that made it.
+
+    It would otherwise draw the split into heads into the product and want the weights transposed: a
+    second copy of them all, made before each decoding loop. The values are not fenced: that copies
+    their cache instead.
+    """
+    fence = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(x, tpu=fence, default=lambda x: x)
+
+
 class AttentionProjections(nn.Module):
     """One view's weights in one layer: q, k, v, o projections and the per-head q/k norms."""
 
@@ -58,12 +69,15 @@ class AttentionProjections(nn.Module):
         self.q_norm = RMSNorm(c.rms_norm_eps)
         self.k_norm = RMSNorm(c.rms_norm_eps)
 
-    def qkv(self, x: Array, cos: Array, sin: Array) -> tuple[Array, Array, Array]:
+    def qkv(self, x: Array, cos: Array, sin: Array, cached: bool) -> tuple[Array, Array, Array]:
         """x [B, T, E] -> normed, rotated q [B, T, H, D] and k [B, T, G, D], and v [B, T, G, D]."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).reshape(heads)), cos, sin)
-        k = rotate(self.k_norm(self.k_proj(x).reshape(heads)), cos, sin)
-        return q, k, self.v_proj(x).reshape(heads)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if cached:
+            q, k = fenced_on_tpu(q), fenced_on_tpu(k)
+        q = rotate(self.q_norm(q.reshape(heads)), cos, sin)
+        k = rotate(self.k_norm(k.reshape(heads)), cos, sin)
+        return q, k, v.reshape(heads)
 
     def out(self, attended: Array) -> Array:
         """[B, T, H, D] -> [B, T, E]."""

@@ -126,7 +126,7 @@ class Layer(nn.Module):
         kv: tuple[Array, Array] | None,
         cached: bool,
     ) -> tuple[Array, tuple[Array, Array]]:
-        q, k, v = self.self_attn.qkv(x, *rotary)
+        q, k, v = self.self_attn.qkv(x, *rotary, cached)
         # Without a cache the segment's own rows are the slots.
         kv = as_slots(k, v) if kv is None else write(kv, k, v, segment.positions[:, 0])
         end, used = _limits(segment, segment.positions + 1, cached)
@@ -144,7 +144,8 @@ class Layer(nn.Module):
     ) -> Array:
         assert kv is not None, "a diffusion segment needs a cache or an AR segment to read"
         by_block = lambda x: x.reshape(x.shape[0], -1, segment.block, *x.shape[2:])
-        q, k, v = (by_block(x) for x in self.self_attn_diff.qkv(x, *rotary))
+        projected = self.self_attn_diff.qkv(x, *rotary, cached)
+        q, k, v = (by_block(x) for x in projected)
         start = None if segment.start is None else segment.start[:, :: segment.block]
         end, used = _limits(segment, segment.positions[:, :: segment.block], cached)
         slots = seen(kv, segment.span)

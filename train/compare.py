@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from orthrus_jax.errors import UserError, run_command
 
-VARIANTS: dict[str, dict[str, str | float]] = {  # what is changed of the configuration's `train`
-    "KL": {"divergence": "kl"},
-    "CE": {"divergence": "ce"},
-    "TV": {"divergence": "tv"},
+# What is changed of the configuration's `train`: all of the objective, whatever it has there.
+VARIANTS: dict[str, dict[str, str | float]] = {
+    "KL": {"divergence": "kl", "gamma": 0.0},
+    "CE": {"divergence": "ce", "gamma": 0.0},
+    "TV": {"divergence": "tv", "gamma": 0.0},
     "KL, gamma 4": {"divergence": "kl", "gamma": 4.0},
     "KL, gamma 2": {"divergence": "kl", "gamma": 2.0},
 }

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import re
 import subprocess
 import sys
 
@@ -99,6 +101,59 @@ def test_without_libtpu_it_says_how_to_get_it(monkeypatch) -> None:
         aot.tpu_devices("v5e:1x1")
 
 
+CALLED = re.compile(r"(?:body|condition|to_apply|branch_computations)=\{?((?:%[\w.\-]+,? ?)+)")
+MADE = re.compile(r" = (.*?) ([\w\-]+)\(")
+ARRAY = re.compile(r"\w+\[([\d,]+)\](\{[^}]*\})?")
+# What makes no array: names, what is written into an array where it lies, a copy only begun.
+MAKES_NONE = {"parameter", "tuple", "get-tuple-element", "while", "conditional", "bitcast"}
+MAKES_NONE |= {"dynamic-update-slice", "copy-start", "slice-start", "async-start"}
+
+
+def made_in_loops(program: str, least: int) -> list[str]:
+    """Lines inside the loops of a compiled TPU program that make an array of `least` elements.
+
+    What is fetched to the chip's own fast memory, S(1), is not counted.
+    """
+    found = re.findall(r"^(?:ENTRY )?%([\w.\-]+) \(.*\{\n((?:  .*\n)+)", program, re.M)
+    lines = {name: text.splitlines() for name, text in found}
+    todo = re.findall(r" while\(.*body=%([\w.\-]+)", program)
+    assert todo, "no loop in the text"
+    inside: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name not in inside:
+            inside.add(name)
+            todo += re.findall(r"[\w.\-]+", " ".join(CALLED.findall("\n".join(lines[name]))))
+
+    def large(line: str) -> bool:
+        made = MADE.search(line)
+        if made is None or made[2] in MAKES_NONE:
+            return False
+        arrays = [dims for dims, layout in ARRAY.findall(made[1]) if "S(1)" not in layout]
+        return any(math.prod(map(int, dims.split(","))) >= least for dims in arrays)
+
+    return [line.strip() for name in inside for line in lines[name] if large(line)]
+
+
+def test_a_large_array_made_in_a_loop_is_found() -> None:
+    text = """HloModule m
+%step (p: (f32[8,8])) -> (f32[8,8]) {
+  %x = f32[8,8]{1,0} get-tuple-element(%p), index=0
+  %fetched = f32[8,8]{1,0:T(8,128)S(1)} copy-done(%x)
+  %turned = f32[8,8]{0,1:T(8,128)} copy(%fetched)
+  ROOT %y = (f32[8,8]{1,0}) tuple(%turned)
+}
+
+ENTRY %main (a: f32[8,8]) -> f32[8,8] {
+  %before = f32[8,8]{1,0} copy(%a)
+  %t = (f32[8,8]{1,0}) tuple(%before)
+  %w = (f32[8,8]{1,0}) while(%t), condition=%more, body=%step
+}
+"""
+    assert [line.split()[0] for line in made_in_loops(text, 64)] == ["%turned"]
+    assert made_in_loops(text, 65) == []
+
+
 def compiled(*options: str) -> dict:
     """Run the command in a process of its own: libtpu stays loaded for good."""
     command = [sys.executable, "-m", "orthrus_jax.aot", *options, "--json"]
@@ -108,12 +163,16 @@ def compiled(*options: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu")
 class TestForTPU:
-    def test_0_6b_decodes_on_one_v5e(self) -> None:
-        found = compiled(*DECODE, "--context", "4096")
+    def test_0_6b_decodes_on_one_v5e_and_its_loop_copies_no_cache_and_no_weight(
+        self, tmp_path
+    ) -> None:
+        found = compiled(*DECODE, "--context", "4096", "--text", str(tmp_path / "program"))
         assert found["fits"]
         assert 1.3 < found["weights_gib"] < 1.6
         assert found["cache_gib"] == pytest.approx(2 * 28 * 8 * 128 * 2 * 4096 / 2**30, rel=0.02)
         assert found["results_gib"] < 0.01
+        smallest = 8 * 128 * 1024  # elements of a key projection; a layer's keys have four times
+        assert made_in_loops((tmp_path / "program").read_text(), smallest) == []
 
     def test_8b_does_not_fit_one_v5e_and_the_compiler_s_word_is_given(self) -> None:
         config = PRESETS["qwen3-8b"]

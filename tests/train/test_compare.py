@@ -43,6 +43,8 @@ def test_every_objective_is_run_with_every_seed_once(made, options, tmp_path, ca
     assert len(made) == 2 * len(compare.VARIANTS)
     assert len({tuple(command) for command in made}) == len(made)
     assert all("--config.train.steps=4" in command for command in made)
+    weighted = ["--config.train.gamma=0.0" not in command for command in made]
+    assert sum(weighted) == 2 * 2, "without position weights, whatever the configuration has"
     told = capsys.readouterr().out
     assert "| KL | 4.50 | 4.00, 5.00 |" in told
     assert "| CE | 2.50 | 2.00, 3.00 |" in told
