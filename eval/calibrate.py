@@ -35,7 +35,7 @@ from orthrus_jax.sampling import greedy
 from orthrus_jax.tokenizer import encode
 
 BUDGETS = (16, 32, 64, 96, 160, 256)
-EARLY = (1, 2, 3, 4, 6, 8, 10, 14, 20)
+EARLY = (1, 2, 4, 6, 10, 14, 20)
 FORWARDS = 8  # of one timed call
 SEED = 0  # of the intervals
 
@@ -48,7 +48,7 @@ def splits(block: int, budgets: Sequence[int] = BUDGETS) -> list[Split]:
         if rows > block:
             found.append(Split("two-forward", block, rows - 1))
         for early in EARLY:
-            for fresh in (0, early // 2):
+            for fresh in sorted({0, early // 4}):
                 nodes = rows - 1 - block * (early + fresh)
                 if nodes >= max(2, early - 1):
                     found.append(Split("one-forward", block, nodes, early, fresh))
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         said = [answer.tokens for answer in answers]
         size = model.config.block_size
-        blocks = [size, *([size // 2] if size >= 8 else [])]
+        blocks = [size, *([size // 2] if size > 16 else [])]  # a long block's end is seldom reached
         bar = tqdm(blocks, desc="record", file=sys.stderr)
         kept = tuple(play([record(model, ids, said, block) for block in bar]))
     rows = sorted({1, model.config.block_size, *BUDGETS})

@@ -23,13 +23,21 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from orthrus_jax import decode, params, sharding
+from orthrus_jax import ahead, decode, params, sharding
 from orthrus_jax.config import PRESETS, ModelConfig, preset_of
+from orthrus_jax.engine import CYCLES, Plan
 from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.generate import add_blocks
 from orthrus_jax.model import REMAT, Model
 
 CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB of memory a chip
-PROGRAMS = ("prefill", "ar", "orthrus", "train")
+LOOPS: dict[str, Any] = {
+    "ar": decode.ar_decode,
+    "orthrus": decode.orthrus_decode,  # the paper's cycle
+    "two-forward": ahead.two_forward_decode,
+    "one-forward": ahead.one_forward_decode,
+}
+PROGRAMS = ("prefill", *LOOPS, "train")
 MOST = {"context": 40_960, "batch": 1024}  # where --largest stops: Qwen3's own limit; enough
 DECODING_MESH = {"data": 1, "fsdp": 1, "tensor": -1}
 PROMPT, ANSWER = 1024, 2048  # rows that prefill reads, tokens that a loop may emit
@@ -94,9 +102,15 @@ class Program(NamedTuple):
 
 
 def lower_decoding(
-    program: str, config: ModelConfig, mesh: Mesh, *, batch: int, context: int
+    program: str,
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    batch: int,
+    context: int,
+    blocks: Plan | None = None,
 ) -> Program:
-    """Prefill, the AR loop or the Orthrus loop for `batch` rows of `context` positions."""
+    """Prefill or a loop for `batch` rows of `context` positions; `blocks` as a cycle needs."""
     model, tree = Model(config, mesh), weights(config, mesh)
     place = lambda x: _placed(x, sharding.of_rows(x.shape, mesh))
     prompt = min(context, PROMPT)
@@ -109,8 +123,16 @@ def lower_decoding(
         return Program(lowered, {"weights": tree})
     state = jax.eval_shape(read, tree, *inputs)
     state = jax.tree.map(_placed, state, decode.shardings(state, mesh))
-    loop = decode.ar_decode if program == "ar" else decode.orthrus_decode
-    return Program(loop.lower(model, tree, state), {"weights": tree, "cache": state.cache})
+    loop, static = LOOPS[program], {}
+    if program in CYCLES:
+        static["scheme"] = scheme = dataclasses.replace(blocks or Plan(), cycle=program).scheme(
+            config
+        )
+        if program == "one-forward":
+            nothing = jax.eval_shape(lambda: scheme.nothing(batch))
+            state = state.replace(ahead=jax.tree.map(place, nothing))
+    lowered = loop.lower(model, tree, state, **static)
+    return Program(lowered, {"weights": tree, "cache": state.cache})
 
 
 def lower_training(config: ModelConfig, mesh: Mesh, recipe: Any) -> Program:
@@ -215,6 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--program", choices=PROGRAMS, required=True)
     add("--batch", type=int, default=1, help="rows decoded; default: %(default)s")
     add("--context", type=int, default=4096, help="cache slots a row; default: %(default)s")
+    add_blocks(parser)
     add("--accumulate", type=int, help="train: micro-batches a step; default: the recipe's")
     add("--remat", choices=sorted(REMAT), help="train: what is recomputed; default: the recipe's")
     for axis, decoding in DECODING_MESH.items():
@@ -258,7 +281,10 @@ def _lowering(args: argparse.Namespace, devices: Sequence[Any]) -> Callable[...,
     mesh = sharding.make_mesh(**axes, devices=devices)
     sharding.check(config, mesh)
     if not training:
-        sizes = {"batch": args.batch, "context": args.context}
+        sizes: dict[str, Any] = {"batch": args.batch, "context": args.context}
+        sizes["blocks"] = Plan(
+            early=args.early_blocks, fresh=args.fresh_blocks, nodes=args.tree_nodes
+        )
         return lambda **changes: lower_decoding(args.program, config, mesh, **(sizes | changes))
     run.train.accumulate = args.accumulate or run.train.accumulate
     run.train.remat = args.remat or run.train.remat

@@ -13,17 +13,19 @@ import pytest
 
 from orthrus_jax import aot, sharding
 from orthrus_jax.config import PRESETS
+from orthrus_jax.engine import Plan
 from orthrus_jax.errors import UserError
 from tests.helpers import tiny_config
 
 DECODE = ["--preset", "qwen3-0.6b", "--topology", "v5e:1x1", "--program", "orthrus"]
 
 
-@pytest.mark.parametrize("program", ["prefill", "ar", "orthrus"])
+@pytest.mark.parametrize("program", [program for program in aot.PROGRAMS if program != "train"])
 def test_what_is_lowered_compiles_and_its_parts_are_counted(program: str) -> None:
     config = tiny_config()
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    made = aot.lower_decoding(program, config, mesh, batch=2, context=64)
+    blocks = Plan(early=2, nodes=5)
+    made = aot.lower_decoding(program, config, mesh, batch=2, context=64, blocks=blocks)
     found = aot.report(made, limit=1.0)
     assert found["fits"]
     leaves = jax.tree.leaves(aot.weights(config, mesh))
