@@ -22,6 +22,7 @@ from orthrus_jax.sampling import SamplingParams
 WAYS = {
     "ar": {"mode": "ar"},
     "orthrus": {},
+    "a tree ahead": {"cycle": "one-forward", "early_blocks": 2, "tree_nodes": 6},
     "coupled": {"temperature": 0.8, "top_k": 9, "accept": "coupled", "seed": 3},
     "rejection": {"temperature": 0.8, "seed": 3},
 }

@@ -72,8 +72,14 @@ def test_a_tensor_axis_that_does_not_divide_the_model_is_refused():
 
 
 SERVED = {
-    "a few": ("orthrus,dialogue", "one", "2 x 2 x 2"),
-    "all": ("ar,orthrus,coupled,rejection,dialogue", "one", "4 x 1 x 2", "8 x 1 x 1", "1 x 4 x 2"),
+    "a few": ("orthrus,a tree ahead,dialogue", "one", "2 x 2 x 2"),
+    "all": (
+        "ar,orthrus,a tree ahead,coupled,rejection,dialogue",
+        "one",
+        "4 x 1 x 2",
+        "8 x 1 x 1",
+        "1 x 4 x 2",
+    ),
 }
 
 
