@@ -10,6 +10,7 @@ import pytest
 from orthrus_jax import ahead, decode
 from orthrus_jax import tree as trees
 from orthrus_jax.ahead import Scheme
+from orthrus_jax.generate import Generator
 from orthrus_jax.model import Model, ar_segment, block_segment
 from orthrus_jax.tree import Guesses
 from tests.helpers import NO_EOS, random_params, relative_error, tiny_config
@@ -146,3 +147,18 @@ def test_what_lies_beside_the_way_stays(verified) -> None:
         for row, at in enumerate(np.asarray(state.position)):
             rest = np.r_[0:at, at + SCHEME.nodes + 1 : before.shape[-1]]
             assert before[row][..., rest].tobytes() == after[row][..., rest].tobytes()
+
+
+@pytest.mark.parametrize("cycle", ["two-forward", "one-forward"])
+def test_log_probabilities_and_least_lengths_are_ar_s(cycle: str) -> None:
+    """Along a tree's way, and where the end token may not come yet."""
+    model = Generator(tiny_config(eos_token_ids=(3, 9, 30)), random_params(CONFIG, 3, gain=2.0))
+    prompts = PROMPTS.tolist()
+    options = {"max_new_tokens": 20, "min_new_tokens": 7, "logprobs": True, "batch_size": 2}
+    ar = model.complete(prompts, mode="ar", **options)
+    blocks = {"early_blocks": 3, "fresh_blocks": 1, "tree_nodes": 8}
+    tree = model.complete(prompts, cycle=cycle, **blocks, **options)
+    assert [c.tokens for c in tree] == [c.tokens for c in ar]
+    assert min(len(c.tokens) for c in ar) >= 7
+    for ours, theirs in zip(tree, ar, strict=True):
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=2e-5)
