@@ -118,3 +118,20 @@ def test_a_copy_of_a_cache_would_be_found(groups: int) -> None:
     turn = jax.jit(lambda k: (k.swapaxes(-1, -2) + 0.0, jnp.copy(k)))
     program = turn.lower(cache.k[0]).compile().as_text()
     assert copies_of_a_cache(program, config, 95) != []
+
+
+@pytest.mark.parametrize(("loop", "forwards"), [("ar", 1), ("orthrus", 2)])
+@pytest.mark.parametrize(("platform", "fences"), [("tpu", 2), ("cpu", 0)])
+def test_queries_and_keys_are_fenced_on_tpu_alone(
+    loop: str, forwards: int, platform: str, fences: int
+) -> None:
+    """What the fence is for: layers.fenced_on_tpu. No TPU compiler is needed to see it lowered."""
+    config = tiny_config()
+    model = Model(config)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    prompt = np.arange(8)
+    state = jax.eval_shape(lambda params: prefilled(model, params, prompt, 5), params)
+    traced = LOOPS[loop].trace(model, params, state)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    expected = forwards * fences * config.num_hidden_layers
+    assert text.count("stablehlo.optimization_barrier") == expected
