@@ -50,6 +50,7 @@ class Options:
       max_new_tokens: of each answer.
       batch_size: texts decoded and judged together.
       draft_length: rows of a draft block, None is the model's own.
+      cycle, early_blocks, fresh_blocks, tree_nodes: what decodes, see Generator.complete.
       temperature: of the sampled parts.
       proposal: what the rejection rule proposes, of sampling.Proposal.
       seeds: 0 ... seeds - 1, texts of each prompt in the sampled parts.
@@ -61,6 +62,10 @@ class Options:
     max_new_tokens: int = 128
     batch_size: int = 8
     draft_length: int | None = None
+    cycle: str = Plan.cycle
+    early_blocks: int = Plan.early
+    fresh_blocks: int = Plan.fresh
+    tree_nodes: int = Plan.nodes
     temperature: float = 0.8
     proposal: str = Plan.proposal.value
     seeds: int = 4
@@ -71,6 +76,11 @@ class Options:
         if not self.parts or (unknown := set(self.parts) - set(PARTS)):
             found = ", ".join(sorted(unknown)) if self.parts else "nothing"
             raise UserError(f"--parts names {found}: expected some of {', '.join(PARTS)}")
+        if "rejection" in self.parts and self.cycle != Plan.cycle:
+            raise UserError(
+                f"--cycle {self.cycle} says AR's own draws under either rule, token for token: "
+                "audit --parts greedy,coupled"
+            )
         if {"coupled", "rejection"} & set(self.parts) and self.temperature == 0:
             raise UserError("--temperature 0 leaves nothing to sample: use --parts greedy")
         if self.seeds < 1:
@@ -124,7 +134,14 @@ class Audit:
         self.padded = bucket(max(map(len, prompts)))
         self.width = bucket(options.max_new_tokens)
         draft = model.draft_length if options.draft_length is None else options.draft_length
-        self.plan = Plan(draft_length=draft, batch_size=options.batch_size)
+        self.plan = Plan(
+            draft_length=draft,
+            cycle=options.cycle,
+            early=options.early_blocks,
+            fresh=options.fresh_blocks,
+            nodes=options.tree_nodes,
+            batch_size=options.batch_size,
+        )
         self.bar: Any = tqdm(disable=True)
 
     def requests(self, part: str) -> list[Request]:

@@ -32,7 +32,7 @@ from orthrus_jax import machine
 from orthrus_jax.engine import Answer, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator as Answerer
-from orthrus_jax.generate import add_cycle, spend_rows
+from orthrus_jax.generate import add_cycle, add_rows, spend_rows
 from orthrus_jax.model import Params
 from orthrus_jax.sampling import Rule, SamplingParams
 from orthrus_jax.tokenizer import decode, encode_messages
@@ -338,6 +338,7 @@ def command_parser(
     add("--accept", choices=rules, default=rules[0], help="of sampled drafts; default: %(default)s")
     add("--draft-length", type=_positive, metavar="K", help="default: tuned here, or the trained K")
     add_cycle(parser)
+    add_rows(parser)
     add("--thinking", action="store_true", help="let the model think first; the model cards ask "
         "for --temperature 0.6 --top-p 0.95 --top-k 20 then")  # fmt: skip
     machine.add_options(parser)

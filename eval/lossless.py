@@ -24,8 +24,9 @@ from typing import Any
 import orthrus_jax
 from eval.audit import PARTS, Z_LIMIT, Case, Options, audit
 from orthrus_jax import machine
+from orthrus_jax.engine import Plan
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.generate import read_prompts
+from orthrus_jax.generate import add_cycle, read_prompts
 from orthrus_jax.sampling import Proposal
 from orthrus_jax.tokenizer import encode
 
@@ -144,8 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         "default: by dtype and depth",
     )
     parser.add_argument(
-        "--parts", default=",".join(PARTS), metavar="LIST", help="default: %(default)s"
+        "--parts",
+        metavar="LIST",
+        help=f"default: {','.join(PARTS)}; the last has its own rule only in the paper's cycle",
     )
+    add_cycle(parser)
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -162,7 +166,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     names = [f.name for f in dataclasses.fields(Options) if f.name not in ("parts", "progress")]
     chosen = {name: getattr(args, name) for name in names}
-    options = Options(parts=tuple(args.parts.split(",")), progress=True, **chosen)
+    parts = args.parts.split(",") if args.parts else PARTS[: 3 if args.cycle == Plan.cycle else 2]
+    options = Options(parts=tuple(parts), progress=True, **chosen)
     if args.limit < 1:
         raise UserError(f"--limit {args.limit} must be at least 1")
     if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():

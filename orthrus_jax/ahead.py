@@ -226,8 +226,8 @@ def place(tree: Tree, guesses: Guesses, scheme: Scheme) -> Bets:
         which = jax.lax.top_k(odds.reshape(odds.shape[0], -1), scheme.fresh)[1]
         row = which // choices
         depth = at(tree.depth, row) + 1
-        place = jnp.minimum(depth - 1, guesses.tokens.shape[1] - 1) * choices + which % choices
-        anchor = at(guesses.tokens.reshape(odds.shape[0], -1), place)
+        index = jnp.minimum(depth - 1, guesses.tokens.shape[1] - 1) * choices + which % choices
+        anchor = at(guesses.tokens.reshape(odds.shape[0], -1), index)
         bets.append(Bets(row, anchor, depth, path_of(row)))
     return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *bets)
 

@@ -456,6 +456,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         help="rows of a draft block, from 2; default: what tune measured here, or the trained K",
     )
     add_cycle(parser)
+    add_rows(parser)
 
 
 def add_cycle(parser: argparse.ArgumentParser) -> None:
@@ -468,6 +469,10 @@ def add_cycle(parser: argparse.ArgumentParser) -> None:
         "verifying; default: %(default)s",
     )
     add_blocks(parser)
+
+
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """Add --rows, which `spend_rows` then turns into the options of `add_cycle`."""
     parser.add_argument(
         "--rows",
         type=int,

@@ -167,11 +167,11 @@ def corrections(tree: Tree, guesses: Guesses) -> Array:
     Returns:
       float32[B, R, M]: for each row, the guesses of the position behind it; 0 for its children.
     """
-    choices = jnp.arange(guesses.tokens.shape[2])
     probs = jnp.pad(guesses.probs, ((0, 0), (0, 1), (0, 0)))  # behind the last: nothing known
     after = jnp.take_along_axis(probs, jnp.minimum(tree.depth, probs.shape[1] - 1)[..., None], 1)
-    taken = (_children(tree)[..., None] & (tree.rank[:, None, :, None] == choices)).any(axis=2)
-    return jnp.where(taken, 0.0, tree.reach[..., None] * after)
+    ranks = jax.nn.one_hot(tree.rank, guesses.tokens.shape[2])
+    taken = _children(tree).astype(jnp.float32) @ ranks  # by no or one child
+    return jnp.where(taken > 0, 0.0, tree.reach[..., None] * after)
 
 
 def _children(tree: Tree) -> Array:
@@ -181,12 +181,12 @@ def _children(tree: Tree) -> Array:
 
 
 def _paths(parent: Array, levels: int) -> Array:
-    """bool[B, R, R]: the closure of "is its parent", by doubling the steps taken."""
-    rows = jnp.arange(parent.shape[1])
-    path = (parent[..., None] == rows) | (rows[:, None] == rows)
-    reached = 1
-    while reached < levels:
-        hops = path.astype(jnp.float32)
-        path = hops @ hops > 0
-        reached *= 2
+    """bool[B, R, R]: each row and its ancestors, by doubling the steps taken."""
+    rows = parent.shape[1]
+    path = jnp.broadcast_to(jnp.eye(rows, dtype=bool), (parent.shape[0], rows, rows))
+    steps, hop = 1, parent  # path holds so many steps of each way up; `hop` takes as many at once
+    while steps <= levels:
+        path |= jnp.take_along_axis(path, hop[..., None], axis=1)
+        hop = jnp.take_along_axis(hop, hop, axis=1)
+        steps *= 2
     return path

@@ -99,6 +99,29 @@ def test_the_honest_rule_passes_in_law(view: str, proposal: str) -> None:
     assert all(abs(z) < 3 for z in found["z"].values()), found["z"]
 
 
+TREE = {"cycle": "one-forward", "early_blocks": 2, "fresh_blocks": 1, "tree_nodes": 6}
+
+
+@pytest.mark.parametrize("part", ["coupled", pytest.param("greedy", marks=slow)])
+def test_a_tree_verified_while_drafting_passes(part: str) -> None:
+    result = audited(part, seeds=2, **TREE)
+    assert not result["failures"]
+    assert result["parts"][part]["orthrus"]["exact_match"] == 1.0
+    assert result["parts"][part]["acceptance_length"] > 0, "no draft was audited"
+
+
+def test_a_tree_s_slots_left_where_they_were_show(monkeypatch) -> None:
+    monkeypatch.setattr(cache.KVCache, "compact", lambda self, first, rows: self)
+    cases = audited("greedy", **TREE)["failures"]
+    assert {case.text for case in cases} == {"orthrus"}
+    assert all(case.gap > case.limit for case in cases)
+
+
+def test_the_law_is_not_asked_of_a_cycle_without_a_rule_of_its_own() -> None:
+    with pytest.raises(UserError, match=r"--cycle two-forward says AR's own .* greedy,coupled"):
+        Options(cycle="two-forward")
+
+
 @slow
 def test_the_draft_length_asked_for_is_the_one_audited() -> None:
     result = audited("greedy", draft_length=2)
