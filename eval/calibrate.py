@@ -9,6 +9,7 @@ on another device.
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from eval.recorded import Outcome, Recording, record, simulate
 from eval.speed import numbers, standing_at
 from orthrus_jax import machine, planner
+from orthrus_jax.ahead import Scheme
 from orthrus_jax.engine import bucket
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator, load, read_prompts
@@ -36,6 +38,7 @@ from orthrus_jax.tokenizer import encode
 
 BUDGETS = (16, 32, 64, 96, 160, 256)
 EARLY = (1, 2, 4, 6, 10, 14, 20)
+TRUSTS = (1.0, 0.8, 0.65, 0.5)
 FORWARDS = 8  # of one timed call
 SEED = 0  # of the intervals
 
@@ -70,11 +73,26 @@ def earned(split: Split, outcome: Outcome) -> Earned:
     )
 
 
-def play(recordings: Sequence[Recording], budgets: Sequence[int] = BUDGETS) -> list[Earned]:
+def play(
+    recordings: Sequence[Recording], trust: float, budgets: Sequence[int] = BUDGETS
+) -> list[Earned]:
     """Every split along every recording, one of each block length."""
     jobs = [(r, s) for r in recordings for s in splits(r.block_size, budgets)]
     bar = tqdm(jobs, desc="splits", file=sys.stderr)
-    return [earned(split, simulate(r, split.cycle, split.scheme)) for r, split in bar]
+    scheme = lambda split: dataclasses.replace(split.scheme, trust=trust)
+    return [earned(split, simulate(r, split.cycle, scheme(split))) for r, split in bar]
+
+
+def trusted(recording: Recording) -> float:
+    """The trust with which a tree and a few early blocks earn most."""
+    block = recording.block_size
+    found = {}
+    for trust in tqdm(TRUSTS, desc="trust", file=sys.stderr):
+        outcome = simulate(
+            recording, "one-forward", Scheme(block, nodes=2 * block, early=4, trust=trust)
+        )
+        found[trust] = (outcome.tokens / outcome.forwards).mean()
+    return max(TRUSTS, key=found.__getitem__)
 
 
 def time_rows(
@@ -124,6 +142,8 @@ def table(found: Calibration, budgets: Sequence[int], block_size: int) -> str:
         e for e in found.earned if e.split == Split("paper", block_size)
     ).tokens_per_forward
     lines = [
+        f"trust {found.trust:g}",
+        "",
         "| rows | cycle | K | tree | early | fresh | accepted | hits | tokens a forward | pooled "
         "| over the paper's |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -194,7 +214,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load(args.model, **machine.prepare(args))
     if not model.trained:
         raise UserError(f"--model {args.model}: its diffusion view is untrained, it earns nothing")
-    kept = known.earned if known is not None and known.about == asked else None
+    kept, trust = None, 1.0
+    if known is not None and known.about == asked:
+        kept, trust = known.earned, known.trust
     if kept is None:
         ids = [encode(model.tokenizer, text, chat=True) for text in texts]
         answers = model.complete(
@@ -205,12 +227,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         size = model.config.block_size
         blocks = [size, *([size // 2] if size > 16 else [])]  # a long block's end is seldom reached
         bar = tqdm(blocks, desc="record", file=sys.stderr)
-        kept = tuple(play([record(model, ids, said, block) for block in bar]))
+        recordings = [record(model, ids, said, block) for block in bar]
+        trust = trusted(recordings[0])
+        kept = tuple(play(recordings, trust))
     rows = sorted({1, model.config.block_size, *BUDGETS})
     cost = dict(known.cost) if known is not None else {}
     kind = jax.devices()[0].device_kind
     cost[kind] = time_costs(model, args.batches, rows, args.context, args.repeats)
-    found = Calibration(kept, cost, asked)
+    found = Calibration(kept, cost, asked, trust)
     path = found.save(directory)
     print(table(found, BUDGETS, model.config.block_size))
     if args.plot:

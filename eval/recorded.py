@@ -209,7 +209,8 @@ def _watched(
 ) -> tuple[decode.DecodeState, float]:
     """Decode cycle by cycle; see which drafts are a block's own, and not what was left."""
     hits = cycles = 0
-    known, rows = np.asarray(params["log_probs"])[..., 0], np.arange(len(state.done))
+    known = _believed(np.asarray(params["log_probs"]), scheme.trust)
+    rows = np.arange(len(state.done))
     while not state.done.all():
         state = ahead.one_forward_decode(model, params, state, scheme=scheme, cycles=jnp.int32(1))
         going = ~np.asarray(state.done)
@@ -217,10 +218,18 @@ def _watched(
         early = known[rows, np.clip(index - 1, 0, known.shape[1] - 1)][:, 1:]
         fresh = known[rows, np.minimum(index, known.shape[1] - 1)][:, :-1]
         drafted = np.asarray(state.ahead.probs)[..., 0]
-        hit = [np.isclose(drafted, np.exp(by), rtol=0.02, atol=1e-6) for by in (early, fresh)]
+        hit = [np.isclose(drafted, by, rtol=0.02, atol=1e-6) for by in (early, fresh)]
         hits += ((hit[0].all(axis=1) | hit[1].all(axis=1)) & going).sum()
         cycles += going.sum()
     return state, hits / max(cycles, 1)
+
+
+def _believed(log_probs: np.ndarray, trust: float) -> np.ndarray:
+    """The likeliest guesses' probabilities as ahead.guess finds them in RecordedModel.logits."""
+    left = np.maximum(1 - np.exp(log_probs).sum(-1), 1e-30)
+    filler = np.minimum(np.log(left / FILLERS), log_probs.min(-1) - 1e-3)
+    mass = np.exp(log_probs / trust).sum(-1) + FILLERS * np.exp(filler / trust)
+    return np.exp(log_probs[..., 0] / trust) / np.maximum(mass, 1e-30)
 
 
 def _outcome(state: decode.DecodeState, hits: float, forwards: int) -> Outcome:

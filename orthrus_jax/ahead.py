@@ -67,6 +67,8 @@ class Scheme:
       early: blocks E(n), in a forward that verifies.
       fresh: blocks F(n, c), likewise.
       choices: guesses kept of each position, where more than the likeliest can be of use.
+      trust: the temperature at which the drafting view's probabilities are believed. Below 1 they
+        are sharpened: a guess can be surer to be AR's choice than AR is of its choice.
     """
 
     block_size: int
@@ -74,6 +76,7 @@ class Scheme:
     early: int = 0
     fresh: int = 0
     choices: int = CHOICES
+    trust: float = 1.0
 
     @property
     def drafts(self) -> int:
@@ -321,7 +324,7 @@ def guess(state: DecodeState, logits: Array, scheme: Scheme, rule: Rule) -> Gues
         tokens = greedy(scores)[..., None]
     else:
         tokens = jax.lax.top_k(scores, scheme.kept)[1]
-    probs = jax.nn.softmax(scores, axis=-1)
+    probs = jax.nn.softmax(scores / scheme.trust, axis=-1)
     return Guesses(tokens, jnp.take_along_axis(probs, tokens, axis=-1))
 
 

@@ -173,7 +173,7 @@ class Engine:
     """A model's compiled programs, kept by shape, and the loop that feeds them.
 
     On a `mesh` the rows of a batch are shared out over `data` and `fsdp`, heads over `tensor`; the
-    parameters lie there already (`sharding.of_tree`).
+    parameters lie there already (`sharding.of_tree`). `trust` is ahead.Scheme's, of this model.
     """
 
     def __init__(
@@ -182,8 +182,10 @@ class Engine:
         params: Params,
         tokenizer: Tokenizer = None,
         mesh: Mesh | None = None,
+        trust: float = 1.0,
     ) -> None:
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
+        self.trust = trust
         self.model = Model(config, mesh)
         self.compile_seconds = 0.0
         self._programs: dict[tuple, Any] = {}
@@ -386,7 +388,7 @@ class Engine:
             },
         )
         if plan.mode == "orthrus" and plan.forwards == 1:
-            state = state.replace(ahead=plan.scheme(self.config).nothing(len(rows)))
+            state = state.replace(ahead=self._scheme(plan).nothing(len(rows)))
         if plan.time_first:
             jax.block_until_ready(state.tokens)
             for row in filter(None, rows):
@@ -428,7 +430,7 @@ class Engine:
         if plan.mode == "ar":
             return self._run(decode.ar_decode, state, **pause)
         if plan.cycle != "paper":
-            static = {"scheme": plan.scheme(self.config)}
+            static = {"scheme": self._scheme(plan)}
             if state.sampler is not None:
                 static |= {"rule": plan.accept}
             loop = ahead.one_forward_decode if plan.forwards == 1 else ahead.two_forward_decode
@@ -437,6 +439,9 @@ class Engine:
         if state.sampler is not None:
             static |= {"rule": plan.accept, "proposal": plan.proposal}
         return self._run(decode.orthrus_decode, state, **pause, static=static)
+
+    def _scheme(self, plan: Plan) -> Scheme:
+        return dataclasses.replace(plan.scheme(self.config), trust=self.trust)
 
     def _look(self, row: _Row, *found: Any) -> Event:
         """What is new of a row since the host last looked."""

@@ -106,7 +106,8 @@ class Generator:
 
     `trained` is False where the diffusion view is a mere copy: exact all the same, but slow.
     `draft_length` is what a call that names none drafts with; None is the trained K. `mesh` is
-    what the parameters lie on, if on several devices. `calibration` is what `plan` goes by.
+    what the parameters lie on, if on several devices. `calibration` is what `plan` goes by, and
+    says how far the drafting view's confidence is to be trusted.
     """
 
     def __init__(
@@ -120,7 +121,8 @@ class Generator:
         mesh: Mesh | None = None,
         calibration: Calibration | None = None,
     ) -> None:
-        self.engine = Engine(config, params, tokenizer, mesh)
+        trust = 1.0 if calibration is None else calibration.trust
+        self.engine = Engine(config, params, tokenizer, mesh, trust)
         self.config, self.tokenizer, self.trained = config, tokenizer, trained
         self.draft_length, self.calibration = draft_length, calibration
 

@@ -91,19 +91,22 @@ class Calibration:
       earned: of each split that was measured.
       cost: device kind -> batch -> [(rows, milliseconds), ...], rows ascending.
       about: how it was measured: prompts, tokens, their digest.
+      trust: see ahead.Scheme; what earned most.
     """
 
     earned: tuple[Earned, ...]
     cost: dict[str, dict[int, list[tuple[int, float]]]]
     about: dict[str, Any]
+    trust: float = 1.0
 
     def save(self, directory: str | pathlib.Path) -> pathlib.Path:
         """Write the file beside the model."""
         path = pathlib.Path(directory) / FILE
-        found: dict[str, Any] = {"about": self.about, "earned": [], "cost": self.cost}
+        found: dict[str, Any] = {"about": self.about, "trust": self.trust, "earned": []}
         for each in self.earned:
             plain = dataclasses.asdict(each)
             found["earned"].append(plain.pop("split") | {"rows": each.split.rows} | plain)
+        found["cost"] = self.cost
         path.write_text(json.dumps(found, indent=1) + "\n")
         return path
 
@@ -134,7 +137,7 @@ def load(directory: str | pathlib.Path) -> Calibration | None:
             }
             for kind, curves in found["cost"].items()
         }
-        return Calibration(earned, cost, dict(found["about"]))
+        return Calibration(earned, cost, dict(found["about"]), float(found["trust"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): delete it or run eval.calibrate"

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from eval import calibrate
-from eval.recorded import record, simulate
+from eval.recorded import Outcome, record, simulate
 from orthrus_jax import generate, params, planner
 from orthrus_jax.checkpoint import save_checkpoint
+from orthrus_jax.engine import Plan
 from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator
-from orthrus_jax.planner import Split
+from orthrus_jax.planner import Calibration, Split
 from tests.helpers import random_params, tiny_config
 from train.pretrain import train_tokenizer
 
@@ -66,6 +67,27 @@ def test_what_is_played_through_is_what_decoding_does(told, split: Split) -> Non
     assert 0 < outcome.hits <= 1
 
 
+@pytest.mark.parametrize("trust", [1.0, 0.5])
+def test_confidence_is_trusted_as_far_as_it_earns(told, trust: float, monkeypatch) -> None:
+    """Of two, the one with more tokens a forward; and the engine decodes with what it is told."""
+    model, prompts, said = told
+    recording = record(model, prompts, said, 6)
+    monkeypatch.setattr(calibrate, "TRUSTS", (1.0, 0.5))
+    earns = lambda r, cycle, scheme: dataclasses.replace(
+        OUTCOME, forwards=np.array([10 if scheme.trust == trust else 11])
+    )
+    monkeypatch.setattr(calibrate, "simulate", earns)
+    assert calibrate.trusted(recording) == trust
+    found = Generator(CONFIG, model.params, calibration=Calibration((), {}, {}, trust))
+    plan = Plan(cycle="one-forward", nodes=8)
+    assert found.engine._scheme(plan).trust == trust
+    answers = found.complete(prompts, max_new_tokens=17, cycle="one-forward", tree_nodes=8)
+    assert [c.tokens for c in answers] == [text[:17] for text in said]
+
+
+OUTCOME = Outcome(np.array([20]), np.array([10]), 1.0, 1.0)
+
+
 def test_ar_is_one_forward_a_token(told) -> None:
     model, prompts, said = told
     outcome = simulate(record(model, prompts, said, 6), "ar", Split("paper", 6).scheme)
@@ -98,6 +120,7 @@ def test_the_command_keeps_both_sides_beside_the_model(directory, capsys, monkey
     few = [Split("paper", 6), Split("two-forward", 6, 9), Split("one-forward", 6, 5, 1)]
     monkeypatch.setattr(calibrate, "splits", lambda block, budgets: few)
     monkeypatch.setattr(calibrate, "BUDGETS", (16,))
+    monkeypatch.setattr(calibrate, "trusted", lambda recording: 0.8)
     options = ["--model", str(directory), "--prompts", str(directory.parent / "prompts.jsonl")]
     options += [
         "--max-new-tokens",
@@ -116,6 +139,7 @@ def test_the_command_keeps_both_sides_beside_the_model(directory, capsys, monkey
     assert "| 12 | one-forward | 6 | 5 | 1 | 0 |" in out
     found = planner.load(directory)
     assert [e.split for e in found.earned] == few
+    assert found.trust == 0.8
     (curves,) = found.cost.values()
     assert [[n for n, _ in points] for points in curves.values()] == [[1, 6, 16]] * 2
     assert all(ms > 0 for points in curves.values() for _, ms in points)
