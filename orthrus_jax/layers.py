@@ -69,7 +69,9 @@ class AttentionProjections(nn.Module):
         self.q_norm = RMSNorm(c.rms_norm_eps)
         self.k_norm = RMSNorm(c.rms_norm_eps)
 
-    def qkv(self, x: Array, cos: Array, sin: Array, cached: bool) -> tuple[Array, Array, Array]:
+    def qkv(
+        self, x: Array, cos: Array, sin: Array, cached: bool = False
+    ) -> tuple[Array, Array, Array]:
         """x [B, T, E] -> normed, rotated q [B, T, H, D] and k [B, T, G, D], and v [B, T, G, D]."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
