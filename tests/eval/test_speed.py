@@ -120,7 +120,8 @@ def test_missing_torch_is_told_before_anything_is_loaded(monkeypatch) -> None:
 
 def test_unknown_modes_and_prompts_without_weights_are_refused(prompts) -> None:
     with pytest.raises(
-        UserError, match="--modes names beam: expected some of ar, orthrus, two-forward, one-forward, hf"
+        UserError,
+        match="--modes names beam: expected some of ar, orthrus, two-forward, one-forward, hf",
     ):
         speed.main(["--model", "absent", "--modes", "ar,beam"])
     with pytest.raises(UserError, match="--prompts needs --model"):
