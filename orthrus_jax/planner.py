@@ -208,10 +208,10 @@ def _by_rule(rows: int, batch: int, block: int, kind: str) -> Choice:
     early = max(1, int(0.7 * free / block))
     nodes = free - 1 - early * block
     note = f"by rule: about {free} rows are free on {kind} at batch {batch}; no {FILE}"
-    if free < 2:
+    if free < 3:
         return Choice(Split("ar"), note)
     if nodes < 1:
-        return Choice(Split("two-forward", min(block, max(free, 2))), note)
+        return Choice(Split("two-forward", min(block, free - 1)), note)  # it drafts with one more
     return Choice(Split("one-forward", block, nodes, min(early, nodes + 1)), note)
 
 

@@ -66,9 +66,11 @@ def test_another_device_is_estimated_by_its_ridge() -> None:
     [
         ("TPU v6 lite", 160, 1, Split("one-forward", 32, 63, 3)),
         ("TPU v5 lite", 512, 1, Split("one-forward", 32, 79, 5)),
-        ("TPU v5 lite", 512, 8, Split("two-forward", 30)),
+        ("TPU v5 lite", 512, 8, Split("two-forward", 29)),
+        ("TPU v5 lite", 4, 1, Split("two-forward", 3)),
+        ("TPU v5 lite", 2, 1, Split("ar")),
         ("NVIDIA H200 141GB", 64, 1, Split("one-forward", 32, 31, 1)),
-        ("cpu", 160, 1, Split("two-forward", 4)),
+        ("cpu", 160, 1, Split("two-forward", 3)),
         ("cpu", 160, 8, Split("ar")),
         ("unheard of", 160, 1, Split("one-forward", 32, 63, 3)),
     ],
