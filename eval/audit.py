@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.judges import Choice, Law, Texts, near_tie, no_cache, one_row
-from orthrus_jax.engine import Answer, Plan, Request, bucket
+from orthrus_jax.engine import BLOCKS, Answer, Plan, Request, bucket
 from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator
 from orthrus_jax.sampling import Proposal, Rule, Sampler, SamplingParams
@@ -63,9 +63,9 @@ class Options:
     batch_size: int = 8
     draft_length: int | None = None
     cycle: str = Plan.cycle
-    early_blocks: int = Plan.early
-    fresh_blocks: int = Plan.fresh
-    tree_nodes: int = Plan.nodes
+    early_blocks: int = Plan.early_blocks
+    fresh_blocks: int = Plan.fresh_blocks
+    tree_nodes: int = Plan.tree_nodes
     temperature: float = 0.8
     proposal: str = Plan.proposal.value
     seeds: int = 4
@@ -76,7 +76,7 @@ class Options:
         if not self.parts or (unknown := set(self.parts) - set(PARTS)):
             found = ", ".join(sorted(unknown)) if self.parts else "nothing"
             raise UserError(f"--parts names {found}: expected some of {', '.join(PARTS)}")
-        if "rejection" in self.parts and self.cycle != Plan.cycle:
+        if "rejection" in self.parts and self.cycle != "paper":
             raise UserError(
                 f"--cycle {self.cycle} says AR's own draws under either rule, token for token: "
                 "audit --parts greedy,coupled"
@@ -137,9 +137,7 @@ class Audit:
         self.plan = Plan(
             draft_length=draft,
             cycle=options.cycle,
-            early=options.early_blocks,
-            fresh=options.fresh_blocks,
-            nodes=options.tree_nodes,
+            **{name: getattr(options, name) for name in BLOCKS},
             batch_size=options.batch_size,
         )
         self.bar: Any = tqdm(disable=True)

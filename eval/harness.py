@@ -29,7 +29,7 @@ from eval import report
 from eval.benchmarks import BENCHMARKS, Benchmark, Problem, digest, final_part, load
 from eval.grading import Grade
 from orthrus_jax import machine
-from orthrus_jax.engine import Answer, Plan, Request
+from orthrus_jax.engine import BLOCKS, Answer, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator as Answerer
 from orthrus_jax.generate import add_cycle, add_rows, spend_rows
@@ -47,7 +47,7 @@ ASKED = (
     *("model", "mode", "limit", "batch_size", "thinking"),
     *("temperature", "top_p", "top_k", "seed", "n", "accept", "rows"),
 )
-CYCLE = ("cycle", "early_blocks", "fresh_blocks", "tree_nodes")  # as told, or as --rows has it
+CYCLE = ("cycle", *BLOCKS)  # as told, or as --rows has it
 
 
 @dataclasses.dataclass
@@ -363,9 +363,7 @@ def _loops(args: argparse.Namespace, model: Answerer, sampling: SamplingParams) 
         accept=Rule(args.accept),
         draft_length=args.draft_length or model.draft_length or model.config.block_size,
         cycle=args.cycle,
-        early=args.early_blocks,
-        fresh=args.fresh_blocks,
-        nodes=args.tree_nodes,
+        **{name: getattr(args, name) for name in BLOCKS},
         batch_size=args.batch_size,
         time_first=True,
     )

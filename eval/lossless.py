@@ -24,7 +24,6 @@ from typing import Any
 import orthrus_jax
 from eval.audit import PARTS, Z_LIMIT, Case, Options, audit
 from orthrus_jax import machine
-from orthrus_jax.engine import Plan
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import add_cycle, read_prompts
 from orthrus_jax.sampling import Proposal
@@ -166,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     names = [f.name for f in dataclasses.fields(Options) if f.name not in ("parts", "progress")]
     chosen = {name: getattr(args, name) for name in names}
-    parts = args.parts.split(",") if args.parts else PARTS[: 3 if args.cycle == Plan.cycle else 2]
+    own = [part for part in PARTS if args.cycle == "paper" or part != "rejection"]
+    parts = args.parts.split(",") if args.parts else own
     options = Options(parts=tuple(parts), progress=True, **chosen)
     if args.limit < 1:
         raise UserError(f"--limit {args.limit} must be at least 1")

@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from orthrus_jax.engine import BLOCKS
 from orthrus_jax.errors import UserError, run_command
 
 RECIPE, ANSWERS, RESULTS, PAGE = "recipe.json", "answers.jsonl", "results.json", "report.html"
@@ -362,8 +363,7 @@ def details(result: Row) -> list[str]:
         chosen = ", ".join(f"{name} {asked[name]}" for name in names)
     ahead = ""
     if loaded.get("cycle", "paper") != "paper":
-        kinds = ("early_blocks", "fresh_blocks", "tree_nodes")
-        spent = [f"{loaded[kind]} {kind.replace('_', ' ')}" for kind in kinds if loaded[kind]]
+        spent = [f"{loaded[kind]} {kind.replace('_', ' ')}" for kind in BLOCKS if loaded[kind]]
         ahead = ", ".join(["", f"{loaded['cycle']} cycle", *spent])
     lines.append(
         f"{chosen}; {'thinking' if asked['thinking'] else 'not thinking'}; at most "

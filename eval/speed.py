@@ -29,13 +29,12 @@ import orthrus_jax
 from eval.hf import HF, check_torch
 from orthrus_jax import decode, machine, params, sharding
 from orthrus_jax.config import PRESETS
-from orthrus_jax.engine import CYCLES, bucket
+from orthrus_jax.engine import BLOCKS, CYCLES, bucket
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator, add_blocks, read_prompts
 from orthrus_jax.model import Model
 from orthrus_jax.tokenizer import encode
 
-BLOCKS = ("early_blocks", "fresh_blocks", "tree_nodes")
 TIMED_CYCLES = 16  # of one timed call; the context grows by what they emit
 MODES = ("ar", "orthrus", *CYCLES[1:], "hf")  # orthrus: the paper's cycle
 

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from orthrus_jax import ahead, decode, params, sharding
 from orthrus_jax.config import PRESETS, ModelConfig, preset_of
-from orthrus_jax.engine import CYCLES, Plan
+from orthrus_jax.engine import BLOCKS, CYCLES, Plan
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import add_blocks
 from orthrus_jax.model import REMAT, Model
@@ -282,9 +282,7 @@ def _lowering(args: argparse.Namespace, devices: Sequence[Any]) -> Callable[...,
     sharding.check(config, mesh)
     if not training:
         sizes: dict[str, Any] = {"batch": args.batch, "context": args.context}
-        sizes["blocks"] = Plan(
-            early=args.early_blocks, fresh=args.fresh_blocks, nodes=args.tree_nodes
-        )
+        sizes["blocks"] = Plan(**{name: getattr(args, name) for name in BLOCKS})
         return lambda **changes: lower_decoding(args.program, config, mesh, **(sizes | changes))
     run.train.accumulate = args.accumulate or run.train.accumulate
     run.train.remat = args.remat or run.train.remat

@@ -30,6 +30,7 @@ from orthrus_jax.tokenizer import Tokenizer
 
 MODES = ("orthrus", "ar")
 CYCLES = ("paper", "two-forward", "one-forward")  # of mode orthrus: decode.py's, ahead.py's two
+BLOCKS = ("early_blocks", "fresh_blocks", "tree_nodes")  # what the latter spend rows on
 STREAM_CYCLES = 8  # cycles between two looks of the host at the text, where it has to look
 FOREVER = np.iinfo(np.int32).max
 PADDING = 4096  # tokens of padding that a batch may be begun with, however short its prompts
@@ -60,8 +61,8 @@ class Plan:
       draft_length: rows of a draft block, the anchor included; None is the trained K.
       cycle: draft and verify in turn ("paper"), the same with a draft pass that emits too
         ("two-forward"), or both in one pass ("one-forward"). See docs/decoding.md.
-      early, fresh: with "one-forward", the blocks of either kind that draft ahead in each pass.
-      nodes: with either of the last two, the drafts of a tree to verify; 0 is a chain.
+      early_blocks, fresh_blocks: with "one-forward", what each pass drafts ahead.
+      tree_nodes: with either of the last two, the drafts of a tree to verify; 0 is a chain.
       batch_size: rows decoded together.
       refill: put the next request in a finished row's place at once; else wait for the whole batch.
       stream: report text as it grows.
@@ -75,9 +76,9 @@ class Plan:
     proposal: Proposal = Proposal.ARGMAX
     draft_length: int | None = None
     cycle: str = CYCLES[0]
-    early: int = 4
-    fresh: int = 0
-    nodes: int = 0
+    early_blocks: int = 4
+    fresh_blocks: int = 0
+    tree_nodes: int = 0
     batch_size: int = 1
     refill: bool = True
     stream: bool = False
@@ -93,12 +94,12 @@ class Plan:
         """What a forward's rows are spent on, for a model of these sizes."""
         block = self.draft_length or config.block_size
         ahead = self.cycle == "one-forward"
-        ends = 1 + (self.nodes or block - 1)
+        ends = 1 + (self.tree_nodes or block - 1)
         return Scheme(
             block,
-            nodes=self.nodes,
-            early=min(self.early, ends) if ahead else 0,
-            fresh=self.fresh if ahead else 0,
+            nodes=self.tree_nodes,
+            early=min(self.early_blocks, ends) if ahead else 0,
+            fresh=self.fresh_blocks if ahead else 0,
             choices=min(CHOICES, config.vocab_size),
         )
 
@@ -209,15 +210,15 @@ class Engine:
             )
         if plan.cycle not in CYCLES:
             raise UserError(f"cycle={plan.cycle!r} is not one of {', '.join(CYCLES)}")
-        for name, value in {
-            "early_blocks": plan.early, "fresh_blocks": plan.fresh, "tree_nodes": plan.nodes
-        }.items():  # fmt: skip
-            if value < 0:
-                raise UserError(f"{name}={value} must be 0 or more")
-        if plan.cycle == "one-forward" and not plan.early:
+        for name in BLOCKS:
+            if getattr(plan, name) < 0:
+                raise UserError(f"{name}={getattr(plan, name)} must be 0 or more")
+        if plan.cycle == "one-forward" and not plan.early_blocks:
             raise UserError("early_blocks=0: cycle='one-forward' drafts by at least one")
-        if plan.cycle == "paper" and plan.nodes:
-            raise UserError(f"tree_nodes={plan.nodes} needs cycle='two-forward' or 'one-forward'")
+        if plan.cycle == "paper" and plan.tree_nodes:
+            raise UserError(
+                f"tree_nodes={plan.tree_nodes} needs cycle='two-forward' or 'one-forward'"
+            )
         if plan.cycle != "paper" and plan.proposal is Proposal.DRAW:
             raise UserError(f"proposal=draw needs cycle='paper': {plan.cycle} keeps no q")
         for i, request in enumerate(requests):
@@ -239,7 +240,7 @@ class Engine:
 
     def slots(self, prompt: int, new: int, plan: Plan) -> int:
         """Cache slots that a prompt and its answer, of at most so many tokens, are given."""
-        behind = max(self.config.block_size, plan.nodes + 1)
+        behind = max(self.config.block_size, plan.tree_nodes + 1)
         return bucket(bucket(prompt) + bucket(new) + behind)
 
     def serve(
@@ -384,7 +385,7 @@ class Engine:
                 "slots": shape.slots,
                 "max_new_tokens": shape.width,
                 "logprobs": shape.logprobs,
-                "reach": max(self.config.block_size - 1, plan.nodes),
+                "reach": max(self.config.block_size - 1, plan.tree_nodes),
             },
         )
         if plan.mode == "orthrus" and plan.forwards == 1:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from orthrus_jax import machine, planner, tune
 from orthrus_jax.checkpoint import load_checkpoint
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.engine import CYCLES, MODES, Answer, Engine, Memory, Plan, Request
+from orthrus_jax.engine import BLOCKS, CYCLES, MODES, Answer, Engine, Memory, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.model import Params
 from orthrus_jax.planner import Calibration
@@ -177,9 +177,9 @@ class Generator:
         accept: str = "rejection",
         draft_length: int | None = None,
         cycle: str = CYCLES[0],
-        early_blocks: int = Plan.early,
-        fresh_blocks: int = Plan.fresh,
-        tree_nodes: int = Plan.nodes,
+        early_blocks: int = Plan.early_blocks,
+        fresh_blocks: int = Plan.fresh_blocks,
+        tree_nodes: int = Plan.tree_nodes,
         batch_size: int = 1,
         refill: bool = True,
         progress: bool = False,
@@ -210,9 +210,11 @@ class Generator:
         sampling = _sampling(sampling, fields)
         if sampling.n > max(batch_size, 1):  # a batch_size below 1 is refused by itself
             raise UserError(f"n={sampling.n} is over batch_size={batch_size}")
-        blocks = early_blocks, fresh_blocks, tree_nodes
-        plan = self._plan(mode, accept, draft_length, cycle, *blocks)
-        plan = dataclasses.replace(plan, batch_size=batch_size, refill=refill)
+        blocks = {"early_blocks": early_blocks, "fresh_blocks": fresh_blocks}
+        plan = self._plan(
+            mode, accept, draft_length, cycle, **blocks, tree_nodes=tree_nodes,
+            batch_size=batch_size, refill=refill,
+        )  # fmt: skip
         pairs = list(itertools.product(range(len(prompts)), range(sampling.n)))
         requests = [Request(prompts[i], sampling, sample) for i, sample in pairs]
         answers: dict[int, Answer] = {}
@@ -251,9 +253,9 @@ class Generator:
         accept: str = "rejection",
         draft_length: int | None = None,
         cycle: str = CYCLES[0],
-        early_blocks: int = Plan.early,
-        fresh_blocks: int = Plan.fresh,
-        tree_nodes: int = Plan.nodes,
+        early_blocks: int = Plan.early_blocks,
+        fresh_blocks: int = Plan.fresh_blocks,
+        tree_nodes: int = Plan.tree_nodes,
         memory: Memory | None = None,
         **fields: Any,
     ) -> Pieces:
@@ -261,9 +263,10 @@ class Generator:
         sampling = _sampling(sampling, fields)
         if sampling.n > 1:
             raise UserError(f"n={sampling.n}: a stream is of one sample")
-        blocks = early_blocks, fresh_blocks, tree_nodes
-        plan = self._plan(mode, accept, draft_length, cycle, *blocks)
-        plan = dataclasses.replace(plan, stream=True)
+        blocks = {"early_blocks": early_blocks, "fresh_blocks": fresh_blocks}
+        plan = self._plan(
+            mode, accept, draft_length, cycle, **blocks, tree_nodes=tree_nodes, stream=True
+        )
         request = Request(prompt, sampling)
         self.engine.check([request], plan)
         return self._pieces(request, plan, memory)
@@ -277,25 +280,11 @@ class Generator:
         raise AssertionError("a served request ends with its answer")
 
     def _plan(
-        self,
-        mode: str,
-        accept: str,
-        draft_length: int | None,
-        cycle: str,
-        early: int,
-        fresh: int,
-        nodes: int,
+        self, mode: str, accept: str, draft_length: int | None, cycle: str, **others: Any
     ) -> Plan:
+        rule = _member(Rule, "accept", accept)
         length = self.draft_length if draft_length is None else draft_length
-        return Plan(
-            mode,
-            _member(Rule, "accept", accept),
-            draft_length=length,
-            cycle=cycle,
-            early=early,
-            fresh=fresh,
-            nodes=nodes,
-        )
+        return Plan(mode, rule, draft_length=length, cycle=cycle, **others)
 
     def _completion(self, answer: Answer, plan: Plan, prompt: int, sample: int) -> Completion:
         text = answer.text
@@ -489,18 +478,18 @@ def add_blocks(parser: argparse.ArgumentParser) -> None:
     number = functools.partial(parser.add_argument, type=int, metavar="N")
     number(
         "--early-blocks",
-        default=Plan.early,
+        default=Plan.early_blocks,
         help="with --cycle one-forward: blocks that a forward drafts ahead, each for one number of "
         "drafts that may stand; default: %(default)s",
     )
     number(
         "--fresh-blocks",
-        default=Plan.fresh,
+        default=Plan.fresh_blocks,
         help="likewise, each for one token besides that may come next; default: %(default)s",
     )
     number(
         "--tree-nodes",
-        default=Plan.nodes,
+        default=Plan.tree_nodes,
         help="with --cycle two-forward or one-forward: drafts of a tree that a forward verifies; "
         "default: %(default)s, a chain",
     )
@@ -521,11 +510,17 @@ def spend_rows(args: argparse.Namespace, model: Generator, batch: int) -> None:
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_sampling` and --mode parsed, as arguments of Generator.stream."""
-    same = (
-        "mode accept draft_length cycle early_blocks fresh_blocks tree_nodes "
-        "max_new_tokens min_new_tokens temperature top_k top_p min_p seed"
+    plan = ("mode", "accept", "draft_length", "cycle", *BLOCKS)
+    sampling = (
+        "max_new_tokens",
+        "min_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "seed",
     )
-    options = {name: getattr(args, name) for name in same.split()}
+    options = {name: getattr(args, name) for name in plan + sampling}
     return options | {"stop": tuple(args.stop), "stop_token_ids": tuple(args.stop_token_id)}
 
 

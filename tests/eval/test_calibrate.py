@@ -79,7 +79,7 @@ def test_confidence_is_trusted_as_far_as_it_earns(told, trust: float, monkeypatc
     monkeypatch.setattr(calibrate, "simulate", earns)
     assert calibrate.trusted(recording) == trust
     found = Generator(CONFIG, model.params, calibration=Calibration((), {}, {}, trust))
-    plan = Plan(cycle="one-forward", nodes=8)
+    plan = Plan(cycle="one-forward", tree_nodes=8)
     assert found.engine._scheme(plan).trust == trust
     answers = found.complete(prompts, max_new_tokens=17, cycle="one-forward", tree_nodes=8)
     assert [c.tokens for c in answers] == [text[:17] for text in said]

@@ -24,7 +24,7 @@ DECODE = ["--preset", "qwen3-0.6b", "--topology", "v5e:1x1", "--program", "orthr
 def test_what_is_lowered_compiles_and_its_parts_are_counted(program: str) -> None:
     config = tiny_config()
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    blocks = Plan(early=2, nodes=5)
+    blocks = Plan(early_blocks=2, tree_nodes=5)
     made = aot.lower_decoding(program, config, mesh, batch=2, context=64, blocks=blocks)
     found = aot.report(made, limit=1.0)
     assert found["fits"]
