@@ -246,7 +246,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--largest",
         choices=("context", "batch"),
-        help="double it, from --context or --batch on, while the program fits",
+        help="double it, from --context or --batch on, while the program fits; when training, the "
+        "rows of a micro-batch, from --accumulate's on",
     )
     add("--text", metavar="FILE", help="write the compiled program there, to read what is copied")
     add("--json", action="store_true", help="print one JSON object")
@@ -267,13 +268,18 @@ def _recipe(path: str) -> tuple[ModelConfig, Any]:
         raise UserError(f"--config {path}: {error}") from None
 
 
-def _lowering(args: argparse.Namespace, devices: Sequence[Any]) -> Callable[..., Program]:
-    """A function of the batch and context, which are the command's where not given."""
+def _lowering(
+    args: argparse.Namespace, devices: Sequence[Any]
+) -> tuple[Callable[..., Program], dict[str, tuple[int, int]]]:
+    """A function of the batch and context; of each, the command's own and where --largest stops.
+
+    In training the batch is a micro-batch: a step of the recipe's rows has the fewer of them.
+    """
     training = args.program == "train"
     if training and args.preset:
         raise UserError("--program train needs --config, which holds the recipe")
-    if training and args.largest:
-        raise UserError("--largest is of decoding: when training, try --accumulate")
+    if training and args.largest == "context":
+        raise UserError("--largest context is of decoding: a recipe's rows are --largest batch")
     run: Any
     config, run = (PRESETS[args.preset], None) if args.preset else _recipe(args.config)
     axes = dict(run.mesh if training else DECODING_MESH)
@@ -281,12 +287,21 @@ def _lowering(args: argparse.Namespace, devices: Sequence[Any]) -> Callable[...,
     mesh = sharding.make_mesh(**axes, devices=devices)
     sharding.check(config, mesh)
     if not training:
-        sizes: dict[str, Any] = {"batch": args.batch, "context": args.context}
-        sizes["blocks"] = Plan(**{name: getattr(args, name) for name in BLOCKS})
-        return lambda **changes: lower_decoding(args.program, config, mesh, **(sizes | changes))
+        blocks = Plan(**{name: getattr(args, name) for name in BLOCKS})
+        sizes = {"batch": args.batch, "context": args.context}
+        lower = partial(lower_decoding, args.program, config, mesh, blocks=blocks)
+        ranges = {name: (size, MOST[name]) for name, size in sizes.items()}
+        return lambda **changes: lower(**(sizes | changes)), ranges
     run.train.accumulate = args.accumulate or run.train.accumulate
     run.train.remat = args.remat or run.train.remat
-    return lambda: lower_training(config, mesh, run.train)
+
+    def step(batch: int | None = None) -> Program:
+        if batch is not None:
+            run.train.accumulate = run.train.batch_size // batch
+        return lower_training(config, mesh, run.train)
+
+    rows = run.train.batch_size
+    return step, {"batch": (rows // run.train.accumulate, rows)}
 
 
 def _say(found: dict[str, Any], limit: float, devices: int) -> None:
@@ -304,13 +319,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     jax.config.update("jax_platforms", "cpu")  # what is compiled here is not run here
     devices = tpu_devices(args.topology)
-    lower = _lowering(args, devices)
+    lower, ranges = _lowering(args, devices)
     limit = CHIPS[args.topology.partition(":")[0]]
     found = report(lower(), limit, args.text)
     if args.largest:
-        size = getattr(args, args.largest)
+        size, last = ranges[args.largest]
         fits = lambda n: report(lower(**{args.largest: n}), limit)["fits"]
-        more = largest(fits, 2 * size, MOST[args.largest]) if found["fits"] else 0
+        more = largest(fits, 2 * size, last) if found["fits"] else 0
         found[f"largest_{args.largest}"] = more or (size if found["fits"] else 0)
     if args.json:
         print(json.dumps(vars(args) | found))

@@ -54,32 +54,34 @@ def attend(
     used: Array | None = None,
     mesh: Mesh | None = None,
     branches: Branches | None = None,
+    turned: bool = True,
 ) -> Array:
     """Each query row sees the slots start <= s < end.
 
     Args:
       q: [B, T, H, D]; its H heads read the G key heads in order, H/G to each.
-      k: [B, G, D, S]. v: [B, G, S, D].
+      k: [B, G, D, S], or [B, G, S, D] if not `turned`. v: [B, G, S, D].
       start: int32[B, T] or None for 0.
       end: int32[B, T], at least start + 1.
       used: int32[], a bound on the slots seen that may save work, or None for S.
       mesh: what the arrays lie on, if on more than one device.
       branches: slots seen besides.
+      turned: how the keys of the slots lie.
 
     Returns:
       [B, T, H, D] in q's dtype.
     """
     queries = _by_group(q, k.shape[1])  # [B, G, T * H/G, D]
-    per_row = q.shape[2] // k.shape[1]
-    if used is None and tiled.fits(queries.shape[2], k.shape[3]):
+    per_row, slots = q.shape[2] // k.shape[1], v.shape[2]
+    if used is None and turned and tiled.fits(queries.shape[2], slots):
         out, _ = _ranged(queries, k, v, start, end, per_row, mesh)
         return _by_row(out.astype(v.dtype), q.shape)
-    if used is not None and k.shape[3] > MANY_SLOTS:
-        sees = lambda slots: _in_range(slots, start, end, per_row, branches)
-        out, _ = _walk(queries, k, v, sees, used)
+    if used is not None and slots > MANY_SLOTS:
+        sees = lambda s: _in_range(s, start, end, per_row, branches)
+        out, _ = _walk(queries, k, v, sees, used, turned)
         return _by_row(out.astype(v.dtype), q.shape)
-    visible = _in_range(jnp.arange(k.shape[3]), start, end, per_row, branches)
-    scores = jnp.where(visible, _scores(queries, k), -jnp.inf)
+    visible = _in_range(jnp.arange(slots), start, end, per_row, branches)
+    scores = jnp.where(visible, _scores(queries, k, turned), -jnp.inf)
     out = jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
     return _by_row(out, q.shape)
 
@@ -95,6 +97,7 @@ def attend_blocks(
     used: Array | None = None,
     mesh: Mesh | None = None,
     branches: Branches | None = None,
+    turned: bool = True,
 ) -> Array:
     """Each row of a block sees the slots start <= s < end, and every row of its own block.
 
@@ -102,19 +105,21 @@ def attend_blocks(
 
     Args:
       q: [B, A, K, H, D]: A blocks of K rows.
-      k: [B, G, D, S], v: [B, G, S, D], the slots all blocks choose from.
+      k: [B, G, D, S], or [B, G, S, D] if not `turned`, v: [B, G, S, D]: the slots all blocks choose
+        from.
       own_k, own_v: [B, A, K, G, D].
       start: int32[B, A] or None for 0.
       end: int32[B, A]; end = start is a block that sees only itself.
       used: int32[], a bound on the slots seen that may save work, or None for S.
       mesh: what the arrays lie on, if on more than one device.
       branches: slots seen besides.
+      turned: how the keys of the slots lie.
 
     Returns:
       [B, A, K, H, D] in q's dtype.
     """
     b, a, t, h, d = q.shape
-    groups, slots = k.shape[1], k.shape[3]
+    groups, slots = k.shape[1], v.shape[2]
     rows = t * (h // groups)  # of a block, in a group
     queries = _by_group(q.reshape(b, a * t, h, d), groups)  # [B, G, A * rows, D]
     by_block = (b, groups, a, rows, -1)
@@ -122,8 +127,9 @@ def attend_blocks(
     own_v = own_v.transpose(0, 3, 1, 2, 4)
     apart = None  # the slots' part, where they are many
     if used is not None and slots > MANY_SLOTS:
-        apart = _walk(queries, k, v, lambda s: _in_range(s, start, end, rows, branches), used)
-    elif used is None and tiled.fits(a * rows, slots):
+        sees = lambda s: _in_range(s, start, end, rows, branches)
+        apart = _walk(queries, k, v, sees, used, turned)
+    elif used is None and turned and tiled.fits(a * rows, slots):
         apart = _ranged(queries, k, v, start, end, rows, mesh)
     if apart is not None:
         before, log_mass = apart
@@ -136,7 +142,7 @@ def attend_blocks(
         )
 
     visible = _in_range(jnp.arange(slots), start, end, rows, branches)  # [B, 1, A * rows, S]
-    prefix = jnp.where(visible, _scores(queries, k), -jnp.inf)
+    prefix = jnp.where(visible, _scores(queries, k, turned), -jnp.inf)
     scores = jnp.concatenate([prefix.reshape(by_block), own], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = weights[..., :slots].reshape(b, groups, a * rows, slots) @ v
@@ -170,12 +176,18 @@ def _ranged(
 
 
 def _walk(
-    q: Array, k: Array, v: Array, visible: Callable[[Array], Array], used: Array
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Callable[[Array], Array],
+    used: Array,
+    turned: bool,
 ) -> tuple[Array, Array]:
     """Attend to the first `used` slots, SLOT_STEP at a time.
 
     Args:
-      q: [B, G, R, D]. k: [B, G, D, S]. v: [B, G, S, D]; S is a multiple of SLOT_STEP.
+      q: [B, G, R, D]. k: [B, G, D, S] if `turned`, else as v. v: [B, G, S, D]; S is a multiple of
+        SLOT_STEP.
       visible: of slot numbers [s], which each row sees: bool[B, 1, R, s].
       used: int32[].
 
@@ -183,7 +195,7 @@ def _walk(
       The mean of v under the softmax, float32[B, G, R, D], and the log of the softmax's
       denominator, float32[B, G, R, 1]: 0 and very negative for a row that sees nothing.
     """
-    assert k.shape[3] % SLOT_STEP == 0, f"{k.shape[3]} slots are no multiple of {SLOT_STEP}"
+    assert v.shape[2] % SLOT_STEP == 0, f"{v.shape[2]} slots are no multiple of {SLOT_STEP}"
     least = jnp.finfo(jnp.float32).min / 2  # finite, so that nothing is inf - inf
 
     # The loop must read the cache in the cache's own shape: reshaped, XLA's CPU compiler copies the
@@ -193,12 +205,12 @@ def _walk(
     def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, mass, out = carry
         first = i * SLOT_STEP
-        k_step = jax.lax.dynamic_slice_in_dim(k_rest, first, SLOT_STEP, axis=-1)
-        k_step = k_step.reshape(*k.shape[:3], SLOT_STEP)
+        k_step = jax.lax.dynamic_slice_in_dim(k_rest, first, SLOT_STEP, -1 if turned else -2)
+        k_step = k_step.reshape(*k.shape[:2], *k_step.shape[-2:])
         v_step = jax.lax.dynamic_slice_in_dim(v_rest, first, SLOT_STEP, axis=-2)
         v_step = v_step.reshape(*v.shape[:2], SLOT_STEP, v.shape[3])
         inside = visible(first + jnp.arange(SLOT_STEP))
-        scores = jnp.where(inside, _scores(q, k_step), -jnp.inf)
+        scores = jnp.where(inside, _scores(q, k_step, turned), -jnp.inf)
         new_peak = jnp.maximum(peak, scores.max(axis=-1, keepdims=True))
         weights, fade = jnp.exp(scores - new_peak), jnp.exp(peak - new_peak)
         mixed = jnp.matmul(weights.astype(v.dtype), v_step, preferred_element_type=jnp.float32)
@@ -231,9 +243,13 @@ def _by_row(out: Array, shape: tuple[int, ...]) -> Array:
     return out.reshape(b, groups, t, h // groups, d).swapaxes(1, 2).reshape(shape)
 
 
-def _scores(q: Array, k: Array) -> Array:
-    """q [..., rows, D] @ k [..., D, S] / sqrt(D), in float32."""
-    return jnp.matmul(q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+def _scores(q: Array, k: Array, turned: bool = True) -> Array:
+    """q [..., rows, D] @ k [..., D, S] / sqrt(D), in float32; not `turned`, k is [..., S, D]."""
+    if turned:
+        scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+    else:  # asked for as it is: of a transposition the TPU's compiler makes a copy
+        scores = jnp.einsum("...rd,...sd->...rs", q, k, preferred_element_type=jnp.float32)
+    return scores * q.shape[-1] ** -0.5
 
 
 def _in_range(

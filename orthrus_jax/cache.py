@@ -5,11 +5,14 @@ from the positions of the rows that read, so rolling a rejected draft back moves
 stale slot is overwritten before any position is high enough to see it.
 """
 
+import functools
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,27 +22,62 @@ from orthrus_jax.layers import rotary_angles
 from orthrus_jax.sharding import of_rows
 
 Array = jax.Array
+KeysValues = tuple[tuple[Array, ...], ...]  # keys and values of all layers
+
+
+class LayerCache(struct.PyTreeNode):
+    """One layer's keys and values as they lie: see KVCache."""
+
+    k: Array
+    v: Array
+    turned: bool = struct.field(pytree_node=False, default=True)
+
+    @classmethod
+    def of(cls, k: Array, v: Array) -> "LayerCache":
+        """Slots that are the rows k and v [B, T, G, D], as projections make them, themselves."""
+        return cls(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
+
+    def seen(self, span: int | None) -> tuple[Array, Array]:
+        """Return the first `span` slots: keys, turned or not, and values [B, G, S, D]."""
+        k, v = (x.reshape((1,) * (4 - x.ndim) + x.shape) for x in (self.k, self.v))
+        return k[..., :span] if self.turned else k[:, :, :span], v[:, :, :span]
+
+    def write(self, k: Array, v: Array, start: Array) -> "LayerCache":
+        """Write k and v [B, T, G, D] at slots start[b] ... start[b] + T - 1 of row b.
+
+        The caller keeps start + T <= S: like every dynamic update, one that runs over the end would
+        be moved back over live slots.
+        """
+        new_k = k.transpose(0, 2, 3, 1) if self.turned else k.transpose(0, 2, 1, 3)
+        return self.replace(
+            k=_update(self.k, new_k, start, axis=_slots_axis(self.turned)),
+            v=_update(self.v, v.transpose(0, 2, 1, 3), start, axis=-2),
+        )
 
 
 class KVCache(struct.PyTreeNode):
-    """Keys [B, G, D, S] and values [B, G, S, D], one array a layer.
+    """Values [B, G, S, D] and keys, `turned` [B, G, D, S] or as the values; one array a layer.
 
-    Keys lie transposed so that scores (q @ k) and output (weights @ v) are plain batched matmuls:
-    the compiler then turns no cache round (measured 1.3-3.3x per attention on CPU). Leading axes of
-    size 1 (a batch of one, then a single key head) are dropped at rest: XLA's CPU compiler drops
-    them in the matmul anyway, and when only that side of the update loses an axis it updates two
-    copies of the cache (AR step 1.4x).
+    What a matmul's compiler wants of the keys differs. Turned, scores (q @ k) and output (weights @
+    v) are plain batched matmuls, and the CPU's turns no cache round (measured 1.3-3.3x per
+    attention). The TPU's lays turned keys out anew, and back, around every loop: there they lie as
+    the values do. Leading axes of size 1 (a batch of one, then a single key head) are dropped at
+    rest: XLA's CPU compiler drops them in the matmul anyway, and when only that side of the update
+    loses an axis it updates two copies of the cache (AR step 1.4x).
 
     `rotary` holds cos and sin, float32[S, D/2], of every slot's position: a table that the loop
-    reads where XLA would otherwise recompute the angles for every head of every layer.
+    reads where XLA would otherwise recompute the angles for every head of every layer. On a `mesh`
+    rows and key heads are shared out.
     """
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
     rotary: tuple[Array, Array]
+    turned: bool = struct.field(pytree_node=False, default=True)
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
-    def zeros(cls, config: ModelConfig, batch: int, slots: int) -> "KVCache":
+    def zeros(cls, config: ModelConfig, batch: int, slots: int, turned: bool = True) -> "KVCache":
         """An empty cache of `slots` positions for `batch` rows, in the config's dtype.
 
         Many slots are rounded up to what attention walks in whole steps.
@@ -48,12 +86,23 @@ class KVCache(struct.PyTreeNode):
             slots = -(-slots // SLOT_STEP) * SLOT_STEP
         c, layers = config, range(config.num_hidden_layers)
         lead = tuple(itertools.dropwhile(lambda n: n == 1, (batch, c.num_key_value_heads)))
+        of_key = (c.head_dim, slots) if turned else (slots, c.head_dim)
         cos, sin = rotary_angles(jnp.arange(slots), c.head_dim, c.rope_theta)
         return cls(
-            k=tuple(jnp.zeros((*lead, c.head_dim, slots), c.dtype) for _ in layers),
+            k=tuple(jnp.zeros((*lead, *of_key), c.dtype) for _ in layers),
             v=tuple(jnp.zeros((*lead, slots, c.head_dim), c.dtype) for _ in layers),
             rotary=(cos, sin),
+            turned=turned,
         )
+
+    @property
+    def layers(self) -> list[LayerCache]:
+        """Each layer's part."""
+        return [LayerCache(*kv, self.turned) for kv in zip(self.k, self.v, strict=True)]
+
+    def with_layers(self, layers: Sequence[LayerCache]) -> "KVCache":
+        """The cache with each layer's part replaced."""
+        return self.replace(k=tuple(x.k for x in layers), v=tuple(x.v for x in layers))
 
     def shardings(self, mesh: Mesh) -> "KVCache":
         """Where each array lies on a mesh: rows and key heads shared out, the table whole."""
@@ -70,20 +119,16 @@ class KVCache(struct.PyTreeNode):
           first: int32[B].
           rows: int32[B, R], each below R.
         """
-
-        def move(buffer: Array, axis: int) -> Array:
-            def of_row(x: Array, first: Array, rows: Array) -> Array:
-                window = jax.lax.dynamic_slice_in_dim(x, first, rows.shape[0], axis)
-                window = jnp.take(window, rows, axis=axis, mode="clip")
-                return jax.lax.dynamic_update_slice_in_dim(x, window, first, axis)
-
-            if buffer.ndim == 4:
-                return jax.vmap(of_row)(buffer, first, rows)
-            return of_row(buffer, first[0], rows[0])
-
-        return self.replace(
-            k=tuple(move(k, -1) for k in self.k), v=tuple(move(v, -2) for v in self.v)
-        )
+        move = functools.partial(_compacted, axes=(_slots_axis(self.turned), -2))
+        if self.mesh is not None:  # each row where it is
+            where = self.shardings(self.mesh)
+            kv = jax.tree.map(lambda sharding: sharding.spec, (where.k, where.v))
+            by_row = of_rows(first.shape, self.mesh).spec
+            move = jax.shard_map(
+                move, mesh=self.mesh, in_specs=(kv, by_row, by_row), out_specs=kv, check_vma=False
+            )
+        k, v = move((self.k, self.v), first, rows)
+        return self.replace(k=k, v=v)
 
     def insert(self, row: "KVCache", at: Array) -> "KVCache":
         """Put a batch of one with as many slots in place of row `at`."""
@@ -97,30 +142,43 @@ class KVCache(struct.PyTreeNode):
         return self.replace(k=tuple(map(put, self.k, row.k)), v=tuple(map(put, self.v, row.v)))
 
 
-def as_slots(k: Array, v: Array) -> tuple[Array, Array]:
-    """Turn k and v [B, T, G, D], as projections make them, to [B, G, D, T] and [B, G, T, D]."""
-    return k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-
-
-def seen(kv: tuple[Array, Array], span: int | None) -> tuple[Array, Array]:
-    """Return one layer's keys [B, G, D, S] and values [B, G, S, D], the first `span` slots."""
-    k, v = (x.reshape((1,) * (4 - x.ndim) + x.shape) for x in kv)
-    return k[..., :span], v[:, :, :span]
-
-
-def write(kv: tuple[Array, Array], k: Array, v: Array, start: Array) -> tuple[Array, Array]:
-    """Write k and v [B, T, G, D] of one layer at slots start[b] ... start[b] + T - 1 of row b.
-
-    The caller keeps start + T <= S: like every dynamic update, one that runs over the end would be
-    moved back over live slots.
-    """
-    new_k, new_v = as_slots(k, v)
-    return _update(kv[0], new_k, start, axis=-1), _update(kv[1], new_v, start, axis=-2)
+def _slots_axis(turned: bool) -> int:
+    """Where the slots of the keys are; those of the values are at -2."""
+    return -1 if turned else -2
 
 
 def _update(buffer: Array, new: Array, start: Array, axis: int) -> Array:
     new = new.astype(buffer.dtype)
     update = lambda b, n, s: jax.lax.dynamic_update_slice_in_dim(b, n, s, axis)
     if buffer.ndim == 4:
-        return jax.vmap(update)(buffer, new, start)
-    return update(buffer, new.reshape(new.shape[4 - buffer.ndim :]), start[0])
+        return _pinned_on_tpu(jax.vmap(update)(buffer, new, start))
+    return _pinned_on_tpu(update(buffer, new.reshape(new.shape[4 - buffer.ndim :]), start[0]))
+
+
+def _compacted(kv: KeysValues, first: Array, rows: Array, axes: tuple[int, int]) -> KeysValues:
+    """Row after row: of a batch's windows taken at once the TPU's compiler copies the cache."""
+
+    def of_row(b: Array | int, kv: KeysValues) -> KeysValues:
+        move = lambda x, axis: _moved(x, b, first[b], rows[b], axis)
+        return tuple(tuple(move(x, axis) for x in xs) for xs, axis in zip(kv, axes, strict=True))
+
+    return of_row(0, kv) if len(rows) == 1 else jax.lax.fori_loop(0, len(rows), of_row, kv)
+
+
+def _moved(buffer: Array, b: Array | int, first: Array, rows: Array, axis: int) -> Array:
+    start, sizes = [jnp.int32(0)] * buffer.ndim, list(buffer.shape)
+    if buffer.ndim == 4:
+        start[0], sizes[0] = jnp.int32(b), 1
+    start[axis], sizes[axis] = first, len(rows)
+    window = jax.lax.dynamic_slice(buffer, start, sizes)
+    window = jnp.take(window, rows, axis=axis, mode="clip")
+    return _pinned_on_tpu(jax.lax.dynamic_update_slice(buffer, window, start))
+
+
+def _pinned_on_tpu(x: Array) -> Array:
+    """x as it is, and for the TPU's compiler in the layout in which a cache comes and goes.
+
+    It would otherwise lay all slots out as the few new rows happen to lie, and back, every cycle.
+    """
+    pin = lambda x: with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return jax.lax.platform_dependent(x, tpu=pin, default=lambda x: x)

@@ -47,8 +47,7 @@ def fenced_on_tpu(x: Array) -> Array:
     """x as it is, and for the TPU's compiler the end of the product that made it.
 
     It would otherwise draw the split into heads into the product and want the weights transposed: a
-    second copy of them all, made before each decoding loop. The values are not fenced: that copies
-    their cache instead.
+    second copy of them all, made before each decoding loop.
     """
     fence = jax.lax.optimization_barrier
     return jax.lax.platform_dependent(x, tpu=fence, default=lambda x: x)
@@ -76,7 +75,7 @@ class AttentionProjections(nn.Module):
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if cached:
-            q, k = fenced_on_tpu(q), fenced_on_tpu(k)
+            q, k, v = (fenced_on_tpu(x) for x in (q, k, v))
         q = rotate(self.q_norm(q.reshape(heads)), cos, sin)
         k = rotate(self.k_norm(k.reshape(heads)), cos, sin)
         return q, k, v.reshape(heads)

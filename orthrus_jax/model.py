@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from orthrus_jax import attention
-from orthrus_jax.cache import KVCache, as_slots, seen, write
+from orthrus_jax.cache import KVCache, LayerCache
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.layers import AttentionProjections, RMSNorm, SwiGLU, linear, rotary_angles
 from orthrus_jax.sharding import BATCH, TENSOR
@@ -101,9 +101,9 @@ class Layer(nn.Module):
         rows: list[Array],
         segments: Sequence[Segment],
         rotary: list[tuple[Array, Array]],
-        kv: tuple[Array, Array] | None,
+        kv: LayerCache | None,
         cached: bool,
-    ) -> tuple[list[Array], tuple[Array, Array] | None]:
+    ) -> tuple[list[Array], LayerCache | None]:
         """Move the rows [B, T, E] of all segments through the layer; return them and the new kv."""
         normed = _together(self.input_layernorm, rows, cached)
         mixed: list[Array] = [None] * len(rows)  # type: ignore[list-item]
@@ -123,15 +123,17 @@ class Layer(nn.Module):
         x: Array,
         segment: Segment,
         rotary: tuple[Array, Array],
-        kv: tuple[Array, Array] | None,
+        kv: LayerCache | None,
         cached: bool,
-    ) -> tuple[Array, tuple[Array, Array]]:
+    ) -> tuple[Array, LayerCache]:
         q, k, v = self.self_attn.qkv(x, *rotary, cached)
         # Without a cache the segment's own rows are the slots.
-        kv = as_slots(k, v) if kv is None else write(kv, k, v, segment.positions[:, 0])
+        kv = LayerCache.of(k, v) if kv is None else kv.write(k, v, segment.positions[:, 0])
         end, used = _limits(segment, segment.positions + 1, cached)
-        slots = seen(kv, segment.span)
-        heads = attention.attend(q, *slots, segment.start, end, used, self.mesh, segment.branches)
+        slots = kv.seen(segment.span)
+        heads = attention.attend(
+            q, *slots, segment.start, end, used, self.mesh, segment.branches, kv.turned
+        )
         return self.self_attn.out(heads), kv
 
     def _attend_blocks(
@@ -139,7 +141,7 @@ class Layer(nn.Module):
         x: Array,
         segment: Segment,
         rotary: tuple[Array, Array],
-        kv: tuple[Array, Array] | None,
+        kv: LayerCache | None,
         cached: bool,
     ) -> Array:
         assert kv is not None, "a diffusion segment needs a cache or an AR segment to read"
@@ -148,9 +150,9 @@ class Layer(nn.Module):
         q, k, v = (by_block(x) for x in projected)
         start = None if segment.start is None else segment.start[:, :: segment.block]
         end, used = _limits(segment, segment.positions[:, :: segment.block], cached)
-        slots = seen(kv, segment.span)
+        slots = kv.seen(segment.span)
         heads = attention.attend_blocks(
-            q, *slots, k, v, start, end, used, self.mesh, segment.branches
+            q, *slots, k, v, start, end, used, self.mesh, segment.branches, kv.turned
         )
         return self.self_attn_diff.out(heads.reshape(*x.shape[:2], *heads.shape[3:]))
 
@@ -197,11 +199,10 @@ class DualViewTransformer(nn.Module):
             rows = self._through_layers(rows, segments, rotary)
             return _together(self.norm, rows, cached), None
         kvs = []
-        for i, kv in enumerate(zip(cache.k, cache.v, strict=True)):
+        for i, kv in enumerate(cache.layers):
             rows, kv = self._layer(i)(rows, segments, rotary, kv, cached)
             kvs.append(kv)
-        k, v = zip(*kvs, strict=True)
-        return _together(self.norm, rows, cached), cache.replace(k=k, v=v)
+        return _together(self.norm, rows, cached), cache.with_layers(kvs)
 
     def _layer(self, i: int) -> Callable[..., Any]:
         """Layer i; of stacked layers a slice, so that training decodes without a second copy."""
@@ -306,9 +307,11 @@ class Model:
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for `batch` rows of `slots` positions."""
-        cache = KVCache.zeros(self.config, batch, slots)
+        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        cache = KVCache.zeros(self.config, batch, slots, turned=device.platform != "tpu")
         if self.mesh is None:
             return cache
+        cache = cache.replace(mesh=self.mesh)
         return jax.lax.with_sharding_constraint(cache, cache.shardings(self.mesh))
 
     def forward(

@@ -65,6 +65,27 @@ def test_the_largest_size_is_the_last_that_fits() -> None:
     assert aot.largest(lambda _: True, 8192, 40_960) == 32_768
 
 
+def test_the_largest_micro_batch_of_a_recipe_is_searched_up_to_its_step(
+    monkeypatch, capsys
+) -> None:
+    tried = []
+
+    def lower(config, mesh, recipe):
+        tried.append(recipe.accumulate)
+
+    told = {"fits": True, "seconds": 0.0, "processor_seconds": 0.0}
+    monkeypatch.setattr(aot, "tpu_devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr(aot, "lower_training", lower)
+    monkeypatch.setattr(aot, "report", lambda *_: told | {"fits": tried[-1] > 4})
+    options = ["--config", "configs/qwen3_0_6b.py", *DECODE[2:5], "train"]
+    aot.main([*options, "--accumulate", "16", "--largest", "batch", "--json"])
+    assert tried == [16, 8, 4]  # of 128 rows
+    assert json.loads(capsys.readouterr().out)["largest_batch"] == 16
+    monkeypatch.setattr(aot, "report", lambda *_: told)
+    aot.main([*options, "--accumulate", "2", "--largest", "batch"])
+    assert "largest batch that fits: 128" in capsys.readouterr().out
+
+
 BAD = {
     "no such slice": ([*DECODE[:3], "v9:1x1", *DECODE[4:]], "--topology v9:1x1 is not KIND:SHAPE"),
     "no recipe": ([*DECODE[:5], "train"], "--program train needs --config"),
@@ -76,6 +97,10 @@ BAD = {
     "micro-batches": (
         ["--config", "configs/qwen3_0_6b.py", *DECODE[2:5], "train", "--accumulate", "7"],
         "train.batch_size=128 does not divide into train.accumulate=7 micro-batches over 1 device",
+    ),
+    "a recipe's context": (
+        ["--config", "configs/qwen3_0_6b.py", *DECODE[2:5], "train", "--largest", "context"],
+        "--largest context is of decoding",
     ),
     "both axes": (
         [*DECODE, "--tensor", "3"],
@@ -137,6 +162,12 @@ def made_in_loops(program: str, least: int) -> list[str]:
     return [line.strip() for name in inside for line in lines[name] if large(line)]
 
 
+def copied(program: str, least: int) -> list[str]:
+    """Sizes of what is copied anywhere in it, of `least` elements or more."""
+    found = re.findall(r"^.* = \w+\[([\d,]+)\]\{[^}]*\} copy\(.*$", program, re.M)
+    return [dims for dims in found if math.prod(map(int, dims.split(","))) >= least]
+
+
 def test_a_large_array_made_in_a_loop_is_found() -> None:
     text = """HloModule m
 %step (p: (f32[8,8])) -> (f32[8,8]) {
@@ -153,6 +184,8 @@ ENTRY %main (a: f32[8,8]) -> f32[8,8] {
 }
 """
     assert [line.split()[0] for line in made_in_loops(text, 64)] == ["%turned"]
+    assert copied(text, 64) == ["8,8", "8,8"]
+    assert copied(text, 65) == []
     assert made_in_loops(text, 65) == []
 
 
@@ -165,16 +198,26 @@ def compiled(*options: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu")
 class TestForTPU:
-    def test_0_6b_decodes_on_one_v5e_and_its_loop_copies_no_cache_and_no_weight(
-        self, tmp_path
+    @pytest.mark.parametrize(
+        "options",
+        [["orthrus"], ["one-forward", "--tree-nodes", "31"], ["ar", "--batch", "4"]],
+        ids=" ".join,
+    )
+    def test_0_6b_decodes_on_one_v5e_and_copies_no_cache_and_no_weight(
+        self, options: list[str], tmp_path
     ) -> None:
-        found = compiled(*DECODE, "--context", "4096", "--text", str(tmp_path / "program"))
+        where = str(tmp_path / "program")
+        found = compiled(*DECODE[:-1], *options, "--context", "4096", "--text", where)
         assert found["fits"]
         assert 1.3 < found["weights_gib"] < 1.6
-        assert found["cache_gib"] == pytest.approx(2 * 28 * 8 * 128 * 2 * 4096 / 2**30, rel=0.02)
+        rows = found["batch"]
+        of_rows = rows * 2 * 28 * 8 * 128 * 2 * 4096 / 2**30
+        assert found["cache_gib"] == pytest.approx(of_rows, rel=0.02)
         assert found["results_gib"] < 0.01
         smallest = 8 * 128 * 1024  # elements of a key projection; a layer's keys have four times
-        assert made_in_loops((tmp_path / "program").read_text(), smallest) == []
+        program = (tmp_path / "program").read_text()
+        assert made_in_loops(program, smallest) == []
+        assert copied(program, smallest) == []
 
     def test_8b_does_not_fit_one_v5e_and_the_compiler_s_word_is_given(self) -> None:
         config = PRESETS["qwen3-8b"]

@@ -121,8 +121,8 @@ def test_a_copy_of_a_cache_would_be_found(groups: int) -> None:
 
 
 @pytest.mark.parametrize(("loop", "forwards"), [("ar", 1), ("orthrus", 2)])
-@pytest.mark.parametrize(("platform", "fences"), [("tpu", 2), ("cpu", 0)])
-def test_queries_and_keys_are_fenced_on_tpu_alone(
+@pytest.mark.parametrize(("platform", "fences"), [("tpu", 3), ("cpu", 0)])
+def test_projections_are_fenced_on_tpu_alone(
     loop: str, forwards: int, platform: str, fences: int
 ) -> None:
     """What the fence is for: layers.fenced_on_tpu. No TPU compiler is needed to see it lowered."""

@@ -13,7 +13,7 @@ import pytest
 
 from orthrus_jax import attention, decode
 from orthrus_jax import params as params_lib
-from orthrus_jax.cache import as_slots
+from orthrus_jax.cache import LayerCache
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.layers import AttentionProjections, RMSNorm, SwiGLU, rotary_angles, rotate
 from orthrus_jax.model import Layer, Model, ar_segment
@@ -147,7 +147,7 @@ def test_attention_module(pair: Pair) -> None:
     module = AttentionProjections(pair.config)
     q, k, v = module.apply(pair.layer("self_attn"), pair.x, *pair.angles, method="qkv")
     end = jnp.broadcast_to(jnp.arange(T) + 1, (2, T))
-    heads = attention.attend(q, *as_slots(k, v), None, end)
+    heads = attention.attend(q, *LayerCache.of(k, v).seen(None), None, end)
     ours = module.apply(pair.layer("self_attn"), heads, method="out")
     assert relative_error(ours, theirs) < BOUND
 
