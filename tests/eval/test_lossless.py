@@ -22,7 +22,7 @@ from eval import judges, lossless
 from eval.audit import Audit, Options, audit
 from eval.judges import Law, near_tie
 from eval.lossless import table
-from orthrus_jax import cache, decode, model, sampling
+from orthrus_jax import cache, decode, sampling
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decode import Verdict
 from orthrus_jax.engine import Answer
@@ -165,27 +165,30 @@ def bonus_off_by_one(drafts, predicted) -> Verdict:
     return Verdict(jnp.take_along_axis(predicted, source, axis=1), accepted)
 
 
+write = cache.LayerCache.write
+
+
 def written_late(kv, k, v, start):
     """Only what verify writes: the rows of a block."""
-    return cache.write(kv, k, v, start + (k.shape[1] == K))
+    return write(kv, k, v, start + (k.shape[1] == K))
 
 
 def accepted_drafts_not_written(kv, k, v, start):
     some = slice(0, 1) if k.shape[1] == K else slice(None)
-    return cache.write(kv, k[:, some], v[:, some], start)
+    return write(kv, k[:, some], v[:, some], start)
 
 
 def all_written_late(kv, k, v, start):
     """In every loop alike, the judge's among them: AR decoding agrees with it."""
-    return cache.write(kv, k, v, start + 1)
+    return write(kv, k, v, start + 1)
 
 
 CHOICE_FAULTS = {
     "always accept": (decode, "accept_equal", always_accept_equal),
     "bonus off by one": (decode, "accept_equal", bonus_off_by_one),
-    "a slot late": (model, "write", written_late),
-    "drafts not written": (model, "write", accepted_drafts_not_written),
-    "all a slot late": (model, "write", all_written_late),
+    "a slot late": (cache.LayerCache, "write", written_late),
+    "drafts not written": (cache.LayerCache, "write", accepted_drafts_not_written),
+    "all a slot late": (cache.LayerCache, "write", all_written_late),
 }
 
 
@@ -257,8 +260,8 @@ RULE_FAULTS = {
 }
 LAW_FAULTS = {
     **{name: (decode, "accept_rejection", rule) for name, rule in RULE_FAULTS.items()},
-    "a slot late": (model, "write", written_late),
-    "drafts not written": (model, "write", accepted_drafts_not_written),
+    "a slot late": (cache.LayerCache, "write", written_late),
+    "drafts not written": (cache.LayerCache, "write", accepted_drafts_not_written),
 }
 
 

@@ -40,8 +40,17 @@ def tree(model, params, state):
     return ahead.one_forward_decode(model, params, state, scheme=TREE)
 
 
-@pytest.mark.parametrize("loop", [decode.ar_decode, paper, tree], ids=["ar", "paper", "tree"])
-@pytest.mark.parametrize(("rows", "slots", "heads"), [(1, 64, 1), (3, 64, 2), (2, 1536, 2)])
+@pytest.mark.parametrize(
+    ("loop", "rows", "slots", "heads"),
+    [
+        (decode.ar_decode, 2, 1536, 2),
+        (paper, 1, 64, 1),
+        (tree, 1, 64, 2),
+        (tree, 3, 64, 2),
+        (tree, 2, 1536, 2),
+    ],
+    ids=["ar, walked", "paper, one head", "a tree", "a tree in a batch", "a tree, walked"],
+)
 def test_turned_or_not_the_same_is_decoded_and_kept(loop, rows, slots, heads) -> None:
     config = tiny_config(num_key_value_heads=heads)
     params = random_params(config, 5, copy=True)  # drafts well: some of each tree is kept
