@@ -43,6 +43,7 @@ def execute(name: str, run: pathlib.Path, monkeypatch, **environment: str):
     """Run a notebook in its folder, as a person would; commands write into `run`."""
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # they train: what is compiled in haste is slow
     monkeypatch.setenv("ORTHRUS_RUN", str(run))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
