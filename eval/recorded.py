@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 
 from orthrus_jax import ahead, decode
-from orthrus_jax.ahead import CHOICES, Scheme
+from orthrus_jax.ahead import CHOICES, Scheme, likeliest
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import bucket
 from orthrus_jax.generate import Generator
@@ -98,7 +98,8 @@ def _guesses(
     segment = Segment(flat(tokens), flat(at[:, None] + offset), View.DIFFUSION, block=block)
     (hidden,), _ = model.forward(weights, [segment], cache)
     scores = jax.nn.log_softmax(model.logits(weights, hidden), axis=-1)
-    probs, found = jax.lax.top_k(scores, min(CHOICES, scores.shape[-1]))
+    found = likeliest(scores, min(CHOICES, scores.shape[-1]))
+    probs = jnp.take_along_axis(scores, found, axis=-1)
     by_block = lambda x: x.reshape(len(at), block, -1)
     return by_block(found), by_block(probs)
 

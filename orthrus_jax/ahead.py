@@ -334,9 +334,10 @@ def likeliest(scores: Array, count: int) -> Array:
     """
     if count == 1:
         return greedy(scores)[..., None]
+    least = jnp.finfo(scores.dtype).min  # among nothing but -inf it would name none: -1
     return jax.lax.platform_dependent(
         scores,
-        tpu=lambda x: jax.lax.approx_max_k(x, count)[1],
+        tpu=lambda x: jax.lax.approx_max_k(jnp.maximum(x, least), count)[1],
         default=lambda x: jax.lax.top_k(x, count)[1],
     )
 

@@ -301,7 +301,10 @@ def _lowering(
         return lower_training(config, mesh, run.train)
 
     rows = run.train.batch_size
-    return step, {"batch": (rows // run.train.accumulate, rows)}
+    first = last = rows // run.train.accumulate
+    while rows % (2 * last) == 0:
+        last *= 2
+    return step, {"batch": (first, last)}
 
 
 def _say(found: dict[str, Any], limit: float, devices: int) -> None:

@@ -73,7 +73,8 @@ def attend(
     """
     queries = _by_group(q, k.shape[1])  # [B, G, T * H/G, D]
     per_row, slots = q.shape[2] // k.shape[1], v.shape[2]
-    if used is None and turned and tiled.fits(queries.shape[2], slots):
+    if used is None and tiled.fits(queries.shape[2], slots):
+        assert turned, "without a cache, keys are turned"
         out, _ = _ranged(queries, k, v, start, end, per_row, mesh)
         return _by_row(out.astype(v.dtype), q.shape)
     if used is not None and slots > MANY_SLOTS:
@@ -129,7 +130,8 @@ def attend_blocks(
     if used is not None and slots > MANY_SLOTS:
         sees = lambda s: _in_range(s, start, end, rows, branches)
         apart = _walk(queries, k, v, sees, used, turned)
-    elif used is None and turned and tiled.fits(a * rows, slots):
+    elif used is None and tiled.fits(a * rows, slots):
+        assert turned, "without a cache, keys are turned"
         apart = _ranged(queries, k, v, start, end, rows, mesh)
     if apart is not None:
         before, log_mass = apart

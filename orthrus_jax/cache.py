@@ -5,9 +5,9 @@ from the positions of the rows that read, so rolling a rejected draft back moves
 stale slot is overwritten before any position is high enough to see it.
 """
 
-import functools
 import itertools
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,7 @@ class KVCache(struct.PyTreeNode):
           first: int32[B].
           rows: int32[B, R], each below R.
         """
-        move = functools.partial(_compacted, axes=(_slots_axis(self.turned), -2))
+        move = partial(_compacted, axes=(_slots_axis(self.turned), -2))
         if self.mesh is not None:  # each row where it is
             where = self.shardings(self.mesh)
             kv = jax.tree.map(lambda sharding: sharding.spec, (where.k, where.v))
@@ -156,22 +156,34 @@ def _update(buffer: Array, new: Array, start: Array, axis: int) -> Array:
 
 
 def _compacted(kv: KeysValues, first: Array, rows: Array, axes: tuple[int, int]) -> KeysValues:
-    """Row after row: of a batch's windows taken at once the TPU's compiler copies the cache."""
+    each = lambda move, kv: tuple(
+        tuple(move(x, axis=axis) for x in xs) for xs, axis in zip(kv, axes, strict=True)
+    )
+    at_once = lambda kv: each(partial(_moved, first=first, rows=rows), kv)
+    of_row = lambda b, kv: each(partial(_moved_in_row, b=b, first=first, rows=rows), kv)
+    if len(rows) == 1:
+        return at_once(kv)
+    # Of a batch's windows taken at once the TPU's compiler copies the cache; others run them so.
+    one_by_one = lambda kv: jax.lax.fori_loop(0, len(rows), of_row, kv)
+    return jax.lax.platform_dependent(kv, tpu=one_by_one, default=at_once)
 
-    def of_row(b: Array | int, kv: KeysValues) -> KeysValues:
-        move = lambda x, axis: _moved(x, b, first[b], rows[b], axis)
-        return tuple(tuple(move(x, axis) for x in xs) for xs, axis in zip(kv, axes, strict=True))
 
-    return of_row(0, kv) if len(rows) == 1 else jax.lax.fori_loop(0, len(rows), of_row, kv)
+def _moved(buffer: Array, first: Array, rows: Array, axis: int) -> Array:
+    def of_row(x: Array, first: Array, rows: Array) -> Array:
+        window = jax.lax.dynamic_slice_in_dim(x, first, len(rows), axis)
+        window = jnp.take(window, rows, axis=axis, mode="clip")
+        return jax.lax.dynamic_update_slice_in_dim(x, window, first, axis)
 
-
-def _moved(buffer: Array, b: Array | int, first: Array, rows: Array, axis: int) -> Array:
-    start, sizes = [jnp.int32(0)] * buffer.ndim, list(buffer.shape)
     if buffer.ndim == 4:
-        start[0], sizes[0] = jnp.int32(b), 1
-    start[axis], sizes[axis] = first, len(rows)
+        return jax.vmap(of_row)(buffer, first, rows)
+    return _pinned_on_tpu(of_row(buffer, first[0], rows[0]))
+
+
+def _moved_in_row(buffer: Array, b: Array, first: Array, rows: Array, axis: int) -> Array:
+    start, sizes = [b, *[jnp.int32(0)] * 3], [1, *buffer.shape[1:]]
+    start[axis], sizes[axis] = first[b], rows.shape[1]
     window = jax.lax.dynamic_slice(buffer, start, sizes)
-    window = jnp.take(window, rows, axis=axis, mode="clip")
+    window = jnp.take(window, rows[b], axis=axis, mode="clip")
     return _pinned_on_tpu(jax.lax.dynamic_update_slice(buffer, window, start))
 
 

@@ -132,7 +132,7 @@ class Layer(nn.Module):
         end, used = _limits(segment, segment.positions + 1, cached)
         slots = kv.seen(segment.span)
         heads = attention.attend(
-            q, *slots, segment.start, end, used, self.mesh, segment.branches, kv.turned
+            q, *slots, segment.start, end, used, self.mesh, segment.branches, turned=kv.turned
         )
         return self.self_attn.out(heads), kv
 
@@ -152,7 +152,7 @@ class Layer(nn.Module):
         end, used = _limits(segment, segment.positions[:, :: segment.block], cached)
         slots = kv.seen(segment.span)
         heads = attention.attend_blocks(
-            q, *slots, k, v, start, end, used, self.mesh, segment.branches, kv.turned
+            q, *slots, k, v, start, end, used, self.mesh, segment.branches, turned=kv.turned
         )
         return self.self_attn_diff.out(heads.reshape(*x.shape[:2], *heads.shape[3:]))
 

@@ -3,7 +3,7 @@
 Three mesh axes: `data` and `fsdp` share out the rows of a batch, `fsdp` and `tensor` the weights:
 `fsdp` cuts a matrix along the model width (gathered layer by layer when it is used), `tensor` along
 heads, MLP width and vocabulary. The arrays' layouts are GSPMD's to follow; only attention over
-tiles and the vocabulary's losses are written per device, with `shard_map`.
+tiles, a tree's moves in the cache and the vocabulary's losses are written per device (`shard_map`).
 """
 
 import math

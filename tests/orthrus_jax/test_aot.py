@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -84,6 +85,9 @@ def test_the_largest_micro_batch_of_a_recipe_is_searched_up_to_its_step(
     monkeypatch.setattr(aot, "report", lambda *_: told)
     aot.main([*options, "--accumulate", "2", "--largest", "batch"])
     assert "largest batch that fits: 128" in capsys.readouterr().out
+    tried.clear()
+    aot.main([*options, "--accumulate", "32", "--largest", "batch", "--json"])
+    assert tried == [32, 16, 8, 4, 2, 1]
 
 
 BAD = {
@@ -192,7 +196,8 @@ ENTRY %main (a: f32[8,8]) -> f32[8,8] {
 def compiled(*options: str) -> dict:
     """Run the command in a process of its own: libtpu stays loaded for good."""
     command = [sys.executable, "-m", "orthrus_jax.aot", *options, "--json"]
-    return json.loads(subprocess.check_output(command, text=True).splitlines()[-1])
+    plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return json.loads(subprocess.check_output(command, text=True, env=plain).splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -200,7 +205,13 @@ def compiled(*options: str) -> dict:
 class TestForTPU:
     @pytest.mark.parametrize(
         "options",
-        [["orthrus"], ["one-forward", "--tree-nodes", "31"], ["ar", "--batch", "4"]],
+        [
+            ["orthrus"],
+            ["two-forward"],
+            ["one-forward"],
+            ["one-forward", "--tree-nodes", "31"],
+            ["ar", "--batch", "4"],
+        ],
         ids=" ".join,
     )
     def test_0_6b_decodes_on_one_v5e_and_copies_no_cache_and_no_weight(

@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import ahead, decode
+from orthrus_jax import ahead, cache, decode
 from orthrus_jax.ahead import Scheme
 from orthrus_jax.cache import KVCache
 from orthrus_jax.model import Model
 from tests.helpers import NO_EOS, random_params, tiny_config
 
 NEW = 12
+FIRST = jnp.array([3, 20, 40])
+ROWS = jnp.array([[0, 2, 5, 5, 5, 5], [0, 1, 2, 2, 2, 2], [0, 4, 5, 5, 5, 5]])  # walks' ways
 TREE = Scheme(4, nodes=6, early=2, choices=4)
 
 
@@ -76,14 +78,26 @@ def test_rows_are_exchanged_and_moved_alike() -> None:
     turned = turned.replace(k=tuple(map(noise, turned.k)), v=tuple(map(noise, turned.v)))
     as_values = lambda x: x.replace(k=tuple(k.swapaxes(-1, -2) for k in x.k), turned=False)
     row = KVCache.zeros(config, 1, 64)
-    first, rows = jnp.array([3, 20, 40]), jnp.array([[0, 2, 5], [0, 1, 2], [0, 4, 5]])
 
     def check(act) -> None:
         jax.tree.map(np.testing.assert_array_equal, as_values(act(turned)), act(as_values(turned)))
 
-    check(lambda cache: cache.compact(first, rows))
+    check(lambda cache: cache.compact(FIRST, ROWS))
     one = {True: row, False: as_values(row)}
     check(lambda cache: cache.insert(one[cache.turned], jnp.int32(1)))
+
+
+def test_a_batch_moved_row_by_row_is_the_batch_moved_at_once() -> None:
+    rng = np.random.default_rng(3)
+    for axis, shape in {-1: (3, 2, 16, 64), -2: (3, 2, 64, 16)}.items():
+        buffer = jnp.asarray(rng.normal(size=shape))
+        one_by_one = buffer
+        for b in range(3):
+            one_by_one = cache._moved_in_row(one_by_one, jnp.int32(b), FIRST, ROWS, axis)
+        at_once = cache._moved(buffer, FIRST, ROWS, axis)
+        np.testing.assert_array_equal(one_by_one, at_once)
+        moved = np.moveaxis(np.asarray(buffer), axis, 1)
+        np.testing.assert_array_equal(np.moveaxis(np.asarray(at_once), axis, 1)[0, 5], moved[0, 8])
 
 
 def test_the_platform_chooses(monkeypatch) -> None:
