@@ -77,7 +77,14 @@ class KVCache(struct.PyTreeNode):
     mesh: Mesh | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
-    def zeros(cls, config: ModelConfig, batch: int, slots: int, turned: bool = True) -> "KVCache":
+    def zeros(
+        cls,
+        config: ModelConfig,
+        batch: int,
+        slots: int,
+        turned: bool = True,
+        mesh: Mesh | None = None,
+    ) -> "KVCache":
         """An empty cache of `slots` positions for `batch` rows, in the config's dtype.
 
         Many slots are rounded up to what attention walks in whole steps.
@@ -93,6 +100,7 @@ class KVCache(struct.PyTreeNode):
             v=tuple(jnp.zeros((*lead, slots, c.head_dim), c.dtype) for _ in layers),
             rotary=(cos, sin),
             turned=turned,
+            mesh=mesh,
         )
 
     @property
@@ -104,10 +112,11 @@ class KVCache(struct.PyTreeNode):
         """The cache with each layer's part replaced."""
         return self.replace(k=tuple(x.k for x in layers), v=tuple(x.v for x in layers))
 
-    def shardings(self, mesh: Mesh) -> "KVCache":
-        """Where each array lies on a mesh: rows and key heads shared out, the table whole."""
-        heads = lambda x: of_rows(x.shape, mesh, heads=True)
-        whole = NamedSharding(mesh, P())
+    def shardings(self) -> "KVCache":
+        """Where each array lies on the mesh: rows and key heads shared out, the table whole."""
+        assert self.mesh is not None, "made for one device"
+        heads = lambda x: of_rows(x.shape, self.mesh, heads=True)
+        whole = NamedSharding(self.mesh, P())
         return self.replace(
             k=tuple(map(heads, self.k)), v=tuple(map(heads, self.v)), rotary=(whole, whole)
         )
@@ -121,7 +130,7 @@ class KVCache(struct.PyTreeNode):
         """
         move = partial(_compacted, axes=(_slots_axis(self.turned), -2))
         if self.mesh is not None:  # each row where it is
-            where = self.shardings(self.mesh)
+            where = self.shardings()
             kv = jax.tree.map(lambda sharding: sharding.spec, (where.k, where.v))
             by_row = of_rows(first.shape, self.mesh).spec
             move = jax.shard_map(

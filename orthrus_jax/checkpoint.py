@@ -279,15 +279,24 @@ def _to_device(host: np.ndarray, spec: TensorSpec, mesh: Mesh | None) -> jax.Arr
         shape = host.shape[::-1] if spec.transpose else host.shape
         axes = sharding.spec(spec.path, shape, mesh)
         where = NamedSharding(mesh, P(*axes[::-1]) if spec.transpose else axes)
-    array = jax.device_put(host, where)
+    if not spec.transpose:
+        return jax.block_until_ready(jax.device_put(host, where))
     # Transposed there: numpy takes a minute for what the device does in passing.
-    return jax.block_until_ready(array.T if spec.transpose else array)
+    return jax.block_until_ready(_turned(jax.device_put(host, where)))
 
 
 def _to_host(leaf: jax.Array, spec: TensorSpec) -> np.ndarray:
     """Return a leaf as the checkpoint keeps it."""
     # A jax.Array that was read keeps its host copy for life: read one that dies here instead.
-    return np.ascontiguousarray(jnp.array(leaf.T if spec.transpose else leaf, copy=True))
+    return np.ascontiguousarray(_turned(leaf) if spec.transpose else jnp.array(leaf, copy=True))
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    """x.T, its bits moved as integers: a compiler may pass floats through another type, which
+    changes NaNs. Not under `jit`, where XLA sees the floats behind them.
+    """
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").T
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
 def save_checkpoint(

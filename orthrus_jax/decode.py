@@ -95,7 +95,7 @@ class DecodeState(struct.PyTreeNode):
 def shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     """Where each array of a state lies on a mesh: its rows shared out, and its cache's heads."""
     rest = jax.tree.map(lambda x: of_rows(x.shape, mesh), state.replace(cache=None))
-    return rest.replace(cache=state.cache.shardings(mesh))
+    return rest.replace(cache=state.cache.shardings())
 
 
 def capacity(slots: int, reach: int) -> int:

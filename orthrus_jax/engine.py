@@ -497,7 +497,7 @@ class Engine:
         def where(x: Any) -> Any:
             if isinstance(x, decode.DecodeState):
                 return decode.shardings(x, mesh)
-            return x.shardings(mesh) if isinstance(x, KVCache) else of_rows(x.shape, mesh)
+            return x.shardings() if isinstance(x, KVCache) else of_rows(x.shape, mesh)
 
         whole = lambda x: isinstance(x, decode.DecodeState | KVCache)
         return jax.device_put(inputs, jax.tree.map(where, inputs, is_leaf=whole))

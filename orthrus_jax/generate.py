@@ -210,10 +210,9 @@ class Generator:
         sampling = _sampling(sampling, fields)
         if sampling.n > max(batch_size, 1):  # a batch_size below 1 is refused by itself
             raise UserError(f"n={sampling.n} is over batch_size={batch_size}")
-        blocks = {"early_blocks": early_blocks, "fresh_blocks": fresh_blocks}
         plan = self._plan(
-            mode, accept, draft_length, cycle, **blocks, tree_nodes=tree_nodes,
-            batch_size=batch_size, refill=refill,
+            mode, accept, draft_length, cycle=cycle, early_blocks=early_blocks,
+            fresh_blocks=fresh_blocks, tree_nodes=tree_nodes, batch_size=batch_size, refill=refill,
         )  # fmt: skip
         pairs = list(itertools.product(range(len(prompts)), range(sampling.n)))
         requests = [Request(prompts[i], sampling, sample) for i, sample in pairs]
@@ -263,10 +262,10 @@ class Generator:
         sampling = _sampling(sampling, fields)
         if sampling.n > 1:
             raise UserError(f"n={sampling.n}: a stream is of one sample")
-        blocks = {"early_blocks": early_blocks, "fresh_blocks": fresh_blocks}
         plan = self._plan(
-            mode, accept, draft_length, cycle, **blocks, tree_nodes=tree_nodes, stream=True
-        )
+            mode, accept, draft_length, cycle=cycle, early_blocks=early_blocks,
+            fresh_blocks=fresh_blocks, tree_nodes=tree_nodes, stream=True,
+        )  # fmt: skip
         request = Request(prompt, sampling)
         self.engine.check([request], plan)
         return self._pieces(request, plan, memory)
@@ -279,12 +278,10 @@ class Generator:
                 return self._completion(event.answer, plan, 0, 0)
         raise AssertionError("a served request ends with its answer")
 
-    def _plan(
-        self, mode: str, accept: str, draft_length: int | None, cycle: str, **others: Any
-    ) -> Plan:
+    def _plan(self, mode: str, accept: str, draft_length: int | None, **others: Any) -> Plan:
         rule = _member(Rule, "accept", accept)
         length = self.draft_length if draft_length is None else draft_length
-        return Plan(mode, rule, draft_length=length, cycle=cycle, **others)
+        return Plan(mode, rule, draft_length=length, **others)
 
     def _completion(self, answer: Answer, plan: Plan, prompt: int, sample: int) -> Completion:
         text = answer.text

@@ -308,11 +308,11 @@ class Model:
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for `batch` rows of `slots` positions."""
         device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
-        cache = KVCache.zeros(self.config, batch, slots, turned=device.platform != "tpu")
+        turned = device.platform != "tpu"
+        cache = KVCache.zeros(self.config, batch, slots, turned, self.mesh)
         if self.mesh is None:
             return cache
-        cache = cache.replace(mesh=self.mesh)
-        return jax.lax.with_sharding_constraint(cache, cache.shardings(self.mesh))
+        return jax.lax.with_sharding_constraint(cache, cache.shardings())
 
     def forward(
         self, params: Params, segments: Sequence[Segment], cache: KVCache | None

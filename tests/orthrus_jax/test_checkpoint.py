@@ -103,11 +103,10 @@ def test_round_trip_is_byte_exact(
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_every_number_s_bits_survive_transposed_or_not(tmp_path: pathlib.Path, dtype: str) -> None:
+def test_every_bit_pattern_survives_transposed_or_not(tmp_path: pathlib.Path, dtype: str) -> None:
     config = tiny_config(vocab_size=2048, tie_word_embeddings=False, dtype=dtype)
     tensors = random_tensors(config, diffusion=False)
     patterns = np.arange(65_536, dtype=np.uint16).view(jnp.dtype(dtype)).reshape(2048, 32)
-    patterns = np.where(np.isnan(patterns), patterns.dtype.type(np.nan), patterns)  # one of them
     tensors |= {"model.embed_tokens.weight": patterns, "lm_head.weight": patterns}
     source = write(tmp_path / "source", config, tensors)
     frozen, _ = params_lib.split(load_checkpoint(source).params)
