@@ -24,7 +24,7 @@ from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params
 from orthrus_jax.sampling import Filters, Proposal, Rule, Sampler, SamplingParams
-from orthrus_jax.sharding import of_rows
+from orthrus_jax.sharding import of_rows, to_host
 from orthrus_jax.stream import TextStream
 from orthrus_jax.tokenizer import Tokenizer
 
@@ -517,7 +517,7 @@ class _Found(NamedTuple):
 def _fetch(state: decode.DecodeState) -> _Found:
     logprobs = state.tokens if state.logprobs is None else state.logprobs
     found = (state.tokens, state.count, state.done, state.cycles, state.accepted, logprobs)
-    return _Found(*jax.device_get(found))
+    return _Found(*to_host(found))
 
 
 def bucket(n: int) -> int:

@@ -100,6 +100,18 @@ def of_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*(None,) * axis, BATCH))
 
 
+def to_host(tree: Any) -> Any:
+    """Every array of a tree as numpy, whole, on every host that holds a part of it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    fetch = lambda x: (
+        x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+    )
+    return jax.device_get(jax.tree.map(fetch, tree))
+
+
 def check(config: Any, mesh: Mesh) -> None:
     """Refuse a mesh whose tensor axis does not divide the model.
 

@@ -72,7 +72,7 @@ class Meter:
 
 
 def memory() -> dict[str, float]:
-    """GiB in use at most on the first device, where the platform says so."""
-    stats = jax.devices()[0].memory_stats() or {}
+    """GiB in use at most on this host's first device, where the platform says so."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     return {"peak_gib": peak / 2**30} if peak else {}

@@ -44,14 +44,14 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     if config.distributed:
         jax.distributed.initialize()
     run = pathlib.Path(config.run)
-    if overwrite:
+    if overwrite and jax.process_index() == 0:
         for name in ("responses", "rows", "checkpoints", "best", RECIPE, "train.jsonl"):
             _remove(run / name)
     checkpoint.check_target(run / "model", overwrite=overwrite)
     objective, remat = objective_of(config.train), _known(config.train.remat, "train.remat", REMAT)
     mesh = _mesh(config.mesh)
     trainer.check_batch(config.train, mesh)
-    _same_recipe(run, config, change_recipe)
+    _first_host_first(lambda: _same_recipe(run, config, change_recipe))
 
     clock = _Clock()
     responses = pathlib.Path(
@@ -204,7 +204,7 @@ def _held_out(
     generator: Generator, tokenizer: Any, frozen: params.Params, config: Any
 ) -> Callable[[params.Params], dict[str, Any]]:
     """Return a function that decodes held-out prompts with a given diffusion subtree."""
-    if jax.process_count() > 1 or not config.train.eval_prompts:
+    if not config.train.eval_prompts:
         return lambda diffusion: {}
     mix = Mix(
         config.train.eval_sources,
@@ -238,7 +238,8 @@ def _held_out(
 def _export(
     config: Any, source: pathlib.Path, sizes: Any, frozen: Any, diffusion: Any, overwrite: bool
 ) -> None:
-    whole = _to_host(params.merge(frozen, diffusion))
+    # In the host's memory: a device may have no room for all weights layer by layer.
+    whole = sharding.to_host(params.merge(frozen, diffusion))
     if jax.process_index():
         return
     if config.train.stack_layers:
@@ -252,18 +253,17 @@ def _export(
     )
 
 
-def _to_host(tree: params.Params) -> params.Params:
-    """All weights in the host's memory: a device may have no room for them layer by layer."""
-    if jax.process_count() == 1:
-        return jax.device_get(tree)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether SIGTERM has come: a machine that is about to be taken."""
+def _stop_on_signal() -> Iterator[Callable[[int], bool]]:
+    """Give a function that says whether SIGTERM has come: a machine that is about to be taken.
+
+    Several hosts stop at the same step, whichever of them was told: JAX's own service sees to that.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        yield multihost_utils.reached_preemption_sync_point
+        return
     asked = False
 
     def ask(*_: Any) -> None:
@@ -272,7 +272,7 @@ def _stop_on_signal() -> Iterator[Callable[[], bool]]:
 
     before = signal.signal(signal.SIGTERM, ask)
     try:
-        yield lambda: asked
+        yield lambda step: asked
     finally:
         signal.signal(signal.SIGTERM, before)
 

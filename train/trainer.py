@@ -185,7 +185,7 @@ def fit(
     evaluate: Callable[[Params], dict[str, Any]],
     *,
     keeper: Keeper | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Train from `state` to `recipe.steps` steps.
 
@@ -201,7 +201,7 @@ def fit(
         at the end. Its "acceptance_length", if it gives one, decides which checkpoint is best,
         otherwise the loss's expected acceptance.
       keeper: where to save every `save_every` steps and at the end; None saves nothing.
-      stop: asked after every step.
+      stop: asked after every step, on every host, and given its number.
 
     Raises:
       Interrupted: when `stop` said so, once the state is saved.
@@ -209,7 +209,8 @@ def fit(
     first = int(state.step)
     work = flops.Meter(model, objective)
     waiting: collections.deque = collections.deque()
-    with tqdm(total=recipe.steps, initial=first, unit="step", desc="train") as bar:
+    quiet = jax.process_index() > 0
+    with tqdm(total=recipe.steps, initial=first, unit="step", desc="train", disable=quiet) as bar:
         for i in range(first + 1, recipe.steps + 1):
             rows = to_devices(next(batches), recipe.accumulate, model)
             state, metrics = train_step(
@@ -226,10 +227,10 @@ def fit(
             if len(waiting) > IN_FLIGHT:
                 jax.block_until_ready(waiting.popleft())
             bar.update()
-            last, stopping = i == recipe.steps, stop()
+            last, stopping = i == recipe.steps, stop(i)
             evaluating = last or i % recipe.eval_every == 0
             if evaluating or stopping or i % recipe.log_every == 0 or i == first + 1:
-                found = {k: v.tolist() for k, v in jax.device_get(metrics).items()}
+                found = {k: v.tolist() for k, v in sharding.to_host(metrics).items()}
                 record = {"step": i, **found, **work.lap()}
                 if evaluating and not stopping:
                     record |= evaluate(state.diffusion)

@@ -168,7 +168,7 @@ def test_the_state_is_saved_every_so_often_and_when_told_to_stop():
     assert [step for step, _ in keeper.best] == [20, 30]
     asked, keeper = itertools.count(1), Kept()
     with pytest.raises(Interrupted):
-        run(keeper=keeper, stop=lambda: next(asked) == 7)
+        run(keeper=keeper, stop=lambda step: next(asked) == 7)
     assert keeper.steps == [7]
     assert keeper.places[0] != Loader(made_rows(rows=8), 4, 0).state()
 
