@@ -6,11 +6,11 @@ import pathlib
 import tarfile
 from collections.abc import Iterator
 
+from tests import haste
+
 # Commands keep compiled programs in the user's home; their tests, which inherit this, do not.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-# Most of the suite's time is LLVM's, on programs that run for milliseconds: a third less without
-# its optimisations. What XLA itself does to a program is the same.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", haste.FLAGS)
 
 import jax
 import pytest

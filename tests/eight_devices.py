@@ -7,9 +7,9 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # see conftest.py
-)
+from tests import haste
+
+os.environ["XLA_FLAGS"] = haste.on_devices(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

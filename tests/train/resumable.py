@@ -15,8 +15,10 @@ import sys
 import time
 import types
 
+from tests import haste
+
 if __name__ == "__main__" and sys.argv[2] != "1":
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[2]}"
+    os.environ["XLA_FLAGS"] = haste.on_devices(int(sys.argv[2]))
 
 import jax
 import numpy as np
