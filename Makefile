@@ -23,11 +23,11 @@ base: $(VENV)/.demo
 	cd runs/pretrain && ../../$(BIN)/python -m tarfile -c ../../$(BASE) base
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(VENV)/.test
 	$(PIP) install --editable '.[aot]'
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
