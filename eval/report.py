@@ -435,7 +435,7 @@ p {{ color: #555; margin: .3em 0 }}
 
 
 def _html_list(lines: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
+    return f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
 def _html_table(table: Table) -> str:

@@ -310,7 +310,9 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     assert f"written: {run}/report.html" in out
     result = json.loads((run / "results.json").read_text())
     assert result["loops"]["orthrus"]["acceptance_length"] == pytest.approx(5 / 3)
-    assert "<svg" in (run / "report.html").read_text()
+    page = (run / "report.html").read_text()
+    assert "<svg" in page
+    assert "<ul></ul>" not in page
     assert sorted(p.name for p in run.iterdir()) == [
         *("answers.jsonl", "recipe.json", "report.html", "results.json")
     ]
