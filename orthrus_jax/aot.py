@@ -327,7 +327,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = report(lower(), limit, args.text)
     if args.largest:
         size, last = ranges[args.largest]
-        fits = lambda n: report(lower(**{args.largest: n}), limit)["fits"]
+
+        def fits(n: int) -> bool:  # takes minutes: say what came of it
+            tried = report(lower(**{args.largest: n}), limit)
+            told = f"{tried['total_gib']:.2f} GiB" if "total_gib" in tried else tried["why"]
+            print(f"{args.largest} {n}: {told}", file=sys.stderr)
+            return tried["fits"]
+
         more = largest(fits, 2 * size, last) if found["fits"] else 0
         found[f"largest_{args.largest}"] = more or (size if found["fits"] else 0)
     if args.json:

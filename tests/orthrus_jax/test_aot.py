@@ -74,14 +74,16 @@ def test_the_largest_micro_batch_of_a_recipe_is_searched_up_to_its_step(
     def lower(config, mesh, recipe):
         tried.append(recipe.accumulate)
 
-    told = {"fits": True, "seconds": 0.0, "processor_seconds": 0.0}
+    told = {"fits": True, "total_gib": 3.0, "seconds": 0.0, "processor_seconds": 0.0}
     monkeypatch.setattr(aot, "tpu_devices", lambda _: jax.devices()[:1])
     monkeypatch.setattr(aot, "lower_training", lower)
     monkeypatch.setattr(aot, "report", lambda *_: told | {"fits": tried[-1] > 4})
     options = ["--config", "configs/qwen3_0_6b.py", *DECODE[2:5], "train"]
     aot.main([*options, "--accumulate", "16", "--largest", "batch", "--json"])
     assert tried == [16, 8, 4]  # of 128 rows
-    assert json.loads(capsys.readouterr().out)["largest_batch"] == 16
+    said = capsys.readouterr()
+    assert json.loads(said.out)["largest_batch"] == 16
+    assert said.err.splitlines()[-2:] == ["batch 16: 3.00 GiB", "batch 32: 3.00 GiB"]
     monkeypatch.setattr(aot, "report", lambda *_: told)
     aot.main([*options, "--accumulate", "2", "--largest", "batch"])
     assert "largest batch that fits: 128" in capsys.readouterr().out
