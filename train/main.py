@@ -179,10 +179,10 @@ def _first_host_first(work: Callable[[], Any]) -> Any:
         return work()
     from jax.experimental import multihost_utils
 
-    if jax.process_index() == 0:
-        work()
+    first = jax.process_index() == 0
+    found = work() if first else None
     multihost_utils.sync_global_devices("files")
-    return work()
+    return found if first else work()
 
 
 def _stacked(tree: params.Params, mesh: Any) -> params.Params:

@@ -195,11 +195,17 @@ ENTRY %main (a: f32[8,8]) -> f32[8,8] {
     assert made_in_loops(text, 65) == []
 
 
-def compiled(*options: str) -> dict:
+def aot_alone(*options: str) -> subprocess.CompletedProcess:
     """Run the command in a process of its own: libtpu stays loaded for good."""
-    command = [sys.executable, "-m", "orthrus_jax.aot", *options, "--json"]
+    command = [sys.executable, "-m", "orthrus_jax.aot", *options]
     plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return json.loads(subprocess.check_output(command, text=True, env=plain).splitlines()[-1])
+    return subprocess.run(command, text=True, capture_output=True, env=plain, check=False)
+
+
+def compiled(*options: str) -> dict:
+    ended = aot_alone(*options, "--json")
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -235,8 +241,7 @@ class TestForTPU:
     def test_8b_does_not_fit_one_v5e_and_the_compiler_s_word_is_given(self) -> None:
         config = PRESETS["qwen3-8b"]
         assert config.num_hidden_layers == 36
-        command = [sys.executable, "-m", "orthrus_jax.aot", "--preset", "qwen3-8b", *DECODE[2:]]
-        ended = subprocess.run(command, text=True, capture_output=True, check=False)
+        ended = aot_alone("--preset", "qwen3-8b", *DECODE[2:])
         assert ended.returncode == 1
         assert "does not fit 16 GiB" in ended.stdout
 
