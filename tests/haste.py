@@ -2,7 +2,7 @@
 
 Most of the suite's time is compiling programs that then run for milliseconds. Much of it goes
 without LLVM's optimisations, without a module of its own for each kernel, and with XLA's older way
-to write a fused loop (gone after jax 0.10). What XLA itself does to a program is the same.
+to write a fused loop (jax 0.12 has it no more). What XLA itself does to a program is the same.
 """
 
 import importlib.metadata

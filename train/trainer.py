@@ -214,14 +214,9 @@ def fit(
         for i in range(first + 1, recipe.steps + 1):
             rows = to_devices(next(batches), recipe.accumulate, model)
             state, metrics = train_step(
-                state,
-                frozen,
-                rows,
-                jnp.uint32(recipe.seed),
-                model=model,
-                optimizer=optimizer,
-                objective=objective,
-            )
+                state, frozen, rows, jnp.uint32(recipe.seed),
+                model=model, optimizer=optimizer, objective=objective,
+            )  # fmt: skip
             work.add(rows.tokens.shape[0] * rows.tokens.shape[1], rows.tokens.shape[2])
             waiting.append(metrics["loss"])
             if len(waiting) > IN_FLIGHT:
