@@ -37,20 +37,21 @@ from orthrus_jax.sampling import greedy
 from orthrus_jax.tokenizer import encode
 
 BUDGETS = (16, 32, 64, 96, 160, 256)
-EARLY = (1, 2, 4, 6, 10, 14, 20)
+COUNTS = (1, 2, 4, 6, 10, 14, 20)  # of blocks
 TRUSTS = (1.0, 0.8, 0.65, 0.5)
 FORWARDS = 8  # of one timed call
 SEED = 0  # of the intervals
 
 
 def splits(block: int, budgets: Sequence[int] = BUDGETS) -> list[Split]:
-    """Ways to spend each budget: chains and trees, early blocks, and fresh ones beside them."""
+    """Ways to spend each budget: chains and trees, early blocks, fresh ones, and both."""
     found = [Split("paper", block), Split("two-forward", block)]
-    found += [Split("one-forward", block, 0, e) for e in EARLY if e <= block]
+    found += [Split("one-forward", block, 0, e) for e in COUNTS if e <= block]
+    found += [Split("one-forward", block, 0, 0, n) for n in COUNTS]
     for rows in budgets:
         if rows > block:
             found.append(Split("two-forward", block, rows - 1))
-        for early in EARLY:
+        for early in COUNTS:
             for fresh in sorted({0, early // 4}):
                 nodes = rows - 1 - block * (early + fresh)
                 if nodes >= max(2, early - 1):

@@ -218,7 +218,7 @@ def _watched(
         index = np.asarray(state.position) - 1  # the anchor's, in its answer
         early = known[rows, np.clip(index - 1, 0, known.shape[1] - 1)][:, 1:]
         fresh = known[rows, np.minimum(index, known.shape[1] - 1)][:, :-1]
-        drafted = np.asarray(state.ahead.probs)[..., 0]
+        drafted = np.asarray(state.ahead.probs)[:, : early.shape[1], 0]
         hit = [np.isclose(drafted, by, rtol=0.02, atol=1e-6) for by in (early, fresh)]
         hits += ((hit[0].all(axis=1) | hit[1].all(axis=1)) & going).sum()
         cycles += going.sum()

@@ -65,7 +65,7 @@ class Scheme:
       block_size: rows of a diffusion block, K.
       nodes: drafts of the tree that is verified; 0 is a chain, the likeliest K - 1.
       early: blocks E(n), in a forward that verifies.
-      fresh: blocks F(n, c), likewise.
+      fresh: blocks F(n, c), likewise; alone, one of them is E(0) where there is no draft.
       choices: guesses kept of each position, where more than the likeliest can be of use.
       trust: the temperature at which the drafting view's probabilities are believed. Below 1 they
         are sharpened: a guess can be surer to be AR's choice than AR is of its choice.
@@ -93,9 +93,18 @@ class Scheme:
         """Rows of the verifying forward."""
         return 1 + self.drafts + self.block_size * self.blocks
 
+    @property
+    def positions(self) -> int:
+        """Positions behind the anchor that are guessed.
+
+        A fresh block that is right has a guess for one more than a chain verifies: the token that
+        comes if all of it stands, which the next fresh blocks can bet on.
+        """
+        return self.block_size - (not self.fresh)
+
     def nothing(self, batch: int) -> Guesses:
         """No draft yet, as behind a prefill."""
-        return trees.nothing(batch, self.block_size - 1, self.kept)
+        return trees.nothing(batch, self.positions, self.kept)
 
     @property
     def kept(self) -> int:
@@ -105,26 +114,33 @@ class Scheme:
     def grow(self, anchor: Array, guesses: Guesses) -> Tree:
         """The drafts to verify behind `anchor` [B]."""
         if not self.nodes:
-            return trees.chain(anchor, guesses)
+            return trees.chain(anchor, trees.first(guesses, self.drafts))
         return trees.grow(anchor, guesses, self.nodes)
 
     def check(self) -> None:
-        """Refuse what cannot be run ahead: the first draft, and one after a miss, is an E(0)."""
-        if not 1 <= self.early <= self.drafts + 1:
-            raise ValueError(f"early={self.early} must be from 1 to {self.drafts + 1}, the ends")
+        """Refuse what cannot be run ahead."""
+        ends = self.drafts + 1
+        if not self.blocks:
+            raise ValueError("early=0 and fresh=0: no block drafts the next tokens")
+        if not 0 <= self.early <= ends:
+            raise ValueError(f"early={self.early} must be from 0 to {ends}, the ends")
+        if not 0 <= self.fresh <= ends * self.kept:
+            raise ValueError(f"fresh={self.fresh} must be from 0 to {ends * self.kept}, the pairs")
 
 
 class Bets(struct.PyTreeNode):
-    """Blocks that draft ahead: E early ones, then F fresh ones.
+    """N blocks that draft ahead.
 
     Attributes:
-      row: int32[B, E + F], where the walk must end for the block to be of use.
-      anchor: int32[B, E + F], the block's first token.
-      depth: int32[B, E + F], how far behind the verified anchor it lies.
-      seen: bool[B, E + F, R], which of the verified rows the block sees.
+      row: int32[B, N], where the walk must end for the block to be of use.
+      early: bool[B, N], the block is anchored at this row, not at a token behind it.
+      anchor: int32[B, N], the block's first token.
+      depth: int32[B, N], how far behind the verified anchor it lies.
+      seen: bool[B, N, R], which of the verified rows the block sees.
     """
 
     row: Array
+    early: Array
     anchor: Array
     depth: Array
     seen: Array
@@ -218,21 +234,39 @@ def two_forward_decode(
 
 def place(tree: Tree, guesses: Guesses, scheme: Scheme) -> Bets:
     """Bet on the likeliest ends of the walk, and on the likeliest (end, next token)."""
-    at = lambda x, row: jnp.take_along_axis(x, row, axis=1)
-    path_of = lambda row: jnp.take_along_axis(tree.path, row[..., None], axis=1)
-    row = jax.lax.top_k(trees.ends(tree), scheme.early)[1]
+    if not scheme.early:
+        fresh = fresh_bets(tree, guesses, scheme.fresh)
+        # A draft begins with E(0): where none is on the table, in place of the first.
+        begin = early_bets(tree, jnp.zeros_like(fresh.row))
+        begins = (guesses.probs[:, :1, 0] == 0) & (jnp.arange(scheme.fresh) == 0)
+        wide = lambda like: jnp.expand_dims(begins, range(2, like.ndim))
+        return jax.tree.map(lambda new, old: jnp.where(wide(new), new, old), begin, fresh)
+    early = early_bets(tree, jax.lax.top_k(trees.ends(tree), scheme.early)[1])
+    if not scheme.fresh:
+        return early
+    fresh = fresh_bets(tree, guesses, scheme.fresh)
+    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), early, fresh)
+
+
+def early_bets(tree: Tree, row: Array) -> Bets:
+    """Blocks anchored at the rows [B, N], which see the rows before it on its path."""
+    at = lambda x: jnp.take_along_axis(x, row, axis=1)
+    path = jnp.take_along_axis(tree.path, row[..., None], axis=1)
     itself = row[..., None] == jnp.arange(tree.tokens.shape[1])
-    bets = [Bets(row, at(tree.tokens, row), at(tree.depth, row), path_of(row) & ~itself)]
-    if scheme.fresh:
-        odds = trees.corrections(tree, guesses)
-        choices = odds.shape[2]
-        which = jax.lax.top_k(odds.reshape(odds.shape[0], -1), scheme.fresh)[1]
-        row = which // choices
-        depth = at(tree.depth, row) + 1
-        index = jnp.minimum(depth - 1, guesses.tokens.shape[1] - 1) * choices + which % choices
-        anchor = at(guesses.tokens.reshape(odds.shape[0], -1), index)
-        bets.append(Bets(row, anchor, depth, path_of(row)))
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *bets)
+    return Bets(row, jnp.ones_like(row, bool), at(tree.tokens), at(tree.depth), path & ~itself)
+
+
+def fresh_bets(tree: Tree, guesses: Guesses, count: int) -> Bets:
+    """Blocks anchored at tokens that may come in place of a row's children, the likeliest."""
+    batch, positions, choices = guesses.tokens.shape
+    odds = trees.corrections(tree, guesses).reshape(batch, -1)
+    which = jax.lax.top_k(odds, count)[1]
+    row = which // choices
+    depth = jnp.take_along_axis(tree.depth, row, axis=1) + 1
+    index = jnp.minimum(depth - 1, positions - 1) * choices + which % choices
+    anchor = jnp.take_along_axis(guesses.tokens.reshape(batch, -1), index, axis=1)
+    path = jnp.take_along_axis(tree.path, row[..., None], axis=1)
+    return Bets(row, jnp.zeros_like(row, bool), anchor, depth, path)
 
 
 def rows_of(tree: Tree, state: DecodeState, scheme: Scheme) -> Segment:
@@ -293,24 +327,23 @@ def payoff(
     was fresh and right, one if it was early and right, more if its end was passed.
 
     Returns:
-      Which rows have such a block, bool[B]; its hidden states for the K - 1 tokens behind the new
-      anchor, [B, K-1, E]; and how many of them it has, int32[B].
+      Which rows have such a block, bool[B]; its hidden states for the D tokens behind the new
+      anchor that are guessed, [B, D, E]; and how many of them it has, int32[B].
     """
     on_way = jnp.take_along_axis(tree.path, walked.last[:, None, None], axis=1)[:, 0]
-    early = jnp.arange(scheme.blocks) < scheme.early
     came = (bets.row == walked.last[:, None]) & (bets.anchor == walked.correction[:, None])
-    right = jnp.where(early, jnp.take_along_axis(on_way, bets.row, axis=1), came)
+    right = jnp.where(bets.early, jnp.take_along_axis(on_way, bets.row, axis=1), came)
     depth = jnp.where(right, bets.depth, -1)
     which = jnp.argmax(depth, axis=1)
     skip = jnp.maximum(walked.accepted + 1 - depth.max(axis=1), 0)
-    rows = skip[:, None] + jnp.arange(scheme.block_size - 1)
+    rows = skip[:, None] + jnp.arange(scheme.positions)
     rows = which[:, None] * scheme.block_size + jnp.minimum(rows, scheme.block_size - 1)
     rows = jnp.take_along_axis(hidden, rows[..., None], axis=1)
     return right.any(axis=1), rows, scheme.block_size - skip
 
 
 def guess(state: DecodeState, logits: Array, scheme: Scheme, rule: Rule) -> Guesses:
-    """The likeliest tokens behind the anchor, from the drafting view's logits [B, K-1, V]."""
+    """The likeliest tokens behind the anchor, from the drafting view's logits [B, D, V]."""
     scores = logits
     if state.sampler is not None:
         logits = forbid_early_end(state, logits)

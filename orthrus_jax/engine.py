@@ -95,12 +95,13 @@ class Plan:
         block = self.draft_length or config.block_size
         ahead = self.cycle == "one-forward"
         ends = 1 + (self.tree_nodes or block - 1)
+        choices = min(CHOICES, config.vocab_size)
         return Scheme(
             block,
             nodes=self.tree_nodes,
             early=min(self.early_blocks, ends) if ahead else 0,
-            fresh=self.fresh_blocks if ahead else 0,
-            choices=min(CHOICES, config.vocab_size),
+            fresh=min(self.fresh_blocks, ends * choices) if ahead else 0,
+            choices=choices,
         )
 
 
@@ -213,8 +214,10 @@ class Engine:
         for name in BLOCKS:
             if getattr(plan, name) < 0:
                 raise UserError(f"{name}={getattr(plan, name)} must be 0 or more")
-        if plan.cycle == "one-forward" and not plan.early_blocks:
-            raise UserError("early_blocks=0: cycle='one-forward' drafts by at least one")
+        if plan.cycle == "one-forward" and not plan.early_blocks + plan.fresh_blocks:
+            raise UserError(
+                "early_blocks=0 and fresh_blocks=0: cycle='one-forward' drafts by at least one"
+            )
         if plan.cycle == "paper" and plan.tree_nodes:
             raise UserError(
                 f"tree_nodes={plan.tree_nodes} needs cycle='two-forward' or 'one-forward'"

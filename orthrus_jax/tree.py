@@ -60,6 +60,11 @@ def nothing(batch: int, positions: int, choices: int) -> Guesses:
     return Guesses(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
+def first(guesses: Guesses, count: int) -> Guesses:
+    """The first `count` positions."""
+    return jax.tree.map(lambda x: x[:, :count], guesses)
+
+
 def shifted(guesses: Guesses, by: Array) -> Guesses:
     """What the guesses say of the positions `by` [B] further on; behind them nothing is known."""
     width = guesses.tokens.shape[1]

@@ -51,8 +51,10 @@ def told():
         Split("two-forward", 6, 9),
         Split("one-forward", 6, 0, 2),
         Split("one-forward", 6, 8, 2, 2),
+        Split("one-forward", 6, 0, 0, 3),
+        Split("one-forward", 6, 8, 0, 2),
     ],
-    ids=lambda split: f"{split.cycle} {split.tree_nodes} {split.early_blocks}",
+    ids=lambda s: f"{s.cycle} {s.tree_nodes} {s.early_blocks}+{s.fresh_blocks}",
 )
 def test_what_is_played_through_is_what_decoding_does(told, split: Split) -> None:
     model, prompts, said = told

@@ -104,11 +104,16 @@ ANY = [
     (ahead.one_forward_decode, Scheme(K, nodes=6, early=3)),
     (ahead.one_forward_decode, Scheme(K, nodes=9, early=10, fresh=2, choices=4)),
     (ahead.one_forward_decode, Scheme(K, nodes=2, early=1, choices=2)),
+    (ahead.one_forward_decode, Scheme(K, fresh=3)),
+    (ahead.one_forward_decode, Scheme(2, fresh=1, choices=2)),
+    (ahead.one_forward_decode, Scheme(K, nodes=6, fresh=4)),
     (ahead.two_forward_decode, Scheme(K)),
     (ahead.two_forward_decode, Scheme(2)),
     (ahead.two_forward_decode, Scheme(K, nodes=6)),
 ]
-NAMES = [f"{loop.__name__}, {s.nodes} nodes, {s.early}+{s.fresh}" for loop, s in ANY]
+NAMES = [
+    f"{loop.__name__}, {s.nodes} nodes, {s.early}+{s.fresh} of {s.block_size}" for loop, s in ANY
+]
 
 
 def run_any(loop, scheme: Scheme, text, drafts, lengths, budgets, eos=(), slots=SLOTS):
@@ -185,6 +190,26 @@ def test_a_fresh_block_drafts_on_where_its_token_comes(fresh: int, accepted: lis
     assert np.asarray(state.accepted)[0, :3].tolist() == accepted
 
 
+@pytest.mark.parametrize(
+    ("fresh", "wrong", "accepted"),
+    [
+        (1, [], [0, 3, 0, 3, 0, 3]),  # no bet on three standing: nothing is left, E(0) begins anew
+        (1, [8], [0, 1, 1, 0, 3]),  # 8 comes, and was not bet on: what is left, then E(0)
+        (1, [8, 9], [0, 1, 0, 3]),  # what is left is wrong at once, and that was bet on
+        (3, [7], [0, 0, 3, 0, 3]),  # F(0, second) has a whole draft; F(3, first) is not run
+        (4, [7], [0, 0, 3, 3, 3, 3]),  # is run: whole drafts one behind the other
+    ],
+)
+def test_fresh_blocks_alone(fresh: int, wrong: list[int], accepted: list[int]) -> None:
+    """Bets go to (0, second), (1, second), (2, second), (3, first), in this order."""
+    text = plain_text(1, WIDTH, seed=3)
+    drafts = drafts_agreeing(text, ~np.isin(np.arange(WIDTH), wrong))
+    scheme = Scheme(K, fresh=fresh, choices=2)
+    state = run_any(ahead.one_forward_decode, scheme, text, drafts, [5], [18])
+    assert np.asarray(state.tokens)[0, :18].tolist() == text[0, 5:23].tolist()
+    assert np.asarray(state.accepted)[0, : len(accepted)].tolist() == accepted
+
+
 def test_each_forward_of_two_emits() -> None:
     text = plain_text(1, WIDTH, seed=3)
     never = drafts_agreeing(text, np.zeros_like(text, bool))
@@ -209,18 +234,26 @@ def test_a_draft_goes_on_behind_a_pause() -> None:
     np.testing.assert_array_equal(state.accepted, whole.accepted)
 
 
-@pytest.mark.parametrize("early", [0, K + 1])
-def test_more_blocks_than_ends_are_refused(early: int) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ({}, "early=0 and fresh=0"),
+        ({"early": K + 1}, "early=5 must be from 0 to 4, the ends"),
+        ({"early": 1, "fresh": 9, "choices": 2}, "fresh=9 must be from 0 to 8, the pairs"),
+    ],
+)
+def test_no_block_or_more_than_there_are_bets_is_refused(blocks: dict, message: str) -> None:
     text = plain_text(1, WIDTH)
-    with pytest.raises(ValueError, match=f"early={early} must be from 1 to 4, the ends"):
-        run(MODEL, text, text, [3], [3], early=early)
+    state, params = start(MODEL, text, text, [3], [3])
+    with pytest.raises(ValueError, match=message):
+        decode(MODEL, params, state, Scheme(K, **blocks))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"cycle": "half"}, "cycle='half' is not one of paper, two-forward, one-forward"),
-        ({"cycle": "one-forward", "early_blocks": 0}, "early_blocks=0: .* at least one"),
+        ({"cycle": "one-forward", "early_blocks": 0}, "early_blocks=0 and .* at least one"),
         ({"cycle": "one-forward", "fresh_blocks": -1}, "fresh_blocks=-1 must be 0 or more"),
         ({"cycle": "paper", "tree_nodes": 8}, "tree_nodes=8 needs cycle='two-forward' or"),
     ],

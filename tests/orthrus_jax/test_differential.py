@@ -38,6 +38,8 @@ SCHEMES = [
     ("one-forward", 2, 1, 0, "rejection"),
     ("one-forward", 3, 0, 6, "coupled"),
     ("one-forward", 2, 2, 9, "rejection"),
+    ("one-forward", 0, 3, 0, "coupled"),
+    ("one-forward", 0, 2, 6, "rejection"),
 ]
 
 

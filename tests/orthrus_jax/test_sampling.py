@@ -434,6 +434,7 @@ RULES = {
     "ahead": {"loop": "ahead", "early": 2},
     "ahead, all ends": {"loop": "ahead", "early": 3},
     "ahead, fresh": {"loop": "ahead", "early": 1, "fresh": 3},
+    "ahead, fresh alone": {"loop": "ahead", "early": 0, "fresh": 3},
     "ahead, a tree": {"loop": "ahead", "early": 2, "nodes": 5},
     "ahead, a tree, fresh": {"loop": "ahead", "early": 2, "fresh": 2, "nodes": 5},
     "two forwards": {"loop": "two"},
@@ -466,7 +467,7 @@ def test_ar_texts_are_distributed_as_the_law_has_it() -> None:
     "rule",
     [
         *("a draw from q", "the likeliest of q", "ahead", "ahead, a tree, fresh"),
-        *slow("ahead, all ends", "ahead, fresh", "ahead, a tree"),
+        *slow("ahead, all ends", "ahead, fresh", "ahead, fresh alone", "ahead, a tree"),
         *slow("two forwards", "two forwards, a tree"),
     ],
 )
