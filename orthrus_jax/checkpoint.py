@@ -274,15 +274,16 @@ def _cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 def _to_device(host: np.ndarray, spec: TensorSpec, mesh: Mesh | None) -> jax.Array:
     """Place a checkpoint tensor as the tree keeps it; when it returns, `host` is not needed."""
-    where = None
-    if mesh is not None:
+    if mesh is None:
+        there = jax.device_put(host)
+    else:
         shape = host.shape[::-1] if spec.transpose else host.shape
         axes = sharding.spec(spec.path, shape, mesh)
         where = NamedSharding(mesh, P(*axes[::-1]) if spec.transpose else axes)
-    if not spec.transpose:
-        return jax.block_until_ready(jax.device_put(host, where))
+        # Each host places its own parts; device_put would compare the tensor across hosts first.
+        there = jax.make_array_from_callback(host.shape, where, lambda index: host[index])
     # Transposed there: numpy takes a minute for what the device does in passing.
-    return jax.block_until_ready(_turned(jax.device_put(host, where)))
+    return jax.block_until_ready(_turned(there) if spec.transpose else there)
 
 
 def _to_host(leaf: jax.Array, spec: TensorSpec) -> np.ndarray:

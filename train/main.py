@@ -4,15 +4,13 @@ Self-distils responses from the base, trains the view on them, exports an Orthru
 same command goes on with a run that was interrupted, from whatever it left.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import pathlib
 import shutil
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +23,7 @@ from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator
 from orthrus_jax.model import REMAT, Model
 from orthrus_jax.tokenizer import encode_messages, load_tokenizer
-from train import card, command, distill, trainer
+from train import card, command, distill, hosts, trainer
 from train.checkpoints import Checkpoints
 from train.data import Loader, Rows, write_rows
 from train.divergence import Divergence
@@ -41,22 +39,18 @@ FREE = ("run", "mesh", "log_every", "eval_every", "save_every", "keep", "eval_pr
 
 def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     """Run the stages; leave responses/, rows/, checkpoints/, best/, model/ and logs in the run."""
-    if config.distributed:
-        jax.distributed.initialize()
+    hosts.begin(config.distributed)
     run = pathlib.Path(config.run)
-    if overwrite and jax.process_index() == 0:
-        for name in ("responses", "rows", "checkpoints", "best", RECIPE, "train.jsonl"):
-            _remove(run / name)
+    if overwrite:
+        hosts.once(lambda: _forget(run))
     checkpoint.check_target(run / "model", overwrite=overwrite)
     objective, remat = objective_of(config.train), _known(config.train.remat, "train.remat", REMAT)
     mesh = _mesh(config.mesh)
     trainer.check_batch(config.train, mesh)
-    _first_host_first(lambda: _same_recipe(run, config, change_recipe))
+    hosts.in_turn(lambda: _same_recipe(run, config, change_recipe))
 
     clock = _Clock()
-    responses = pathlib.Path(
-        config.responses or _first_host_first(lambda: distill.ensure_responses(config))
-    )
+    responses = pathlib.Path(config.responses or distill.ensure_responses(config))
     clock.lap("distill")
     base = checkpoint.load_checkpoint(config.base, dtype=config.train.dtype, mesh=mesh)
     sizes = dataclasses.replace(base.config, block_size=config.train.block_size)
@@ -65,7 +59,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     frozen, diffusion = params.split(base.params, freeze=freeze)
     source, base_parameters = base.directory, params.count(params.split(base.params)[0])
     del base  # what follows holds each weight once
-    rows = _first_host_first(lambda: _rows(config, responses, tokenizer, overwrite))
+    rows = hosts.in_turn(lambda: _rows(config, responses, tokenizer, overwrite))
     clock.lap("pack")
 
     model = Model(sizes, mesh, remat)
@@ -83,7 +77,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
         state, place = found
         loader.restore(place)
         print(f"going on from step {int(state.step)} in {run / 'checkpoints'}")
-    with _stop_on_signal() as stopping, Log(run, int(state.step), config) as log:
+    with hosts.stop_on_signal() as stopping, Log(run, int(state.step), config) as log:
         try:
             state = trainer.fit(
                 t, objective, model, frozen, state, optimizer, loader, log.write, evaluate,
@@ -98,7 +92,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     _export(config, source, sizes, frozen, state.diffusion, overwrite)
     keeper.close()
     clock.lap("export")
-    if jax.process_index():
+    if not hosts.is_first():
         return
     stages = {
         "base_parameters": base_parameters,
@@ -146,7 +140,7 @@ def _same_recipe(run: pathlib.Path, config: Any, change: bool) -> None:
                     "--overwrite to start anew"
                 )
     run.mkdir(parents=True, exist_ok=True)
-    if jax.process_index() == 0:
+    if hosts.is_first():
         path.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
 
 
@@ -171,18 +165,6 @@ def _rows(config: Any, responses: pathlib.Path, tokenizer: Any, overwrite: bool)
         recipe={"responses": found.identity},
         overwrite=overwrite,
     )
-
-
-def _first_host_first(work: Callable[[], Any]) -> Any:
-    """Let host 0 write files that the others, on the same disk, then find there."""
-    if jax.process_count() == 1:
-        return work()
-    from jax.experimental import multihost_utils
-
-    first = jax.process_index() == 0
-    found = work() if first else None
-    multihost_utils.sync_global_devices("files")
-    return found if first else work()
 
 
 def _stacked(tree: params.Params, mesh: Any) -> params.Params:
@@ -240,7 +222,7 @@ def _export(
 ) -> None:
     # In the host's memory: a device may have no room for all weights layer by layer.
     whole = sharding.to_host(params.merge(frozen, diffusion))
-    if jax.process_index():
+    if not hosts.is_first():
         return
     if config.train.stack_layers:
         whole = params.unstack(whole)
@@ -253,35 +235,14 @@ def _export(
     )
 
 
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Callable[[int], bool]]:
-    """Give a function that says whether SIGTERM has come: a machine that is about to be taken.
-
-    Several hosts stop at the same step, whichever of them was told: JAX's own service sees to that.
-    """
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked = False
-
-    def ask(*_: Any) -> None:
-        nonlocal asked
-        asked = True
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield lambda step: asked
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _forget(run: pathlib.Path) -> None:
+    """Delete what an earlier run wrote, but for its model: the export replaces that."""
+    for name in ("responses", "rows", "checkpoints", "best", RECIPE, "train.jsonl"):
+        path = run / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class _Clock:

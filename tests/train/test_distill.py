@@ -148,6 +148,24 @@ def test_a_run_that_was_killed_goes_on_with_the_same_answers(
     assert list(out.glob("*.tmp")) == []
 
 
+def test_hosts_share_out_the_shards_and_write_the_same(tmp_path, whole, base, source):
+    """Of three shards the first host has two. The one that begins is not the one that ends."""
+    recipe = distill.Recipe.of(config_of(tmp_path, base, source))
+    job = distill.Job(recipe, distill.model_identity(base), tmp_path, {})
+    model = orthrus_jax.load(base)
+    job.draw(model)
+    job.answer(model, 1, 2)
+    assert [path.name[:15] for path in tmp_path.glob("resp*")] == ["responses-00001"]
+    job.answer(model, 0, 2)
+    job.answer(model, 1, 2)  # nothing is left
+    job.write_manifest()
+    assert job.missing() == []
+    assert rows_of(tmp_path) == rows_of(whole)
+    manifest, other = (json.loads((p / "manifest.json").read_text()) for p in (tmp_path, whole))
+    for name in ("asked", "prompts", "sources", "shards", "complete", "written"):
+        assert manifest[name] == other[name]
+
+
 def test_a_finished_run_loads_no_model_and_writes_nothing(whole, base, source, monkeypatch):
     monkeypatch.setattr(distill, "load", lambda *a, **k: pytest.fail("the model was loaded"))
     before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}

@@ -23,7 +23,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 FLAGS = {
     "mesh.data": 2, "mesh.fsdp": 2,
-    "distill.prompts": 24, "distill.max_new_tokens": 24, "distill.batch_size": 8,
+    "distill.prompts": 24, "distill.shard_size": 10,
+    "distill.max_new_tokens": 24, "distill.batch_size": 8,
     "train.block_size": 6, "train.anchors": 6, "train.batch_size": 4, "train.steps": 12,
     "train.log_every": 1, "train.eval_every": 4, "train.save_every": 5, "train.eval_prompts": 4,
 }  # fmt: skip
@@ -80,6 +81,15 @@ def whole(base):
     run = base.parent / "two"
     assert "Orthrus checkpoint written" in end(run, start(base, run, 2, 2))
     return run
+
+
+def test_each_host_answers_its_own_shards(whole):
+    """Of 10, 10 and 4 prompts the first host has the first and the last."""
+    for host, prompts in enumerate((14, 10)):
+        said = (whole.parent / f"{whole.name}.{host}.log").read_text()
+        assert f"{prompts}/{prompts}" in said[said.rindex("distill:") :].splitlines()[0]
+    manifest = json.loads((whole / "responses" / "manifest.json").read_text())
+    assert (manifest["complete"], manifest["written"]) == (True, 24)
 
 
 def test_two_hosts_of_two_devices_train_as_one_of_four(base, whole):
