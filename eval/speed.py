@@ -9,6 +9,7 @@ measures a size without its weights: forwards only, for acceptance cannot be cla
 """
 
 import argparse
+import collections
 import dataclasses
 import functools
 import json
@@ -208,13 +209,16 @@ def time_text(
 
 
 def draw(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Plot time a cycle against context, and tokens/s against batch."""
+    """Plot time a cycle against context and, where texts were timed, tokens/s against batch."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    panels = 2 if result["text"] else 1
+    size = (5 * panels, 3.8)
+    figure, axes = pyplot.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+    left, *others = axes[0]
     for batch in sorted({f["batch"] for f in result["forwards"]}):
         found = [f for f in result["forwards"] if f["batch"] == batch]
         contexts = [f["context"] for f in found]
@@ -225,13 +229,15 @@ def draw(path: pathlib.Path, result: dict[str, Any]) -> None:
             left.plot(contexts, [f[f"{name}_ms"] for f in found], style, label=label)
     left.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="ms", title="Time")
     left.legend(fontsize=8)
-    batches = [t["batch"] for t in result["text"]]
-    for name in [*MODES, "orthrus, no refill"] if result["text"] else ():
-        found = [t[name]["tokens_per_second"] for t in result["text"] if name in t]
-        if found:
-            right.plot(batches[: len(found)], found, "o-", label=name)
-    right.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s", title="Text")
-    if result["text"]:
+    lines = collections.defaultdict(list)
+    for text in result["text"]:
+        for name, timed in text.items():
+            if isinstance(timed, dict):
+                lines[name].append((text["batch"], timed["tokens_per_second"]))
+    for right in others:
+        for name, points in lines.items():
+            right.plot(*zip(*points, strict=True), "o-", label=name)
+        right.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s", title="Text")
         right.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
