@@ -30,8 +30,9 @@ from orthrus_jax import machine, planner
 from orthrus_jax.ahead import Scheme
 from orthrus_jax.engine import bucket
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.generate import Generator, load, read_prompts
+from orthrus_jax.generate import Generator, load
 from orthrus_jax.model import Model, ar_segment
+from orthrus_jax.options import read_prompts
 from orthrus_jax.planner import Calibration, Earned, Split
 from orthrus_jax.sampling import greedy
 from orthrus_jax.tokenizer import encode

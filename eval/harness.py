@@ -32,8 +32,8 @@ from orthrus_jax import machine
 from orthrus_jax.engine import BLOCKS, Answer, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator as Answerer
-from orthrus_jax.generate import add_cycle, add_rows, spend_rows
 from orthrus_jax.model import Params
+from orthrus_jax.options import add_cycle, add_rows, spend_rows
 from orthrus_jax.sampling import Rule, SamplingParams
 from orthrus_jax.tokenizer import decode, encode_messages
 

@@ -32,8 +32,9 @@ from orthrus_jax import decode, machine, params, sharding
 from orthrus_jax.config import PRESETS
 from orthrus_jax.engine import BLOCKS, CYCLES, bucket
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.generate import Generator, add_blocks, read_prompts
+from orthrus_jax.generate import Generator
 from orthrus_jax.model import Model
+from orthrus_jax.options import add_blocks, read_prompts
 from orthrus_jax.tokenizer import encode
 
 TIMED_CYCLES = 16  # of one timed call; the context grows by what they emit

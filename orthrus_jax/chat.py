@@ -12,16 +12,8 @@ from typing import Any
 from orthrus_jax import machine
 from orthrus_jax.engine import MODES, Memory
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.generate import (
-    Completion,
-    Generator,
-    Pieces,
-    add_sampling,
-    decoding_options,
-    load,
-    print_pieces,
-    spend_rows,
-)
+from orthrus_jax.generate import Completion, Generator, Pieces, load, print_pieces
+from orthrus_jax.options import add_sampling, decoding_options, spend_rows
 from orthrus_jax.tokenizer import encode_messages
 
 HELP = "/reset forgets the dialogue, /exit or end of input leaves"

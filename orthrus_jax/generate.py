@@ -5,7 +5,6 @@ Chat template, sampling options, streaming and statistics around engine.py, whic
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 import pathlib
@@ -21,9 +20,10 @@ from tqdm import tqdm
 from orthrus_jax import machine, planner, tune
 from orthrus_jax.checkpoint import load_checkpoint
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.engine import BLOCKS, CYCLES, MODES, Answer, Engine, Memory, Plan, Request
+from orthrus_jax.engine import MODES, Answer, Engine, Memory, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.model import Params
+from orthrus_jax.options import add_sampling, decoding_options, read_prompts, spend_rows
 from orthrus_jax.planner import Calibration
 from orthrus_jax.sampling import Rule, SamplingParams
 from orthrus_jax.tokenizer import Tokenizer, load_tokenizer
@@ -176,7 +176,7 @@ class Generator:
         mode: str = "orthrus",
         accept: str = "rejection",
         draft_length: int | None = None,
-        cycle: str = CYCLES[0],
+        cycle: str = Plan.cycle,
         early_blocks: int = Plan.early_blocks,
         fresh_blocks: int = Plan.fresh_blocks,
         tree_nodes: int = Plan.tree_nodes,
@@ -251,7 +251,7 @@ class Generator:
         mode: str = "orthrus",
         accept: str = "rejection",
         draft_length: int | None = None,
-        cycle: str = CYCLES[0],
+        cycle: str = Plan.cycle,
         early_blocks: int = Plan.early_blocks,
         fresh_blocks: int = Plan.fresh_blocks,
         tree_nodes: int = Plan.tree_nodes,
@@ -350,32 +350,6 @@ def load(
     )
 
 
-def read_prompts(path: str | pathlib.Path) -> list[str]:
-    """Read a file of one {"prompt": TEXT} a line, as --prompts takes it.
-
-    Raises:
-      UserError: naming the file and the line.
-    """
-    path = pathlib.Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path} cannot be read: {error}") from None
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(
-                f'{path}:{number} is not a JSON object with a "prompt", like {{"prompt": "Hi"}}'
-            ) from None
-    if not prompts:
-        raise UserError(f"--prompts {path} holds no prompt")
-    return prompts
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m orthrus_jax.generate",
@@ -405,120 +379,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stream", action="store_true", help="print text as it grows")
     parser.add_argument("--json", action="store_true", help="print one JSON object an answer")
     return parser
-
-
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add the options of decoding that generate and chat share."""
-    defaults = dataclasses.asdict(SamplingParams())
-    number = lambda flag, kind, text: parser.add_argument(
-        flag,
-        type=kind,
-        default=defaults[flag[2:].replace("-", "_")],
-        metavar="N" if kind is int else "X",
-        help=f"{text}; default: %(default)s",
-    )
-    number("--max-new-tokens", int, "tokens an answer may have")
-    number("--min-new-tokens", int, "no end token before so many")
-    number("--temperature", float, "0 is greedy")
-    number("--top-k", int, "keep the k likeliest tokens, 0 is off")
-    number("--top-p", float, "keep the likeliest tokens of this probability, 1 is off")
-    number("--min-p", float, "keep tokens of this share of the likeliest one's, 0 is off")
-    number("--seed", int, "with the prompt, it fixes a sampled text")
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
-    )
-    parser.add_argument(
-        "--stop-token-id", action="append", default=[], type=int, metavar="ID", help="end there too"
-    )
-    parser.add_argument(
-        "--accept",
-        choices=[rule.value for rule in Rule],
-        default=Rule.REJECTION.value,
-        help="sampled drafts: most often (rejection) or only AR's own text (coupled); "
-        "default: %(default)s",
-    )
-    parser.add_argument(
-        "--draft-length",
-        type=int,
-        metavar="K",
-        help="rows of a draft block, from 2; default: what tune measured here, or the trained K",
-    )
-    add_cycle(parser)
-    add_rows(parser)
-
-
-def add_cycle(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what a cycle is, which all commands that decode share."""
-    parser.add_argument(
-        "--cycle",
-        choices=CYCLES,
-        default=Plan.cycle,
-        help="draft and verify in turn, the same with a draft pass that emits too, or draft while "
-        "verifying; default: %(default)s",
-    )
-    add_blocks(parser)
-
-
-def add_rows(parser: argparse.ArgumentParser) -> None:
-    """Add --rows, which `spend_rows` then turns into the options of `add_cycle`."""
-    parser.add_argument(
-        "--rows",
-        type=int,
-        metavar="R",
-        help="let the planner choose the cycle and the next four, for at most R rows a forward, by "
-        "what eval.calibrate measured of this model and device",
-    )
-
-
-def add_blocks(parser: argparse.ArgumentParser) -> None:
-    """Add what the rows of a forward are spent on."""
-    number = functools.partial(parser.add_argument, type=int, metavar="N")
-    number(
-        "--early-blocks",
-        default=Plan.early_blocks,
-        help="with --cycle one-forward: blocks that a forward drafts ahead, each for one number of "
-        "drafts that may stand; default: %(default)s",
-    )
-    number(
-        "--fresh-blocks",
-        default=Plan.fresh_blocks,
-        help="likewise, each for one token besides that may come next; default: %(default)s",
-    )
-    number(
-        "--tree-nodes",
-        default=Plan.tree_nodes,
-        help="with --cycle two-forward or one-forward: drafts of a tree that a forward verifies; "
-        "default: %(default)s, a chain",
-    )
-
-
-def spend_rows(args: argparse.Namespace, model: Generator, batch: int) -> None:
-    """Where --rows was given, set the options of `add_cycle` as the planner has them; say why."""
-    if args.rows is None:
-        return
-    choice = model.plan(args.rows, batch)
-    spent = {name: value for name, value in choice.split.options.items() if value}
-    said = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in spent.items())
-    print(f"--rows {args.rows}: {said}\n  {choice.why}", file=sys.stderr)
-    for name, value in choice.split.options.items():
-        if name != "mode" or (value, args.mode) == ("ar", "orthrus"):
-            setattr(args, name, value)
-
-
-def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_sampling` and --mode parsed, as arguments of Generator.stream."""
-    plan = ("mode", "accept", "draft_length", "cycle", *BLOCKS)
-    sampling = (
-        "max_new_tokens",
-        "min_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "seed",
-    )
-    options = {name: getattr(args, name) for name in plan + sampling}
-    return options | {"stop": tuple(args.stop), "stop_token_ids": tuple(args.stop_token_id)}
 
 
 def print_pieces(pieces: Pieces) -> Completion:

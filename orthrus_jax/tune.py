@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from orthrus_jax import machine
 from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.options import read_prompts
 from orthrus_jax.tokenizer import encode
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    from orthrus_jax.generate import load, read_prompts
+    from orthrus_jax.generate import load
 
     parser = argparse.ArgumentParser(prog="python -m orthrus_jax.tune", description=__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory")

@@ -49,6 +49,8 @@ def run(
     given = {name: flags.DEFINE_bool(name, False, told) for name, told in switches.items()}
 
     def parse(argv: Sequence[str]) -> list[str]:
+        if {"-h", "--help"} & set(argv):  # absl's own ends as an error does
+            app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
         with _told_in_one_line():
             rest = flags.FLAGS(list(argv))
             if len(rest) > 1:

@@ -218,3 +218,17 @@ def test_bad_command_lines_end_in_one_line_and_status_2(tmp_path, argument, mess
     assert found.returncode == 2
     assert message in found.stderr.splitlines()[-1]
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("command", ["main", "distill"])
+def test_help_is_no_error(command):
+    found = subprocess.run(
+        [sys.executable, "-m", f"train.{command}", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert (found.returncode, found.stderr) == (0, "")
+    assert f"`python -m train.{command} --config" in found.stdout
+    assert "--config.NAME=VALUE" in found.stdout
