@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from train import distill
+from train.responses import MANIFEST
 
 CARD = """---
 library_name: orthrus-jax
@@ -47,7 +47,7 @@ def write(path: pathlib.Path, config: Any, run: pathlib.Path) -> None:
         )
     if "tokens_per_second" in last:
         lines.append(f"- {last['tokens_per_second']:.0f} training tokens/s")
-    manifest = run / "responses" / distill.MANIFEST
+    manifest = run / "responses" / MANIFEST
     data = f"Responses read from {config.responses}."
     if manifest.exists():
         data = "    " + manifest.read_text().strip().replace("\n", "\n    ")

@@ -30,6 +30,7 @@ from train.divergence import Divergence
 from train.log import Log
 from train.objective import Objective
 from train.prompts import Mix
+from train.responses import read_responses
 
 RECIPE = "recipe.json"
 # What may differ when a run goes on: where it runs and what it reports, not what it computes.
@@ -155,7 +156,7 @@ def _flat(tree: dict[str, Any], at: str = "") -> dict[str, Any]:
 
 
 def _rows(config: Any, responses: pathlib.Path, tokenizer: Any, overwrite: bool) -> Rows:
-    found = distill.read_responses(responses, tokenizer)
+    found = read_responses(responses, tokenizer)
     return write_rows(
         pathlib.Path(config.run) / "rows",
         found,

@@ -23,9 +23,9 @@ from orthrus_jax.model import Model, Segment, View
 from orthrus_jax.tokenizer import Tokenizer, encode
 from train import command
 from train.data import Conversation, Rows, pack, stack
-from train.distill import ANSWERS, Responses
 from train.problems import Problem, problems
 from train.prompts import COLUMNS, file_rows, local_files
+from train.responses import ANSWERS, Responses
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"

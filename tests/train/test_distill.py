@@ -16,6 +16,7 @@ from train import distill
 from train.pretrain import train_tokenizer
 from train.problems import problems
 from train.prompts import Mix
+from train.responses import read_responses
 
 QUESTIONS = [f"How many is {i} and {'one ' * (i % 7)}more?" for i in range(14)]
 
@@ -134,7 +135,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_answers(
     first = (out / "responses-00000-of-00003.parquet").read_bytes()
     assert json.loads((out / "manifest.json").read_text())["complete"] is False
     with pytest.raises(UserError, match="lacks shards"):
-        distill.read_responses(out, load_tokenizer(base))
+        read_responses(out, load_tokenizer(base))
     if torn:  # the second died as it was written, and the last is there already
         (out / "responses-00001-of-00003.parquet.tmp").write_bytes(first[:100])
         last = "responses-00002-of-00003.parquet"
@@ -236,12 +237,12 @@ def test_a_bad_recipe_is_refused_in_one_line(tmp_path, base, source, changes, me
 
 
 def test_responses_come_back_as_they_were_decoded(whole, base):
-    found = distill.read_responses(whole, load_tokenizer(base))
+    found = read_responses(whole, load_tokenizer(base))
     for _ in range(2):  # anew each time
         talk = [tuple(part.tolist() for part in c.segments) for c in found]
         assert talk == [(row["prompt_ids"], row["answer_ids"]) for row in rows_of(whole)]
         assert (found.read, found.skipped) == (10, {})
-    assert found.identity == distill.read_responses(whole, load_tokenizer(base)).identity
+    assert found.identity == read_responses(whole, load_tokenizer(base)).identity
 
 
 def test_ids_of_another_tokenizer_are_refused(whole, base, tmp_path):
@@ -250,7 +251,7 @@ def test_ids_of_another_tokenizer_are_refused(whole, base, tmp_path):
     with (tmp_path / "tokenizer_config.json").open("a") as file:
         file.write("\n")
     with pytest.raises(UserError, match="ids of another tokenizer"):
-        distill.read_responses(whole, load_tokenizer(tmp_path))
+        read_responses(whole, load_tokenizer(tmp_path))
 
 
 TALK = [
@@ -285,7 +286,7 @@ def test_responses_of_other_engines_become_the_same_ids(base, tmp_path):
     tokenizer = load_tokenizer(base)
     path = tmp_path / "theirs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*FOREIGN, *BAD.values()]) + "{\n")
-    found = distill.read_responses(path, tokenizer)
+    found = read_responses(path, tokenizer)
     talk = [[decode(tokenizer, list(s)) for s in c.segments] for c in found]
     ids = [c.arrays()[0].tolist() for c in found]
     end = tokenizer.eos_token_id
@@ -305,10 +306,10 @@ def test_responses_of_other_engines_become_the_same_ids(base, tmp_path):
 def test_parquet_of_another_engine_is_read_too(base, tmp_path):
     rows = [{"messages": TALK[:1], "response": "1", "model": "x"}] * 3
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    found = distill.read_responses(tmp_path, load_tokenizer(base))
+    found = read_responses(tmp_path, load_tokenizer(base))
     assert len(list(found)) == 3
     with pytest.raises(UserError, match="is not there"):
-        distill.read_responses(tmp_path / "b.parquet", load_tokenizer(base))
+        read_responses(tmp_path / "b.parquet", load_tokenizer(base))
 
 
 @pytest.mark.skipif(not (DATA / "qwen3_tokenizer").is_dir(), reason="needs shared/data")
@@ -316,7 +317,7 @@ def test_an_answer_with_a_thinking_part_was_asked_for_with_it(tmp_path):
     tokenizer = load_tokenizer(DATA / "qwen3_tokenizer")
     rows = [{"prompt": "2+2?", "response": "4"}, {"prompt": "2+2?", "response": "<think>\n4"}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plain, thought = distill.read_responses(tmp_path / "x.jsonl", tokenizer)
+    plain, thought = read_responses(tmp_path / "x.jsonl", tokenizer)
     asked = lambda thinking: encode(tokenizer, "2+2?", chat=True, thinking=thinking)
     assert plain.segments[0] == asked(False)
     assert thought.segments[0] == asked(True) != asked(False)
