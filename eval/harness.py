@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 import orthrus_jax
-from eval import report
+from eval import metrics, report
 from eval.benchmarks import BENCHMARKS, Benchmark, Problem, digest, final_part, load
 from eval.grading import Grade
 from orthrus_jax import machine
@@ -210,7 +210,7 @@ class Run:
             )
         begun = any(path.suffix != ".part" for path in directory.iterdir())
         if begun:  # else killed before it could say what it was
-            self.recipe = report.read_run(directory)[0]
+            self.recipe = metrics.read_run(directory)[0]
 
     def check(self, part: str, recipe: dict[str, Any]) -> None:
         """Refuse a recipe that is not the one the run was begun with, naming what differs."""
@@ -226,11 +226,11 @@ class Run:
     def open(self, recipe: dict[str, Any]) -> Iterator[tuple[BinaryIO, set[str]]]:
         """Give answers.jsonl, open for this process alone, and the ids that are in it."""
         if not self.recipe:
-            report.write(self.directory / report.RECIPE, json.dumps(recipe, indent=2) + "\n")
-        path = self.directory / report.ANSWERS
+            report.write(self.directory / metrics.RECIPE, json.dumps(recipe, indent=2) + "\n")
+        path = self.directory / metrics.ANSWERS
         with path.open("ab") as file:
             _lock(file, path)
-            rows, size = report.read_answers(path)
+            rows, size = metrics.read_answers(path)
             file.truncate(size)  # the torn end of a killed run
             yield file, {row["id"] for row in rows}
 
@@ -358,7 +358,7 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
 
 def _loops(args: argparse.Namespace, model: Answerer, sampling: SamplingParams) -> Loops:
     """The loops asked for, checked against the model."""
-    names = report.LOOPS if args.mode == "both" else (args.mode,)
+    names = metrics.LOOPS if args.mode == "both" else (args.mode,)
     plan = Plan(
         accept=Rule(args.accept),
         draft_length=args.draft_length or model.draft_length or model.config.block_size,

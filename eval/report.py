@@ -1,28 +1,22 @@
-"""What a run's answers come to: numbers, a table, a page. `python -m eval.report RUN [RUN ...]`.
+"""Tables and a page of what runs come to: `python -m eval.report RUN [RUN ...]`.
 
-Every number is made from RUN/recipe.json and RUN/answers.jsonl alone, by the definitions of
-docs/design.md. Writes results.json and report.html for each run; for several, compares them.
+The numbers are those of metrics.py. Writes results.json and report.html for each run; for several,
+compares them.
 """
 
 import argparse
-import collections
 import html
 import io
-import itertools
 import json
-import math
 import pathlib
-import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from eval.metrics import Row, across, numbers, read_run
 from orthrus_jax.engine import BLOCKS
-from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.errors import run_command
 
-RECIPE, ANSWERS, RESULTS, PAGE = "recipe.json", "answers.jsonl", "results.json", "report.html"
-LOOPS = ("ar", "orthrus")  # in the order they take turns
-Z95 = 1.959964  # of the normal distribution, two-sided 95 %
-Row = Mapping[str, Any]
+RESULTS, PAGE = "results.json", "report.html"
 
 NOTES = """accuracy: 95 % Wilson interval over problems; of several samples, their mean a problem.
 acceptance length: accepted drafts a cycle, the AR view's own token not counted.
@@ -36,245 +30,6 @@ brackets the chunks' range.
 first token: median milliseconds from a request's admission to its first token, without compiling; \
 in a batch, its whole prefill.
 same text: answers whose tokens are equal in both loops, greedy or coupled."""
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share of `count`; (0, 1) where there is none."""
-    if not count:
-        return 0.0, 1.0
-    z = Z95**2 / count
-    middle = share + z / 2
-    spread = Z95 * math.sqrt(share * (1 - share) / count + z / (4 * count))
-    return max(0.0, (middle - spread) / (1 + z)), min(1.0, (middle + spread) / (1 + z))
-
-
-def pass_at(k: int, right: int, count: int) -> float:
-    """The chance that one of k of `count` samples is right: 1 - C(n - c, k) / C(n, k), unbiased.
-
-    Source: arXiv 2107.03374.
-    """
-    return 1.0 - math.comb(count - right, k) / math.comb(count, k)
-
-
-def read_answers(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of answers.jsonl, and how many bytes they take.
-
-    What stands behind them, the torn end of a killed run, is left out.
-
-    Raises:
-      UserError: for a damaged line that is not the last, or a problem that comes twice.
-    """
-    if not path.exists():
-        return [], 0
-    *lines, torn = path.read_bytes().split(b"\n")
-    if torn:
-        lines.append(torn)
-    rows: dict[str, dict[str, Any]] = {}
-    size = 0
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            key = row["id"]
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):
-                break
-            raise UserError(f"{path}:{number} is damaged: delete the line, then --resume") from None
-        if number == len(lines) and torn:  # whole, but for its newline
-            break
-        if key in rows:
-            raise UserError(f"{path}:{number} answers {key} once more: delete one of the lines")
-        rows[key] = row
-        size += len(line) + 1
-    return list(rows.values()), size
-
-
-def read_run(directory: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The recipe and the answered problems of a run.
-
-    Raises:
-      UserError: naming a directory that holds no run.
-    """
-    directory = pathlib.Path(directory)
-    try:
-        recipe = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
-        recipe["asked"], recipe["problems"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{directory} holds no run: expected the --out directory of an eval command, with "
-            f"{RECIPE} and {ANSWERS} in it"
-        ) from None
-    return recipe, read_answers(directory / ANSWERS)[0]
-
-
-def numbers(recipe: Row, rows: Sequence[Row]) -> dict[str, Any]:
-    """All figures of a run, as results.json holds them; see NOTES."""
-    asked = recipe["asked"]
-    loops = [loop for loop in LOOPS if asked["mode"] in (loop, "both")]
-    alone = asked["batch_size"] == 1
-    result: dict[str, Any] = {
-        **recipe,
-        "answered": len(rows),
-        "loops": {loop: _loop(recipe, rows, loop) for loop in loops},
-    }
-    for loop, found in result["loops"].items():
-        found |= _rate(found["tokens"], sum(row["seconds"][loop] for row in rows))
-    if len(loops) == 2 and rows:
-        pairs = [(row["seconds"]["ar"], row["seconds"]["orthrus"]) for row in rows]
-        ratios = [ar / orthrus for ar, orthrus in pairs if orthrus]
-        if ratios:
-            ar, orthrus = (sum(times) for times in zip(*pairs, strict=True))
-            result["speedup"] = ar / orthrus
-            result["speedup_range"] = [min(ratios), max(ratios)]
-        if asked["temperature"] == 0 or asked["accept"] == "coupled":
-            result |= _same(rows)
-    result["groups"] = {
-        kind: {
-            name: _group(recipe, [row for row in rows if row["groups"][kind] == name], loops, alone)
-            for name in _in_order(row["groups"][kind] for row in rows)
-        }
-        for kind in (rows[0]["groups"] if rows else {})
-    }
-    return result
-
-
-def _group(recipe: Row, rows: Sequence[Row], loops: Sequence[str], alone: bool) -> dict[str, Any]:
-    """A group's figures; its own times exist where answers were decoded one at a time."""
-    result: dict[str, Any] = {"loops": {loop: _loop(recipe, rows, loop) for loop in loops}}
-    if not alone:
-        return result
-    seconds = {
-        loop: sum(a["seconds"] for row in rows for a in _answers(row, loop)) for loop in loops
-    }
-    for loop, found in result["loops"].items():
-        found |= _rate(found["tokens"], seconds[loop])
-    if len(loops) == 2 and seconds["orthrus"]:
-        result["speedup"] = seconds["ar"] / seconds["orthrus"]
-    return result
-
-
-def _in_order(names: Iterable[str]) -> list[str]:
-    """Each name once: numbers by size, else in the order of the file."""
-    once = list(dict.fromkeys(names))
-    return sorted(once, key=int) if all(name.isdecimal() for name in once) else once
-
-
-def _answers(row: Row, loop: str) -> list[dict[str, Any]]:
-    """A problem's decoded answers: all samples and turns, without those that did not fit."""
-    return [a for a in row["answers"] if a["loop"] == loop and "skipped" not in a]
-
-
-def _rate(tokens: int, seconds: float) -> dict[str, float]:
-    return {"seconds": seconds, "tokens_per_second": tokens / seconds if seconds else 0.0}
-
-
-def _loop(recipe: Row, rows: Sequence[Row], loop: str) -> dict[str, Any]:
-    """What one loop did with these problems."""
-    decoded = [answers for row in rows if (answers := _answers(row, loop))]
-    every = list(itertools.chain.from_iterable(decoded))
-    whole = [a for row in rows for a in row["answers"] if a["loop"] == loop]
-    tokens, forwards = (sum(a[name] for a in every) for name in ("tokens", "forwards"))
-    of_each = [
-        sum(a["tokens"] for a in answers) / sum(a["forwards"] for a in answers)
-        for answers in decoded
-    ]
-    result: dict[str, Any] = {
-        "problems": len(rows),
-        "answers": len(every),
-        "skipped": len(whole) - len(every),
-        "tokens": tokens,
-        "forwards": forwards,
-        "tokens_per_forward": statistics.mean(of_each) if of_each else 0.0,
-        "tokens_per_forward_pooled": tokens / forwards if forwards else 0.0,
-        "first_token_ms": statistics.median(a["first_seconds"] * 1e3 for a in every)
-        if every
-        else 0.0,
-        "ended": statistics.mean(a["finish_reason"] == "stop" for a in every) if every else 0.0,
-    }
-    if loop == "orthrus":
-        result |= _acceptance(decoded, recipe["loaded"]["draft_length"])
-    if recipe["graded"]:
-        result |= _accuracy(rows, loop, recipe["asked"]["n"])
-    return result
-
-
-def _acceptance(decoded: Sequence[Sequence[Row]], block_size: int) -> dict[str, Any]:
-    """Accepted drafts: the mean a cycle, pooled and of each problem; shares by position, by count.
-
-    counts of 3 cycles, K = 4: 2 0 3  ->  by position .67 .67 .33, distribution .33 0 .33 .33
-    """
-    cycles = [[n for a in answers for n in a["accepted"]] for answers in decoded]
-    counts = collections.Counter(itertools.chain.from_iterable(cycles))
-    total = counts.total()
-    share = lambda wanted: sum(counts[n] for n in wanted) / total if total else 0.0
-    means = [statistics.mean(each) for each in cycles if each]
-    return {
-        "cycles": total,
-        "acceptance_length": sum(n * c for n, c in counts.items()) / total if total else 0.0,
-        "acceptance_length_of_problems": statistics.mean(means) if means else 0.0,
-        "acceptance_by_position": [share(range(i, block_size)) for i in range(1, block_size)],
-        "accepted_distribution": [share([n]) for n in range(block_size)],
-    }
-
-
-def _accuracy(rows: Sequence[Row], loop: str, n: int) -> dict[str, Any]:
-    """mean@n with its interval, pass@k, and why answers were not graded as mathematics or code."""
-    verdicts = [[a for a in row["answers"] if a["loop"] == loop] for row in rows]
-    right = [sum(bool(a.get("correct")) for a in answers) for answers in verdicts]
-    mean = statistics.mean(c / n for c in right) if right else 0.0
-    ks = sorted({k for k in (1, 2, 4, 8, 16, 32, 64, n) if k <= n})
-    notes = collections.Counter(
-        note.partition(":")[0] for answers in verdicts for a in answers if (note := a.get("note"))
-    )
-    return {
-        "accuracy": mean,
-        "accuracy_interval": list(wilson(mean, len(rows))),
-        "pass_at": {
-            str(k): statistics.mean(pass_at(k, c, n) for c in right) if right else 0.0 for k in ks
-        },
-        "notes": dict(notes.most_common()),
-    }
-
-
-def _digests(rows: Sequence[Row], loop: str) -> dict[tuple[str, int, int], str]:
-    """A checksum of the tokens of each answer, by problem, sample and turn."""
-    return {
-        (row["id"], a["sample"], a["turn"]): a["digest"]
-        for row in rows
-        for a in _answers(row, loop)
-    }
-
-
-def _same(rows: Sequence[Row]) -> dict[str, Any]:
-    """How many answers are the same tokens in both loops, and which problems are not."""
-    ar, orthrus = (_digests(rows, loop) for loop in LOOPS)
-    unlike = [key for key in ar if ar[key] != orthrus.get(key)]
-    return {
-        "same_text": 1 - len(unlike) / len(ar) if ar else 1.0,
-        "unlike": list(dict.fromkeys(key[0] for key in unlike)),
-    }
-
-
-def across(runs: Mapping[str, tuple[Row, Sequence[Row]]]) -> list[str]:
-    """How many answers of each run are the first run's, where both were to say the same.
-
-    AR of the first run, if it has it, against Orthrus of the other, if it has it.
-    """
-    (first, (recipe, rows)), *others = runs.items()
-    sampling = ("temperature", "top_p", "top_k", "seed", "n")
-    alike = lambda one, two: (
-        all(one[name] == two[name] for name in ("data", "thinking", "max_new_tokens", *sampling))
-        and (not one["temperature"] or one["accept"] == two["accept"] == "coupled")
-    )
-    lines = []
-    for run, (other, its_rows) in others:
-        if not alike(recipe["asked"], other["asked"]):
-            continue
-        left = _digests(rows, "orthrus" if recipe["asked"]["mode"] == "orthrus" else "ar")
-        right = _digests(its_rows, "ar" if other["asked"]["mode"] == "ar" else "orthrus")
-        if both := left.keys() & right.keys():
-            share = sum(left[key] == right[key] for key in both) / len(both)
-            lines.append(f"same text in {first} and {run}: {_share(share)} of {len(both)} answers")
-    return lines
 
 
 # What a table shows: a heading, and how a loop's figures (and the whole's) give the cell.

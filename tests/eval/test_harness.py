@@ -14,7 +14,7 @@ import time
 import pytest
 
 import orthrus_jax
-from eval import aime, demo_problems, harness, report
+from eval import aime, demo_problems, harness, metrics, report
 from eval.benchmarks import BENCHMARKS, load
 from eval.grading import grade_integer
 from eval.harness import Loops, Run, fingerprint
@@ -96,7 +96,7 @@ def gsm8k(directory, data, out, *more) -> dict:
 
 
 def rows_of(out) -> list[dict]:
-    return [json.loads(line) for line in (pathlib.Path(out) / report.ANSWERS).open()]
+    return [json.loads(line) for line in (pathlib.Path(out) / metrics.ANSWERS).open()]
 
 
 def timeless(value):
@@ -121,7 +121,7 @@ def test_a_run_keeps_every_answer_and_what_it_was_asked(directory, data, whole):
     assert [row["id"] for row in rows] == [problem.id for problem in asked]
     expected = {
         loop: model.generate([p.turns[0] for p in asked[:5]], mode=loop, max_new_tokens=24)
-        for loop in report.LOOPS
+        for loop in metrics.LOOPS
     }
     for i, (row, problem) in enumerate(zip(rows, asked, strict=True)):
         assert row["turns"] == list(problem.turns)
@@ -206,7 +206,7 @@ def test_samples_are_several_and_coupled_ones_are_ars_own(directory, data, tmp_p
     rows = rows_of(tmp_path / "coupled")
     for row in rows:
         assert [(a["loop"], a["sample"]) for a in row["answers"]] == [
-            (loop, sample) for loop in report.LOOPS for sample in range(3)
+            (loop, sample) for loop in metrics.LOOPS for sample in range(3)
         ]
         assert len({a["digest"] for a in row["answers"]}) > 1
     assert "same_text" not in gsm8k(directory, data, tmp_path / "rejection", *options)
@@ -225,7 +225,7 @@ def test_the_second_turn_sees_the_first(directory, tmp_path):
     for row, line in zip(rows, rows_of(tmp_path / "run"), strict=True):
         turns = range(len(row["turns"]))
         order = [(a["loop"], a["turn"]) for a in line["answers"]]
-        assert order == [(loop, turn) for loop in report.LOOPS for turn in turns]
+        assert order == [(loop, turn) for loop in metrics.LOOPS for turn in turns]
         assert "correct" not in line["answers"][0]
         talk = Conversation(model)
         for turn in turns:
@@ -291,7 +291,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(directory, data, whole, tmp_pa
     out = tmp_path / "killed"
     arguments = ["--model", directory, "--data", data, "--out", str(out), "--max-new-tokens", "24"]
     command = [sys.executable, "-m", "eval.gsm8k", *arguments, "--resume"]
-    answers = out / report.ANSWERS
+    answers = out / metrics.ANSWERS
     lines = lambda: answers.read_bytes().count(b"\n") if answers.exists() else 0
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) as process:
         try:
@@ -303,7 +303,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(directory, data, whole, tmp_pa
     assert process.returncode == -signal.SIGKILL
     assert 4 <= lines() < 96
     assert not (out / report.RESULTS).exists()
-    with (out / report.ANSWERS).open("ab") as file:
+    with (out / metrics.ANSWERS).open("ab") as file:
         file.write(b'{"id": "gsm8k/9')  # as a kill in the midst of a write leaves it
     result = gsm8k(directory, data, out, "--resume")
     assert timeless(result) == timeless(whole[1])
@@ -321,9 +321,9 @@ def test_a_killed_run_goes_on_to_the_same_numbers(directory, data, whole, tmp_pa
 def test_any_torn_file_is_resumed(directory, data, whole, kept, torn, tmp_path):
     out = tmp_path / "torn"
     out.mkdir()
-    (out / report.RECIPE).write_bytes((whole[0] / report.RECIPE).read_bytes())
-    lines = (whole[0] / report.ANSWERS).read_bytes().splitlines(keepends=True)
-    (out / report.ANSWERS).write_bytes(b"".join(lines[:kept]) + torn)
+    (out / metrics.RECIPE).write_bytes((whole[0] / metrics.RECIPE).read_bytes())
+    lines = (whole[0] / metrics.ANSWERS).read_bytes().splitlines(keepends=True)
+    (out / metrics.ANSWERS).write_bytes(b"".join(lines[:kept]) + torn)
     result = gsm8k(directory, data, out, "--resume")
     assert timeless(result) == timeless(whole[1])
     assert [row["id"] for row in rows_of(out)] == [f"gsm8k/{i}" for i in range(96)]
@@ -339,9 +339,9 @@ def test_a_run_killed_before_it_said_what_it_was_begins_anew(directory, data, tm
 def test_resuming_a_run_that_is_not_there_begins_it(directory, data, tmp_path):
     options = ("--resume", "--limit", "2", "--mode", "ar")
     assert gsm8k(directory, data, tmp_path / "run", *options)["answered"] == 2
-    before = (tmp_path / "run" / report.ANSWERS).read_bytes()
+    before = (tmp_path / "run" / metrics.ANSWERS).read_bytes()
     gsm8k(directory, data, tmp_path / "run", *options)
-    assert (tmp_path / "run" / report.ANSWERS).read_bytes() == before
+    assert (tmp_path / "run" / metrics.ANSWERS).read_bytes() == before
 
 
 CHANGES = [
@@ -363,10 +363,10 @@ CHANGES = [
 
 @pytest.mark.parametrize(("options", "message"), CHANGES)
 def test_a_changed_recipe_is_refused_by_name(directory, data, whole, options, message):
-    before = (whole[0] / report.ANSWERS).read_bytes()
+    before = (whole[0] / metrics.ANSWERS).read_bytes()
     with pytest.raises(UserError, match=f"--resume {whole[0]}: {message}"):
         gsm8k(directory, data, whole[0], "--resume", *options)
-    assert (whole[0] / report.ANSWERS).read_bytes() == before
+    assert (whole[0] / metrics.ANSWERS).read_bytes() == before
 
 
 def test_other_data_another_benchmark_and_other_weights_are_refused(
@@ -433,7 +433,7 @@ def test_two_processes_do_not_write_one_run(tmp_path):
 
 
 def test_an_unreadable_run_is_named(tmp_path):
-    (tmp_path / report.RECIPE).write_text("{")
+    (tmp_path / metrics.RECIPE).write_text("{")
     with pytest.raises(UserError, match="holds no run"):
         Run(tmp_path, resume=True)
 

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from eval import report
-from eval.report import numbers, pass_at, read_answers, wilson
+from eval import metrics, report
+from eval.metrics import numbers, pass_at, read_answers, wilson
 from orthrus_jax.errors import UserError
 
 
@@ -79,9 +79,9 @@ def both(name, accepted, seconds=None, *, correct=True, digest="same", **groups)
 
 def save(directory, recipe, rows):
     directory.mkdir()
-    (directory / report.RECIPE).write_text(json.dumps(recipe))
+    (directory / metrics.RECIPE).write_text(json.dumps(recipe))
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (directory / report.ANSWERS).write_text(lines)
+    (directory / metrics.ANSWERS).write_text(lines)
     return directory
 
 
@@ -191,7 +191,7 @@ def test_same_text_is_counted_where_it_is_promised():
 
 def test_what_did_not_fit_is_wrong_and_not_timed():
     skipped = {"sample": 0, "turn": 0, "skipped": "long", "correct": False, "note": "skipped"}
-    lines = [{"loop": loop} | skipped for loop in report.LOOPS]
+    lines = [{"loop": loop} | skipped for loop in metrics.LOOPS]
     nothing = numbers(recipe(), [row("a", lines, {"ar": 0.0, "orthrus": 0.0}, level="1")])
     assert nothing["loops"]["orthrus"]["skipped"] == 1
     assert nothing["loops"]["orthrus"]["tokens_per_forward"] == 0.0
@@ -274,7 +274,7 @@ def test_the_page_is_whole_and_needs_no_network():
 
 
 def test_a_torn_or_damaged_last_line_is_left_out(tmp_path):
-    path = tmp_path / report.ANSWERS
+    path = tmp_path / metrics.ANSWERS
     whole = [json.dumps(both(name, [1])).encode() for name in "abc"]
     begin = b"\n".join(whole[:2]) + b"\n"
     for end in range(len(whole[2]) + 1):
@@ -292,7 +292,7 @@ def test_a_torn_or_damaged_last_line_is_left_out(tmp_path):
 
 
 def test_other_damage_is_named_by_line(tmp_path):
-    path = tmp_path / report.ANSWERS
+    path = tmp_path / metrics.ANSWERS
     line = json.dumps(both("a", [1])) + "\n"
     path.write_text(line[:20] + "\n" + line)
     with pytest.raises(UserError, match=r"answers\.jsonl:1 is damaged"):
@@ -344,7 +344,7 @@ def test_several_runs_are_compared(tmp_path, capsys):
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         report.main([str(tmp_path)])
-    (tmp_path / report.RECIPE).write_text("{}")
+    (tmp_path / metrics.RECIPE).write_text("{}")
     with pytest.raises(UserError, match="holds no run"):
         report.main([str(tmp_path)])
     with pytest.raises(UserError, match="absent holds no run"):
