@@ -174,9 +174,12 @@ def ensure_responses(config: Any, *, overwrite: bool = False) -> pathlib.Path:
 def _run(job: "Job", model: Generator) -> None:
     """Draw the prompts, and answer them: each host its own shards, on its own devices."""
     hosts.once(lambda: job.draw(model))
+    hosts.see(job.drawn, job.out / PROMPTS)
     job.answer(model, jax.process_index(), jax.process_count())
     hosts.wait()
+    hosts.see(lambda: not job.missing(), job.out)
     hosts.once(job.write_manifest)
+    hosts.see(lambda: read_manifest(job.out)["complete"], job.out / MANIFEST)
 
 
 def _mesh(recipe: Recipe) -> Mesh | None:
@@ -249,13 +252,17 @@ class Job:
             for path in self.out.glob(pattern):
                 path.unlink()
 
+    def drawn(self) -> bool:
+        """Whether the prompts are there."""
+        return (self.out / MANIFEST).exists() and (self.out / PROMPTS).exists()
+
     def draw(self, generator: Generator) -> None:
         """Write all prompts, one row group a shard, and the first manifest, unless they are there.
 
         Raises:
           UserError: see ensure_responses.
         """
-        if (self.out / MANIFEST).exists() and (self.out / PROMPTS).exists():
+        if self.drawn():
             return
         self.out.mkdir(parents=True, exist_ok=True)
         recipe = self.recipe

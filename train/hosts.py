@@ -6,12 +6,16 @@ All hosts run the same program and come to the same calls in the same order.
 import contextlib
 import itertools
 import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
+from orthrus_jax.errors import UserError
+
 WEEK = 7 * 24 * 3600 * 1000  # milliseconds; a host that dies ends the others at once
+SECONDS = 120  # that a disk may be late
 _turns = itertools.count()  # a barrier's name is used once
 
 
@@ -32,6 +36,22 @@ def wait() -> None:
         from orbax.checkpoint import multihost
 
         multihost.get_barrier_sync_fn()(key=f"orthrus_{next(_turns)}", timeout_ms=WEEK)
+
+
+def see(ready: Callable[[], bool], what: object) -> None:
+    """Wait until this host sees what another has written: a network's disk may be late.
+
+    Raises:
+      UserError: when it does not for two minutes.
+    """
+    for _ in range(SECONDS):
+        if ready():
+            return
+        time.sleep(1)
+    raise UserError(
+        f"{what} is not seen here, where another host has written it: the run directory must be on "
+        "a disk that all hosts share"
+    )
 
 
 def once(work: Callable[[], object]) -> None:

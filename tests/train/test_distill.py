@@ -12,7 +12,7 @@ from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.errors import UserError
 from orthrus_jax.tokenizer import decode, encode, encode_messages, load_tokenizer
 from tests.helpers import DATA, random_params, tiny_config
-from train import distill
+from train import distill, hosts
 from train.pretrain import train_tokenizer
 from train.problems import problems
 from train.prompts import Mix
@@ -165,6 +165,16 @@ def test_hosts_share_out_the_shards_and_write_the_same(tmp_path, whole, base, so
     manifest, other = (json.loads((p / "manifest.json").read_text()) for p in (tmp_path, whole))
     for name in ("asked", "prompts", "sources", "shards", "complete", "written"):
         assert manifest[name] == other[name]
+
+
+def test_what_another_host_wrote_is_waited_for_and_missed_by_name(monkeypatch):
+    looks, slept = iter([False, False, True]), []
+    monkeypatch.setattr(hosts.time, "sleep", slept.append)
+    hosts.see(lambda: next(looks), "here")
+    assert slept == [1, 1]
+    with pytest.raises(UserError, match=r"prompts\.parquet is not seen here.*disk that all hosts"):
+        hosts.see(lambda: False, "prompts.parquet")
+    assert sum(slept) == 2 + hosts.SECONDS
 
 
 def test_a_finished_run_loads_no_model_and_writes_nothing(whole, base, source, monkeypatch):
