@@ -489,8 +489,9 @@ DRAWN = ["ahead", "ahead, a tree, fresh", "ahead, a tree", "two forwards", "two 
 @pytest.mark.parametrize(
     "rule",
     [
-        *("ahead, a tree, coupled", *DRAWN[:2]),
-        *slow("ahead, coupled", "two forwards, a tree, coupled", *DRAWN[2:]),
+        *DRAWN[:2],
+        *slow("ahead, coupled", "ahead, a tree, coupled", "two forwards, a tree, coupled"),
+        *slow(*DRAWN[2:]),
     ],
 )
 def test_where_every_forward_emits_texts_are_the_ar_texts(rule: str, block_size: int) -> None:
