@@ -219,7 +219,7 @@ def draw(path: pathlib.Path, result: dict[str, Any]) -> None:
     panels = 2 if result["text"] else 1
     size = (5 * panels, 3.8)
     figure, axes = pyplot.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
-    left, *others = axes[0]
+    left = axes[0, 0]
     for batch in sorted({f["batch"] for f in result["forwards"]}):
         found = [f for f in result["forwards"] if f["batch"] == batch]
         contexts = [f["context"] for f in found]
@@ -235,7 +235,8 @@ def draw(path: pathlib.Path, result: dict[str, Any]) -> None:
         for name, timed in text.items():
             if isinstance(timed, dict):
                 lines[name].append((text["batch"], timed["tokens_per_second"]))
-    for right in others:
+    if lines:
+        right = axes[0, 1]
         for name, points in lines.items():
             right.plot(*zip(*points, strict=True), "o-", label=name)
         right.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s", title="Text")
