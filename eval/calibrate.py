@@ -26,15 +26,15 @@ from tqdm import tqdm
 
 from eval.recorded import Outcome, Recording, record, simulate
 from eval.speed import numbers, standing_at
-from orthrus_jax import machine, planner
-from orthrus_jax.ahead import Scheme
-from orthrus_jax.engine import bucket
+from orthrus_jax import machine
+from orthrus_jax.decoding.overlapped import Scheme
+from orthrus_jax.decoding.sampling import greedy
+from orthrus_jax.engine import bucket, planner
+from orthrus_jax.engine.planner import Calibration, Earned, Split
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator, load
 from orthrus_jax.model import Model, ar_segment
 from orthrus_jax.options import read_prompts
-from orthrus_jax.planner import Calibration, Earned, Split
-from orthrus_jax.sampling import greedy
 from orthrus_jax.tokenizer import encode
 
 BUDGETS = (16, 32, 64, 96, 160, 256)

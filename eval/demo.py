@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 import orthrus_jax
 from eval.speed import time_forwards
-from orthrus_jax import machine, params, tune
+from orthrus_jax import machine, tune
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Completion, Generator
-from orthrus_jax.model import Model, Params
+from orthrus_jax.model import Model, Params, params
 from orthrus_jax.tokenizer import encode
 from train.problems import Problem, is_correct, problems
 

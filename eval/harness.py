@@ -29,12 +29,12 @@ from eval import metrics, report
 from eval.benchmarks import BENCHMARKS, Benchmark, Problem, digest, final_part, load
 from eval.grading import Grade
 from orthrus_jax import machine
+from orthrus_jax.decoding.sampling import Rule, SamplingParams
 from orthrus_jax.engine import BLOCKS, Answer, Plan, Request
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator as Answerer
 from orthrus_jax.model import Params
 from orthrus_jax.options import add_cycle, add_rows, spend_rows
-from orthrus_jax.sampling import Rule, SamplingParams
 from orthrus_jax.tokenizer import decode, encode_messages
 
 MODEL = "Qwen/Qwen3-4B"

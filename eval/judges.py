@@ -24,10 +24,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from orthrus_jax import decode, sampling
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.decoding import sampling
+from orthrus_jax.decoding import speculative as decode
+from orthrus_jax.decoding.sampling import Proposal, Purpose, Sampler
 from orthrus_jax.model import Model, ar_segment, block_segment
-from orthrus_jax.sampling import Proposal, Purpose, Sampler
 
 Array = jax.Array
 POSITIONS = 16  # whose logits exist at a time where a text is read in one pass; divides a bucket

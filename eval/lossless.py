@@ -24,9 +24,9 @@ from typing import Any
 import orthrus_jax
 from eval.audit import PARTS, Z_LIMIT, Case, Options, audit
 from orthrus_jax import machine
+from orthrus_jax.decoding.sampling import Proposal
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.options import add_cycle, read_prompts
-from orthrus_jax.sampling import Proposal
 from orthrus_jax.tokenizer import encode
 
 SHOWN = 10  # cases and divergences printed; --json has all

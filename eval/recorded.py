@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from orthrus_jax import ahead, decode
-from orthrus_jax.ahead import CHOICES, Scheme, likeliest
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.decoding import overlapped as ahead
+from orthrus_jax.decoding import speculative as decode
+from orthrus_jax.decoding.overlapped import CHOICES, Scheme, likeliest
 from orthrus_jax.engine import bucket
 from orthrus_jax.generate import Generator
 from orthrus_jax.model import Segment, View, ar_segment

@@ -28,12 +28,13 @@ from tqdm import tqdm
 
 import orthrus_jax
 from eval.hf import HF, check_torch
-from orthrus_jax import decode, machine, params, sharding
+from orthrus_jax import machine, sharding
 from orthrus_jax.config import PRESETS
+from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.engine import BLOCKS, CYCLES, bucket
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator
-from orthrus_jax.model import Model
+from orthrus_jax.model import Model, params
 from orthrus_jax.options import add_blocks, read_prompts
 from orthrus_jax.tokenizer import encode
 

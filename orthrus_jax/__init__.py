@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from orthrus_jax.chat import Conversation
+    from orthrus_jax.decoding.sampling import SamplingParams
     from orthrus_jax.generate import Completion, Generator, load
-    from orthrus_jax.sampling import SamplingParams
 
 _HOMES = {
     "Completion": "generate",
     "Conversation": "chat",
     "Generator": "generate",
-    "SamplingParams": "sampling",
+    "SamplingParams": "decoding.sampling",
     "load": "generate",
 }
 __all__ = ["Completion", "Conversation", "Generator", "SamplingParams", "load"]

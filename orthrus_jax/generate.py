@@ -17,15 +17,15 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from orthrus_jax import machine, planner, tune
+from orthrus_jax import machine, tune
 from orthrus_jax.checkpoint import load_checkpoint
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.engine import MODES, Answer, Engine, Memory, Plan, Request
+from orthrus_jax.decoding.sampling import Rule, SamplingParams
+from orthrus_jax.engine import MODES, Answer, Engine, Memory, Plan, Request, planner
+from orthrus_jax.engine.planner import Calibration
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.model import Params
 from orthrus_jax.options import add_sampling, decoding_options, read_prompts, spend_rows
-from orthrus_jax.planner import Calibration
-from orthrus_jax.sampling import Rule, SamplingParams
 from orthrus_jax.tokenizer import Tokenizer, load_tokenizer
 from orthrus_jax.tokenizer import decode as decode_text
 from orthrus_jax.tokenizer import encode as encode_text

@@ -8,9 +8,9 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from orthrus_jax.decoding.sampling import Rule, SamplingParams
 from orthrus_jax.engine import BLOCKS, CYCLES, Plan
 from orthrus_jax.errors import UserError
-from orthrus_jax.sampling import Rule, SamplingParams
 
 if TYPE_CHECKING:
     from orthrus_jax.generate import Generator

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orthrus_jax import decode, params, sharding, tiled
-from orthrus_jax.model import Model
+from orthrus_jax import sharding
+from orthrus_jax.attention import flash as tiled
+from orthrus_jax.decoding import speculative as decode
+from orthrus_jax.model import Model, params
 from tests.helpers import NO_EOS, random_params, tiny_config
 from train import divergence, trainer
 from train.data import Conversation, pack, stack

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from orthrus_jax import params as params_lib
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import View
+from orthrus_jax.model import params as params_lib
 
 DATA = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
 NO_EOS = jnp.array([-1, -1, -1], jnp.int32)

@@ -20,10 +20,9 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from orthrus_jax import params
 from orthrus_jax.config import ModelConfig, preset_of
 from orthrus_jax.errors import UserError
-from orthrus_jax.model import Model, Params, Segment, View
+from orthrus_jax.model import Model, Params, Segment, View, params
 from train import command, flops, pretrain, trainer
 from train.data import Rows
 from train.divergence import head_of, to_teacher

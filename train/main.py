@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from orthrus_jax import checkpoint, params, sharding
+from orthrus_jax import checkpoint, sharding
 from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator
-from orthrus_jax.model import REMAT, Model
+from orthrus_jax.model import REMAT, Model, params
 from orthrus_jax.tokenizer import encode_messages, load_tokenizer
 from train import card, command, distill, hosts, trainer
 from train.checkpoints import Checkpoints

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params, Segment, View
-from orthrus_jax.params import merge
+from orthrus_jax.model.params import merge
 from train.data import Rows
 from train.divergence import Divergence, RowScores, head_of, to_teacher
 

@@ -16,10 +16,10 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from orthrus_jax import checkpoint, params
+from orthrus_jax import checkpoint
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
-from orthrus_jax.model import Model, Segment, View
+from orthrus_jax.model import Model, Segment, View, params
 from orthrus_jax.tokenizer import Tokenizer, encode
 from train import command
 from train.data import Conversation, Rows, pack, stack

@@ -20,9 +20,9 @@ from eval.grading import grade_integer
 from eval.harness import Loops, Run, fingerprint
 from orthrus_jax.chat import Conversation
 from orthrus_jax.checkpoint import save_checkpoint
+from orthrus_jax.decoding.sampling import SamplingParams
 from orthrus_jax.engine import Plan
 from orthrus_jax.errors import UserError
-from orthrus_jax.sampling import SamplingParams
 from tests.helpers import DATA, random_params, slow, tiny_config
 from train.pretrain import train_tokenizer
 from train.problems import is_correct, problems

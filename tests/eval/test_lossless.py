@@ -22,13 +22,15 @@ from eval import judges, lossless
 from eval.audit import Audit, Options, audit
 from eval.judges import Law, near_tie
 from eval.lossless import table
-from orthrus_jax import cache, decode, sampling
+from orthrus_jax.attention import cache
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.decode import Verdict
+from orthrus_jax.decoding import sampling
+from orthrus_jax.decoding import speculative as decode
+from orthrus_jax.decoding.sampling import Proposal, Purpose
+from orthrus_jax.decoding.speculative import Verdict
 from orthrus_jax.engine import Answer
 from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator
-from orthrus_jax.sampling import Proposal, Purpose
 from tests.helpers import random_params, tiny_config
 
 EOS, K = 5, 4

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import ahead
-from orthrus_jax.ahead import Scheme
+from orthrus_jax.decoding import overlapped as ahead
+from orthrus_jax.decoding.overlapped import Scheme
+from orthrus_jax.decoding.sampling import Proposal, SamplingParams
 from orthrus_jax.engine import Plan, Request
 from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator
-from orthrus_jax.sampling import Proposal, SamplingParams
 from tests import scripted
 from tests.helpers import tiny_config
 from tests.orthrus_jax.test_decode import (

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import ahead, decode
-from orthrus_jax import tree as trees
-from orthrus_jax.ahead import Scheme
+from orthrus_jax.decoding import overlapped as ahead
+from orthrus_jax.decoding import speculative as decode
+from orthrus_jax.decoding import tree as trees
+from orthrus_jax.decoding.overlapped import Scheme
+from orthrus_jax.decoding.tree import Guesses
 from orthrus_jax.generate import Generator
 from orthrus_jax.model import Model, ar_segment, block_segment
-from orthrus_jax.tree import Guesses
 from tests.helpers import NO_EOS, random_params, relative_error, tiny_config
 
 CONFIG = tiny_config()

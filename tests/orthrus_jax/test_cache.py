@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import ahead, cache, decode
-from orthrus_jax.ahead import Scheme
-from orthrus_jax.cache import KVCache
+from orthrus_jax.attention import cache
+from orthrus_jax.attention.cache import KVCache
+from orthrus_jax.decoding import overlapped as ahead
+from orthrus_jax.decoding import speculative as decode
+from orthrus_jax.decoding.overlapped import Scheme
 from orthrus_jax.model import Model
 from tests.helpers import NO_EOS, random_params, tiny_config
 

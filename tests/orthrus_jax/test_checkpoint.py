@@ -16,11 +16,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from orthrus_jax import params as params_lib
 from orthrus_jax.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from orthrus_jax.config import DTYPES, ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, ar_segment
+from orthrus_jax.model import params as params_lib
 from tests.helpers import flat, random_params, relative_error, same_bits, tiny_config
 
 TIED, UNTIED = (

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from orthrus_jax import params as params_lib
 from orthrus_jax.checkpoint import load_checkpoint, resolve, save_checkpoint
 from orthrus_jax.errors import UserError
+from orthrus_jax.model import params as params_lib
 from tests.helpers import random_params, tiny_config
 
 CONFIG = tiny_config(eos_token_ids=(7, 9))

@@ -8,10 +8,10 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from orthrus_jax import checkpoint as checkpoint_lib
-from orthrus_jax import params as params_lib
 from orthrus_jax.checkpoint import load_checkpoint, save_checkpoint
+from orthrus_jax.checkpoint import reader as checkpoint_lib
 from orthrus_jax.errors import UserError
+from orthrus_jax.model import params as params_lib
 from tests.helpers import random_params, tiny_config
 
 CONFIG = tiny_config(eos_token_ids=(7, 9))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import decode
+from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.model import Model
 from tests import scripted
 from tests.helpers import NO_EOS, random_params, tiny_config

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from orthrus_jax import params as params_lib
 from orthrus_jax.checkpoint import load_checkpoint, save_checkpoint
 from orthrus_jax.convert import main
 from orthrus_jax.errors import UserError
+from orthrus_jax.model import params as params_lib
 from tests.helpers import DATA, flat, random_params, same_bits, tiny_config
 
 CONFIG = tiny_config(eos_token_ids=(7, 9), block_size=32)

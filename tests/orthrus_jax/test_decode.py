@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import decode
-from orthrus_jax.sampling import accept_equal, greedy
+from orthrus_jax.decoding import speculative as decode
+from orthrus_jax.decoding.sampling import accept_equal, greedy
 from tests import scripted
 from tests.helpers import tiny_config
 from tests.scripted import VOCAB, ScriptedModel, drafts_agreeing, expected, plain_text

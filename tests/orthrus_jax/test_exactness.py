@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from orthrus_jax import decode, params
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.model import Model, Segment, View
+from orthrus_jax.decoding import speculative as decode
+from orthrus_jax.model import Model, Segment, View, params
 from tests.helpers import NO_EOS, random_params, relative_error, tiny_config
 
 CONFIG = tiny_config()

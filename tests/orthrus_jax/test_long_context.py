@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import attention, decode
+from orthrus_jax import attention
 from orthrus_jax.attention import MANY_SLOTS, SLOT_STEP
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.generate import Generator
 from orthrus_jax.model import Model, ar_segment
 from tests.helpers import NO_EOS, random_params, relative_error, same_bits, slow, tiny_config

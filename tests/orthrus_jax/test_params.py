@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import params as params_lib
 from orthrus_jax.config import PRESETS
 from orthrus_jax.model import Model, Segment, View, ar_segment
+from orthrus_jax.model import params as params_lib
 from tests.helpers import flat, random_params, relative_error, same_bits, tiny_config
 
 TIED, UNTIED = tiny_config(), tiny_config(tie_word_embeddings=False)

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import attention, decode
-from orthrus_jax import params as params_lib
-from orthrus_jax.cache import LayerCache
+from orthrus_jax import attention
+from orthrus_jax.attention.cache import LayerCache
+from orthrus_jax.attention.rotary import apply_rope, rope_cos_sin
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.layers import AttentionProjections, RMSNorm, SwiGLU, rotary_angles, rotate
+from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.model import Layer, Model, ar_segment
+from orthrus_jax.model import params as params_lib
+from orthrus_jax.model.layers import AttentionProjections, RMSNorm, SwiGLU
 from tests.helpers import NO_EOS, flat, random_params, relative_error, tiny_config
 
 torch = pytest.importorskip("torch")
@@ -58,7 +60,7 @@ class Pair:
         self.x = rng.normal(size=(2, T, config.hidden_size)).astype(np.float32)
         self.tokens = rng.integers(0, config.vocab_size, (2, T))
         self.positions = np.array([np.arange(T), np.arange(T) + 900])
-        self.angles = rotary_angles(jnp.asarray(self.positions), config.head_dim, config.rope_theta)
+        self.angles = rope_cos_sin(jnp.asarray(self.positions), config.head_dim, config.rope_theta)
 
     def layer(self, *path: str) -> dict:
         tree = self.params["layers_1"]
@@ -119,7 +121,7 @@ def test_rotary_embedding(pair: Pair) -> None:
     theirs, _ = qwen3.apply_rotary_pos_emb(
         torch.tensor(q), torch.tensor(q), cos, sin, unsqueeze_dim=2
     )
-    assert relative_error(rotate(jnp.asarray(q), *pair.angles), theirs) < BOUND
+    assert relative_error(apply_rope(jnp.asarray(q), *pair.angles), theirs) < BOUND
 
 
 def test_projections_with_norms_and_rotation(pair: Pair) -> None:
@@ -166,7 +168,7 @@ def test_decoder_layer(pair: Pair) -> None:
     )
     segment = ar_segment(jnp.asarray(pair.tokens), jnp.zeros(2, jnp.int32))
     c = pair.config
-    angles = rotary_angles(segment.positions, c.head_dim, c.rope_theta)
+    angles = rope_cos_sin(segment.positions, c.head_dim, c.rope_theta)
     (ours,), _ = Layer(c).apply(
         pair.layer(), [jnp.asarray(pair.x)], [segment], [angles], None, False
     )

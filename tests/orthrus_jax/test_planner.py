@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from orthrus_jax import planner
+from orthrus_jax.engine import planner
+from orthrus_jax.engine.planner import Calibration, Earned, Split, choose
 from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator
-from orthrus_jax.planner import Calibration, Earned, Split, choose
 from tests.helpers import tiny_config
 
 KIND = "a device"

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from orthrus_jax import ahead, decode, sampling
-from orthrus_jax.errors import UserError
-from orthrus_jax.model import Model, ar_segment
-from orthrus_jax.sampling import (
+from orthrus_jax.decoding import overlapped as ahead
+from orthrus_jax.decoding import sampling
+from orthrus_jax.decoding import speculative as decode
+from orthrus_jax.decoding.sampling import (
     Drafts,
     Filters,
     Proposal,
@@ -33,6 +33,8 @@ from orthrus_jax.sampling import (
     draw,
     probabilities,
 )
+from orthrus_jax.errors import UserError
+from orthrus_jax.model import Model, ar_segment
 from tests import tabular
 from tests.helpers import random_params, slow, tiny_config
 from tests.tabular import EOS, MASK, VOCAB, Setting, TabularModel, processed

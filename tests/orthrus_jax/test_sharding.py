@@ -10,10 +10,10 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from orthrus_jax import params, sharding
+from orthrus_jax import sharding
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.errors import UserError
-from orthrus_jax.model import Model
+from orthrus_jax.model import Model, params
 from tests.helpers import random_params, slow, tiny_config
 from train.pretrain import train_tokenizer
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from orthrus_jax.engine.detokenizer import HOLE, PENDING, TextStream
 from orthrus_jax.errors import UserError
-from orthrus_jax.stream import HOLE, PENDING, TextStream
 from orthrus_jax.tokenizer import decode, load_tokenizer
 from tests.helpers import DATA
 from train.pretrain import train_tokenizer

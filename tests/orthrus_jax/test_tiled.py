@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import attention, tiled
+from orthrus_jax import attention
+from orthrus_jax.attention import flash as tiled
 
 B, G, D = 2, 2, 8
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import tree as trees
-from orthrus_jax.tree import Guesses
+from orthrus_jax.decoding import tree as trees
+from orthrus_jax.decoding.tree import Guesses
 
 ANCHOR = 99
 SIZES = [(4, 3, 9), (7, 1, 5), (6, 4, 16), (5, 3, 2), (3, 2, 30), (31, 8, 64)]  # D, M, nodes

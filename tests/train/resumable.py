@@ -23,8 +23,8 @@ if __name__ == "__main__" and sys.argv[2] != "1":
 import jax
 import numpy as np
 
-from orthrus_jax import params, sharding
-from orthrus_jax.model import Model
+from orthrus_jax import sharding
+from orthrus_jax.model import Model, params
 from tests.train.test_objective import CONFIG, made_rows, random_trees
 from train import trainer
 from train.checkpoints import Checkpoints

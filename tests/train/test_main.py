@@ -16,9 +16,8 @@ import pytest
 import orthrus_jax
 from configs.tiny import get_config
 from eval import demo
-from orthrus_jax import params
 from orthrus_jax.errors import UserError
-from orthrus_jax.model import REMAT
+from orthrus_jax.model import REMAT, params
 from train import distill, pretrain
 from train import main as train_main
 from train.log import Log

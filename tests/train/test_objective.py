@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import params
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
-from orthrus_jax.model import Model, Segment, View
+from orthrus_jax.model import Model, Segment, View, params
 from tests.helpers import random_params
 from train import objective
 from train.data import Conversation, pack, stack

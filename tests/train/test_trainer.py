@@ -9,8 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from orthrus_jax import params
-from orthrus_jax.model import ar_segment
+from orthrus_jax.model import ar_segment, params
 from tests.helpers import flat
 from tests.train.test_objective import made_rows, random_trees
 from train.data import Loader

@@ -19,7 +19,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from orthrus_jax import tiled
+from orthrus_jax.attention import flash as tiled
 from orthrus_jax.sharding import BATCH, TENSOR
 
 Array = jax.Array

@@ -20,9 +20,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from orthrus_jax import attention
-from orthrus_jax.cache import KVCache, LayerCache
+from orthrus_jax.attention.cache import KVCache, LayerCache
+from orthrus_jax.attention.rotary import rope_cos_sin
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.layers import AttentionProjections, RMSNorm, SwiGLU, linear, rotary_angles
+from orthrus_jax.model.layers import AttentionProjections, RMSNorm, SwiGLU, linear
 from orthrus_jax.sharding import BATCH, TENSOR
 
 Array = jax.Array
@@ -247,7 +248,7 @@ class DualViewTransformer(nn.Module):
 
     def _rotary(self, positions: Array, cache: KVCache | None) -> tuple[Array, Array]:
         if cache is None:
-            return rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+            return rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
         return cache.rotary[0][positions], cache.rotary[1][positions]
 
     def logits(self, hidden: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The parts of a Qwen3 layer as Flax Linen modules: norm, rotary embedding, projections, SwiGLU.
+"""The parts of a Qwen3 layer as Flax Linen modules: norm, projections, SwiGLU.
 
 They know nothing of caches, views or segments. Submodule names are those of the Hugging Face
 checkpoint, so that a parameter's path is its name there.
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from orthrus_jax.attention.rotary import apply_rope
 from orthrus_jax.config import ModelConfig
 
 Array = jax.Array
@@ -27,20 +28,6 @@ class RMSNorm(nn.Module):
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return weight.astype(x.dtype) * x32.astype(x.dtype)
-
-
-def rotary_angles(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Return cos and sin, float32[..., D/2], of the rotary embedding (arXiv 2104.09864)."""
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[..., None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate each head's halves, as Qwen pairs them: x [B, T, H, D] by cos, sin [B, T, D/2]."""
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], -1).astype(x.dtype)
 
 
 def fenced_on_tpu(x: Array) -> Array:
@@ -76,8 +63,8 @@ class AttentionProjections(nn.Module):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if cached:
             q, k, v = (fenced_on_tpu(x) for x in (q, k, v))
-        q = rotate(self.q_norm(q.reshape(heads)), cos, sin)
-        k = rotate(self.k_norm(k.reshape(heads)), cos, sin)
+        q = apply_rope(self.q_norm(q.reshape(heads)), cos, sin)
+        k = apply_rope(self.k_norm(k.reshape(heads)), cos, sin)
         return q, k, v.reshape(heads)
 
     def out(self, attended: Array) -> Array:

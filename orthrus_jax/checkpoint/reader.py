@@ -28,7 +28,7 @@ from orthrus_jax import sharding
 from orthrus_jax.config import ModelConfig, read_json
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Params
-from orthrus_jax.params import DIFFUSION, TensorSpec, diffusion_from_base, merge, tensor_specs
+from orthrus_jax.model.params import DIFFUSION, TensorSpec, diffusion_from_base, merge, tensor_specs
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

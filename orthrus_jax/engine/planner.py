@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from orthrus_jax.ahead import Scheme
+from orthrus_jax.decoding.overlapped import Scheme
 from orthrus_jax.errors import UserError
 
 FILE = "calibration.json"

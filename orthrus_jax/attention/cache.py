@@ -16,9 +16,9 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from orthrus_jax.attention import MANY_SLOTS, SLOT_STEP
+from orthrus_jax.attention.attend import MANY_SLOTS, SLOT_STEP
+from orthrus_jax.attention.rotary import rope_cos_sin
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.layers import rotary_angles
 from orthrus_jax.sharding import of_rows
 
 Array = jax.Array
@@ -94,7 +94,7 @@ class KVCache(struct.PyTreeNode):
         c, layers = config, range(config.num_hidden_layers)
         lead = tuple(itertools.dropwhile(lambda n: n == 1, (batch, c.num_key_value_heads)))
         of_key = (c.head_dim, slots) if turned else (slots, c.head_dim)
-        cos, sin = rotary_angles(jnp.arange(slots), c.head_dim, c.rope_theta)
+        cos, sin = rope_cos_sin(jnp.arange(slots), c.head_dim, c.rope_theta)
         return cls(
             k=tuple(jnp.zeros((*lead, *of_key), c.dtype) for _ in layers),
             v=tuple(jnp.zeros((*lead, slots, c.head_dim), c.dtype) for _ in layers),

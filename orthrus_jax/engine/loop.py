@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from orthrus_jax import ahead, decode
-from orthrus_jax.ahead import CHOICES, Scheme
-from orthrus_jax.cache import KVCache
+from orthrus_jax.attention.cache import KVCache
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.decoding import overlapped as ahead
+from orthrus_jax.decoding import speculative as decode
+from orthrus_jax.decoding.overlapped import CHOICES, Scheme
+from orthrus_jax.decoding.sampling import Filters, Proposal, Rule, Sampler, SamplingParams
+from orthrus_jax.engine.detokenizer import TextStream
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params
-from orthrus_jax.sampling import Filters, Proposal, Rule, Sampler, SamplingParams
 from orthrus_jax.sharding import of_rows, to_host
-from orthrus_jax.stream import TextStream
 from orthrus_jax.tokenizer import Tokenizer
 
 MODES = ("orthrus", "ar")

@@ -37,9 +37,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from orthrus_jax import tree as trees
 from orthrus_jax.attention import Branches
-from orthrus_jax.decode import (
+from orthrus_jax.decoding import tree as trees
+from orthrus_jax.decoding.sampling import Purpose, Rule, greedy, perturbed, probabilities
+from orthrus_jax.decoding.speculative import (
     DecodeState,
     DecodingModel,
     choose,
@@ -49,9 +50,8 @@ from orthrus_jax.decode import (
     next_positions,
     until_done,
 )
+from orthrus_jax.decoding.tree import Guesses, Tree
 from orthrus_jax.model import Segment, View, ar_segment, block_segment
-from orthrus_jax.sampling import Purpose, Rule, greedy, perturbed, probabilities
-from orthrus_jax.tree import Guesses, Tree
 
 Array = jax.Array
 CHOICES = 8  # the AR token at a rejection is among so many nine times in ten

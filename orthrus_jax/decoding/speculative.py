@@ -18,8 +18,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.model import Segment, ar_segment, block_segment
-from orthrus_jax.sampling import (
+from orthrus_jax.decoding.sampling import (
     Drafts,
     Proposal,
     Purpose,
@@ -33,6 +32,7 @@ from orthrus_jax.sampling import (
     log_prob,
     probabilities,
 )
+from orthrus_jax.model import Segment, ar_segment, block_segment
 from orthrus_jax.sharding import of_rows
 
 Array = jax.Array

@@ -1,0 +1,1 @@
+"""Compiled decoding loops on ids. Knows no text and no files."""
