@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from orthrus_jax import decoding
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import sampling
-from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.decoding.sampling import Proposal, Purpose, Sampler
 from orthrus_jax.model import Model, ar_segment, block_segment
 
@@ -184,7 +184,7 @@ def one_row(
       Arrays [B, N]; what lies behind an answer's end means nothing.
     """
     batch, total = texts.rows.shape
-    state = decode.prefill(
+    state = decoding.prefill(
         model,
         params,
         texts.rows[:, :padded],

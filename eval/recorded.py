@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from orthrus_jax import decoding
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import overlapped as ahead
-from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.decoding.overlapped import CHOICES, Scheme, likeliest
 from orthrus_jax.engine import bucket
 from orthrus_jax.generate import Generator
@@ -116,7 +116,7 @@ class NoCache(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class RecordedModel:
-    """`decode.DecodingModel` by recording. All of an answer is RIGHT, from position 1 on.
+    """`decoding.DecodingModel` by recording. All of an answer is RIGHT, from position 1 on.
 
     A hidden state is the M guesses of a row and their log-probabilities. Where a block stands on
     text that did not come about, it says what it would say on the text that did: nothing looks.
@@ -189,15 +189,15 @@ def simulate(recording: Recording, cycle: str, scheme: Scheme) -> Outcome:
     params = jax.tree.map(jnp.asarray, params)
     batch, longest = recording.guesses.shape[:2]
     full = lambda n: jnp.full(batch, n, jnp.int32)
-    state = decode.prefill(
+    state = decoding.prefill(
         model, params, jnp.zeros((batch, 1), jnp.int32), full(1), jnp.asarray(recording.lengths),
         jnp.array([-1]), slots=2 * longest + scheme.drafts + 2, max_new_tokens=longest,
         reach=max(scheme.drafts, config.block_size - 1),
     )  # fmt: skip
     if cycle == "ar":
-        state = decode.ar_decode(model, params, state)
+        state = decoding.ar_decode(model, params, state)
     elif cycle == "paper":
-        state = decode.orthrus_decode(model, params, state, block_size=scheme.block_size)
+        state = decoding.orthrus_decode(model, params, state, block_size=scheme.block_size)
     elif cycle == "two-forward":
         state = ahead.two_forward_decode(model, params, state, scheme=scheme)
     else:
@@ -207,8 +207,8 @@ def simulate(recording: Recording, cycle: str, scheme: Scheme) -> Outcome:
 
 
 def _watched(
-    model: RecordedModel, params: Any, state: decode.DecodeState, scheme: Scheme
-) -> tuple[decode.DecodeState, float]:
+    model: RecordedModel, params: Any, state: decoding.DecodeState, scheme: Scheme
+) -> tuple[decoding.DecodeState, float]:
     """Decode cycle by cycle; see which drafts are a block's own, and not what was left."""
     hits = cycles = 0
     known = _believed(np.asarray(params["log_probs"]), scheme.trust)
@@ -234,7 +234,7 @@ def _believed(log_probs: np.ndarray, trust: float) -> np.ndarray:
     return np.exp(log_probs[..., 0] / trust) / np.maximum(mass, 1e-30)
 
 
-def _outcome(state: decode.DecodeState, hits: float, forwards: int) -> Outcome:
+def _outcome(state: decoding.DecodeState, hits: float, forwards: int) -> Outcome:
     accepted = np.asarray(state.accepted)
     return Outcome(
         tokens=np.asarray(state.count),

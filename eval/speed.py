@@ -28,9 +28,8 @@ from tqdm import tqdm
 
 import orthrus_jax
 from eval.hf import HF, check_torch
-from orthrus_jax import machine, sharding
+from orthrus_jax import decoding, machine, sharding
 from orthrus_jax.config import PRESETS
-from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.engine import BLOCKS, CYCLES, bucket
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.generate import Generator
@@ -55,11 +54,11 @@ def copy_bandwidth(repeats: int = 5) -> float:
     return 2 * x.nbytes / best
 
 
-def standing_at(model: Model, batch: int, context: int, slots: int) -> decode.DecodeState:
+def standing_at(model: Model, batch: int, context: int, slots: int) -> decoding.DecodeState:
     """A state whose rows stand behind `context` tokens (of zero keys) and never end."""
     full = lambda n: jnp.full(batch, n, jnp.int32)
     width = TIMED_CYCLES * model.config.block_size + 1
-    make = lambda: decode.DecodeState(
+    make = lambda: decoding.DecodeState(
         tokens=jnp.zeros((batch, width), jnp.int32),
         count=full(0),
         budget=full(1 << 30),
@@ -85,16 +84,16 @@ def time_forwards(
             0, TIMED_CYCLES, lambda i, s: s.replace(anchor=body(weights, s)), state
         )
     )
-    drafting = lambda w, s: decode.draft(model, w, s, block_size).tokens[:, 0] % 7 + s.anchor % 2
+    drafting = lambda w, s: decoding.draft(model, w, s, block_size).tokens[:, 0] % 7 + s.anchor % 2
 
     def verifying(w: Any, s: Any) -> Any:
-        guesses = decode.Drafts(jnp.tile(s.anchor[:, None], (1, block_size - 1)))
-        logits, _ = decode.verify(model, w, s, guesses)
-        return decode.choose(s, logits)[:, 0]
+        guesses = decoding.Drafts(jnp.tile(s.anchor[:, None], (1, block_size - 1)))
+        logits, _ = decoding.verify(model, w, s, guesses)
+        return decoding.choose(s, logits)[:, 0]
 
     loops: dict[str, tuple[Any, dict[str, Any]]] = {
-        "ar_step": (decode.ar_decode, {}),
-        "cycle": (decode.orthrus_decode, {"block_size": block_size}),
+        "ar_step": (decoding.ar_decode, {}),
+        "cycle": (decoding.orthrus_decode, {"block_size": block_size}),
     }
     make = lambda: standing_at(model, batch, context, slots)
     result: dict[str, Any] = {"batch": batch, "context": context, "block_size": block_size}

@@ -23,10 +23,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from orthrus_jax import sharding
+from orthrus_jax import decoding, sharding
 from orthrus_jax.config import PRESETS, ModelConfig, preset_of
 from orthrus_jax.decoding import overlapped as ahead
-from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.engine import BLOCKS, CYCLES, Plan
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.model import REMAT, Model, params
@@ -34,8 +33,8 @@ from orthrus_jax.options import add_blocks
 
 CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB of memory a chip
 LOOPS: dict[str, Any] = {
-    "ar": decode.ar_decode,
-    "orthrus": decode.orthrus_decode,  # the paper's cycle
+    "ar": decoding.ar_decode,
+    "orthrus": decoding.orthrus_decode,  # the paper's cycle
     "two-forward": ahead.two_forward_decode,
     "one-forward": ahead.one_forward_decode,
 }
@@ -118,13 +117,13 @@ def lower_decoding(
     prompt = min(context, PROMPT)
     sizes = {"slots": context, "max_new_tokens": min(context, ANSWER)}
     ids, vector = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, prompt), (batch,)))
-    read = partial(decode.prefill, model, **sizes)
+    read = partial(decoding.prefill, model, **sizes)
     inputs = jax.tree.map(place, (ids, vector, vector, jax.ShapeDtypeStruct((batch, 2), jnp.int32)))
     if program == "prefill":
-        lowered = decode.prefill.lower(model, tree, *inputs, **sizes)
+        lowered = decoding.prefill.lower(model, tree, *inputs, **sizes)
         return Program(lowered, {"weights": tree})
     state = jax.eval_shape(read, tree, *inputs)
-    state = jax.tree.map(_placed, state, decode.shardings(state, mesh))
+    state = jax.tree.map(_placed, state, decoding.shardings(state, mesh))
     loop, static = LOOPS[program], {}
     if program in CYCLES:
         static["scheme"] = scheme = dataclasses.replace(blocks or Plan(), cycle=program).scheme(
@@ -242,8 +241,8 @@ def _parser() -> argparse.ArgumentParser:
     add_blocks(parser)
     add("--accumulate", type=int, help="train: micro-batches a step; default: the recipe's")
     add("--remat", choices=sorted(REMAT), help="train: what is recomputed; default: the recipe's")
-    for axis, decoding in DECODING_MESH.items():
-        what = "what is left" if decoding < 0 else decoding
+    for axis, default in DECODING_MESH.items():
+        what = "what is left" if default < 0 else default
         add(f"--{axis}", type=int, help=f"mesh axis; default: the recipe's, {what} when decoding")
     add(
         "--largest",

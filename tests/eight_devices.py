@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orthrus_jax import sharding
+from orthrus_jax import decoding, sharding
 from orthrus_jax.attention import flash as tiled
-from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.model import Model, params
 from tests.helpers import NO_EOS, random_params, tiny_config
 from train import divergence, trainer
@@ -76,7 +75,7 @@ def text(mesh, loop):
     if mesh is not None:
         prompts, lengths = jax.device_put((prompts, lengths), sharding.of_batch(mesh))
     model = Model(config, mesh)
-    state = decode.prefill(
+    state = decoding.prefill(
         model, weights, prompts, lengths, jnp.full(8, 20), NO_EOS, slots=64, max_new_tokens=20
     )
     return np.asarray(loop(model, weights, state).tokens).tolist()
@@ -90,7 +89,7 @@ def main():
     summed, summed_weights = curve(None, micro=4)
     found = {"one": losses, "unstacked": plain, "accumulated": summed, "meshes": {}}
     found["accumulated_weights"] = float(np.abs(summed_weights - weights).max())
-    ar, orthrus = text(None, decode.ar_decode), text(None, decode.orthrus_decode)
+    ar, orthrus = text(None, decoding.ar_decode), text(None, decoding.orthrus_decode)
     found["ar"] = ar == orthrus
     for name in sys.argv[1:]:
         mesh = sharding.make_mesh(*MESHES[name])
@@ -99,7 +98,7 @@ def main():
             "losses": losses,
             "weights": float(np.abs(theirs - weights).max()),
             "again": bool((curve(mesh)[1] == theirs).all()),
-            "text": text(mesh, decode.orthrus_decode) == ar == text(mesh, decode.ar_decode),
+            "text": text(mesh, decoding.orthrus_decode) == ar == text(mesh, decoding.ar_decode),
         }
     json.dump(found, sys.stdout)
 

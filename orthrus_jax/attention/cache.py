@@ -16,7 +16,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from orthrus_jax.attention.attend import MANY_SLOTS, SLOT_STEP
+from orthrus_jax.attention.chunked import MANY_SLOTS, SLOT_STEP
 from orthrus_jax.attention.rotary import rope_cos_sin
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.sharding import of_rows

@@ -40,7 +40,7 @@ from flax import struct
 from orthrus_jax.attention import Branches
 from orthrus_jax.decoding import tree as trees
 from orthrus_jax.decoding.sampling import Purpose, Rule, greedy, perturbed, probabilities
-from orthrus_jax.decoding.speculative import (
+from orthrus_jax.decoding.state import (
     DecodeState,
     DecodingModel,
     choose,

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from orthrus_jax import decoding
 from orthrus_jax.attention.cache import KVCache
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import overlapped as ahead
-from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.decoding.overlapped import CHOICES, Scheme
 from orthrus_jax.decoding.sampling import Filters, Proposal, Rule, Sampler, SamplingParams
 from orthrus_jax.engine.detokenizer import TextStream
@@ -282,13 +282,13 @@ class Engine:
                 continue
             idle = np.array([row is None for row in rows])
             if (idle & ~found.done).any():  # ended by a stop string
-                state = self._run(decode.stop, state, jnp.array(idle))
+                state = self._run(decoding.stop, state, jnp.array(idle))
             for i in idle.nonzero()[0].tolist() if plan.refill else ():
                 rows[i], state = self._refill(i, state, queue, shape, plan)
 
     def _start(
         self, queue: collections.deque, shape: _Shape, plan: Plan, memory: Memory | None
-    ) -> tuple[list[_Row | None], decode.DecodeState]:
+    ) -> tuple[list[_Row | None], decoding.DecodeState]:
         """Begin a batch: all prompts at once, padded to the longest, or one after another.
 
         Where one is much longer than the rest, the padding would be most of what is read.
@@ -308,16 +308,16 @@ class Engine:
     def _refill(
         self,
         i: int,
-        state: decode.DecodeState,
+        state: decoding.DecodeState,
         queue: collections.deque,
         shape: _Shape,
         plan: Plan,
-    ) -> tuple[_Row | None, decode.DecodeState]:
+    ) -> tuple[_Row | None, decoding.DecodeState]:
         """Put the next request in place of row i, if there is one."""
         row = self._admit(queue, plan)
         if row is not None:
             fresh = self._prefill([row], shape, plan)
-            state = self._run(decode.insert, state, fresh, jnp.int32(i))
+            state = self._run(decoding.insert, state, fresh, jnp.int32(i))
         return row, state
 
     def _admit(self, queue: collections.deque, plan: Plan) -> _Row | None:
@@ -355,7 +355,7 @@ class Engine:
         shape: _Shape,
         plan: Plan,
         memory: Memory | None = None,
-    ) -> decode.DecodeState:
+    ) -> decoding.DecodeState:
         """Start rows as one batch; a missing row is filled and done at once."""
         kept = 0
         prompts = [[0] if row is None else list(row.request.prompt) for row in rows]
@@ -377,7 +377,7 @@ class Engine:
         if memory is not None and kept:
             resumed = {"cache": memory.cache, "start": jnp.array([kept], jnp.int32)}
         state = self._run(
-            decode.prefill,
+            decoding.prefill,
             jnp.array(ids),
             jnp.array([len(prompt) for prompt in prompts], jnp.int32),
             of_each(lambda s: s.max_new_tokens, jnp.int32),
@@ -422,8 +422,8 @@ class Engine:
         )
 
     def _advance(
-        self, state: decode.DecodeState, rows: Sequence[_Row | None], plan: Plan, refilling: bool
-    ) -> decode.DecodeState:
+        self, state: decoding.DecodeState, rows: Sequence[_Row | None], plan: Plan, refilling: bool
+    ) -> decoding.DecodeState:
         """Run the loop until the host has something to do."""
         active = sum(row is not None for row in rows)
         watched = any(row is not None and row.text is not None for row in rows)
@@ -433,7 +433,7 @@ class Engine:
             "leave": jnp.int32(active - 1 if refilling else 0),
         }
         if plan.mode == "ar":
-            return self._run(decode.ar_decode, state, **pause)
+            return self._run(decoding.ar_decode, state, **pause)
         if plan.cycle != "paper":
             static = {"scheme": self._scheme(plan)}
             if state.sampler is not None:
@@ -443,7 +443,7 @@ class Engine:
         static = {"block_size": plan.draft_length}
         if state.sampler is not None:
             static |= {"rule": plan.accept, "proposal": plan.proposal}
-        return self._run(decode.orthrus_decode, state, **pause, static=static)
+        return self._run(decoding.orthrus_decode, state, **pause, static=static)
 
     def _scheme(self, plan: Plan) -> Scheme:
         return dataclasses.replace(plan.scheme(self.config), trust=self.trust)
@@ -483,7 +483,7 @@ class Engine:
         arguments, named = self._on_mesh((arguments, named))
         leaves, tree = jax.tree.flatten((arguments, named))
         key = (function, tree, tuple((x.shape, x.dtype) for x in leaves), *static.items())
-        of_model = function not in (decode.stop, decode.insert)
+        of_model = function not in (decoding.stop, decoding.insert)
         if key not in self._programs:
             begin = time.perf_counter()
             first = (self.model, self.params) if of_model else ()
@@ -499,11 +499,11 @@ class Engine:
         mesh = self.mesh
 
         def where(x: Any) -> Any:
-            if isinstance(x, decode.DecodeState):
-                return decode.shardings(x, mesh)
+            if isinstance(x, decoding.DecodeState):
+                return decoding.shardings(x, mesh)
             return x.shardings() if isinstance(x, KVCache) else of_rows(x.shape, mesh)
 
-        whole = lambda x: isinstance(x, decode.DecodeState | KVCache)
+        whole = lambda x: isinstance(x, decoding.DecodeState | KVCache)
         return jax.device_put(inputs, jax.tree.map(where, inputs, is_leaf=whole))
 
 
@@ -518,7 +518,7 @@ class _Found(NamedTuple):
     logprobs: np.ndarray
 
 
-def _fetch(state: decode.DecodeState) -> _Found:
+def _fetch(state: decoding.DecodeState) -> _Found:
     logprobs = state.tokens if state.logprobs is None else state.logprobs
     found = (state.tokens, state.count, state.done, state.cycles, state.accepted, logprobs)
     return _Found(*to_host(found))

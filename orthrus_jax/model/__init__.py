@@ -1,5 +1,6 @@
 """The dual-view transformer: one network, two attention views, pure functions of its parameters."""
 
+from orthrus_jax.model.segment import Segment, View, ar_segment, block_segment
 from orthrus_jax.model.transformer import (
     REMAT,
     STACKED,
@@ -7,10 +8,6 @@ from orthrus_jax.model.transformer import (
     Layer,
     Model,
     Params,
-    Segment,
-    View,
-    ar_segment,
-    block_segment,
 )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The dual-view transformer: Segment, View, and one forward pass that carries segments in lockstep.
+"""The dual-view transformer: one forward pass that carries segments in lockstep.
 
 In every layer each segment attends with its own view's weights; norms, MLP and LM head are one. AR
 segments write their keys and values first, then every segment reads the cache: an AR row up to and
@@ -7,7 +7,6 @@ draft, verify and the training step are this one function with different segment
 """
 
 import dataclasses
-import enum
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,15 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from orthrus_jax import attention
+from orthrus_jax.attend import attend, attend_blocks
 from orthrus_jax.attention.cache import KVCache, LayerCache
 from orthrus_jax.attention.rotary import rope_cos_sin
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model.layers import AttentionProjections, RMSNorm, SwiGLU, linear
+from orthrus_jax.model.segment import Segment, View
 from orthrus_jax.sharding import BATCH, TENSOR
 
 Array = jax.Array
@@ -34,54 +33,6 @@ REMAT: dict[str, Any] = {  # what the backward pass finds kept of a layer; "none
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 Params = dict  # a Linen parameter tree; see params.py for its frozen and diffusion parts
-
-
-class View(enum.Enum):
-    """Whose attention weights a segment uses, and what its rows may see."""
-
-    AR = "ar"
-    DIFFUSION = "diffusion"
-
-
-class Segment(struct.PyTreeNode):
-    """A run of token rows with one view.
-
-    Attributes:
-      tokens: int32[B, T].
-      positions: int32[B, T], the rotary position of each row. An AR segment's rows lie in
-        consecutive cache slots from its first row's position on; without `branches` the positions
-        are those slots. A diffusion segment's are consecutive within a block.
-      view: whose attention.
-      block: rows of a diffusion block; T is a multiple of it. Unused by AR segments.
-      start: int32[B, T] or None: the first slot each row may see, where several documents are
-        packed into a row. None is slot 0.
-      span: an upper bound, known when compiling, on the slots these rows see; None is the whole
-        cache. It saves work, never changes a result.
-      branches: on a tree of drafts. Each row, or block, sees the slots below `branches.first` and
-        those marked; an AR row marks itself.
-    """
-
-    tokens: Array
-    positions: Array
-    view: View = struct.field(pytree_node=False)
-    block: int = struct.field(pytree_node=False, default=0)
-    start: Array | None = None
-    span: int | None = struct.field(pytree_node=False, default=None)
-    branches: attention.Branches | None = None
-
-
-def ar_segment(tokens: Array, first: Array, *, span: int | None = None) -> Segment:
-    """AR rows `tokens` [B, T] at consecutive positions from `first` [B]."""
-    positions = first[:, None] + jnp.arange(tokens.shape[1])
-    return Segment(tokens, positions, View.AR, span=span)
-
-
-def block_segment(anchor: Array, first: Array, block: int, mask_token_id: int) -> Segment:
-    """One diffusion block a row: [anchor, MASK x (block - 1)] from position `first` [B] on."""
-    masks = jnp.full((anchor.shape[0], block - 1), mask_token_id, anchor.dtype)
-    positions = first[:, None] + jnp.arange(block)
-    tokens = jnp.concatenate([anchor[:, None], masks], axis=1)
-    return Segment(tokens, positions, View.DIFFUSION, block=block)
 
 
 class Layer(nn.Module):
@@ -132,7 +83,7 @@ class Layer(nn.Module):
         kv = LayerCache.of(k, v) if kv is None else kv.write(k, v, segment.positions[:, 0])
         end, used = _limits(segment, segment.positions + 1, cached)
         slots = kv.seen(segment.span)
-        heads = attention.attend(
+        heads = attend(
             q, *slots, segment.start, end, used, self.mesh, segment.branches, turned=kv.turned
         )
         return self.self_attn.out(heads), kv
@@ -152,7 +103,7 @@ class Layer(nn.Module):
         start = None if segment.start is None else segment.start[:, :: segment.block]
         end, used = _limits(segment, segment.positions[:, :: segment.block], cached)
         slots = kv.seen(segment.span)
-        heads = attention.attend_blocks(
+        heads = attend_blocks(
             q, *slots, k, v, start, end, used, self.mesh, segment.branches, turned=kv.turned
         )
         return self.self_attn_diff.out(heads.reshape(*x.shape[:2], *heads.shape[3:]))

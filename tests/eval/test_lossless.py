@@ -24,8 +24,7 @@ from eval.judges import Law, near_tie
 from eval.lossless import table
 from orthrus_jax.attention import cache
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.decoding import sampling
-from orthrus_jax.decoding import speculative as decode
+from orthrus_jax.decoding import sampling, speculative
 from orthrus_jax.decoding.sampling import Proposal, Purpose
 from orthrus_jax.decoding.speculative import Verdict
 from orthrus_jax.engine import Answer
@@ -186,8 +185,8 @@ def all_written_late(kv, k, v, start):
 
 
 CHOICE_FAULTS = {
-    "always accept": (decode, "accept_equal", always_accept_equal),
-    "bonus off by one": (decode, "accept_equal", bonus_off_by_one),
+    "always accept": (speculative, "accept_equal", always_accept_equal),
+    "bonus off by one": (speculative, "accept_equal", bonus_off_by_one),
     "a slot late": (cache.LayerCache, "write", written_late),
     "drafts not written": (cache.LayerCache, "write", accepted_drafts_not_written),
     "all a slot late": (cache.LayerCache, "write", all_written_late),
@@ -229,7 +228,7 @@ def test_a_fault_shows_in_greedy_texts(fault: str, monkeypatch) -> None:
 
 @slow
 def test_an_always_accept_rule_shows_in_coupled_texts(monkeypatch) -> None:
-    monkeypatch.setattr(decode, "accept_equal", always_accept_equal)
+    monkeypatch.setattr(speculative, "accept_equal", always_accept_equal)
     result = audited("coupled", seeds=1)
     assert {case.part for case in result["failures"]} == {"coupled"}
     assert result["parts"]["coupled"]["orthrus"]["exact_match"] < 0.2
@@ -261,7 +260,7 @@ RULE_FAULTS = {
     "bonus off by one": replacing(lambda n, all: (n, n - 1, n == all)),
 }
 LAW_FAULTS = {
-    **{name: (decode, "accept_rejection", rule) for name, rule in RULE_FAULTS.items()},
+    **{name: (speculative, "accept_rejection", rule) for name, rule in RULE_FAULTS.items()},
     "a slot late": (cache.LayerCache, "write", written_late),
     "drafts not written": (cache.LayerCache, "write", accepted_drafts_not_written),
 }
@@ -482,7 +481,7 @@ def made_config(directory) -> ModelConfig:
 def test_the_command_names_the_case_and_exits_1(
     tiny_base, prompts, tmp_path, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(decode, "accept_equal", always_accept_equal)
+    monkeypatch.setattr(speculative, "accept_equal", always_accept_equal)
     other, out = tmp_path / "model", tmp_path / "out.json"
     shutil.copytree(tiny_base, other)
     config = json.loads((other / "config.json").read_text())

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from orthrus_jax import decoding
 from orthrus_jax.decoding import overlapped as ahead
-from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.decoding import tree as trees
 from orthrus_jax.decoding.overlapped import Scheme
 from orthrus_jax.decoding.tree import Guesses
@@ -25,11 +25,11 @@ LENGTHS = [4, 10, 7]
 forward = jax.jit(functools.partial(MODEL.forward, PARAMS))
 
 
-def state_of(rows: int, slots: int) -> decode.DecodeState:
+def state_of(rows: int, slots: int) -> decoding.DecodeState:
     """A prefilled batch of `rows`."""
     full = lambda n: jnp.full(rows, n, jnp.int32)
     lengths = jnp.asarray(LENGTHS[:rows], jnp.int32)
-    return decode.prefill(
+    return decoding.prefill(
         MODEL, PARAMS, jnp.asarray(PROMPTS[:rows]), lengths, full(9), NO_EOS,
         slots=slots, max_new_tokens=9, reach=SCHEME.drafts,
     )  # fmt: skip

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from orthrus_jax import decoding
 from orthrus_jax.attention import cache
 from orthrus_jax.attention.cache import KVCache
 from orthrus_jax.decoding import overlapped as ahead
-from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.decoding.overlapped import Scheme
 from orthrus_jax.model import Model
 from tests.helpers import NO_EOS, random_params, tiny_config
@@ -26,17 +26,17 @@ class Unturned(Model):
         return KVCache.zeros(self.config, batch, slots, turned=False)
 
 
-def start(model, params, rows: int, slots: int) -> decode.DecodeState:
+def start(model, params, rows: int, slots: int) -> decoding.DecodeState:
     prompts = np.random.default_rng(1).integers(0, 63, (rows, 10)).astype(np.int32)
     full = lambda n: jnp.full(rows, n, jnp.int32)
-    return decode.prefill(
+    return decoding.prefill(
         model, params, jnp.asarray(prompts), full(10) - jnp.arange(rows), full(NEW), NO_EOS,
         slots=slots, max_new_tokens=NEW, reach=TREE.nodes,
     )  # fmt: skip
 
 
 def paper(model, params, state):
-    return decode.orthrus_decode(model, params, state)
+    return decoding.orthrus_decode(model, params, state)
 
 
 def tree(model, params, state):
@@ -47,7 +47,7 @@ def tree(model, params, state):
 @pytest.mark.parametrize(
     ("loop", "rows", "slots", "heads"),
     [
-        (decode.ar_decode, 2, 1536, 2),
+        (decoding.ar_decode, 2, 1536, 2),
         (paper, 1, 64, 1),
         (tree, 1, 64, 2),
         (tree, 3, 64, 2),
@@ -66,7 +66,7 @@ def test_turned_or_not_the_same_is_decoded_and_kept(loop, rows, slots, heads) ->
     assert plain.cache.k[0].shape == plain.cache.v[0].shape != turned.cache.k[0].shape
     np.testing.assert_array_equal(turned.tokens, plain.tokens)
     np.testing.assert_array_equal(turned.cycles, plain.cycles)
-    assert loop is decode.ar_decode or (turned.accepted > 0).any()
+    assert loop is decoding.ar_decode or (turned.accepted > 0).any()
     for k, other in zip(turned.cache.k, plain.cache.k, strict=True):
         live = np.arange(slots) < 10 - (rows - 1) + NEW - 1  # of every row; what is behind is stale
         other = np.swapaxes(other, -1, -2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax.decoding import speculative as decode
+from orthrus_jax import decoding
 from orthrus_jax.model import Model
 from tests import scripted
 from tests.helpers import NO_EOS, random_params, tiny_config
@@ -19,18 +19,18 @@ SLOTS, N = 96, 12
 def prefilled(model, params, prompt, length: int, *, batch: int = 1, slots: int = SLOTS):
     prompts = jnp.asarray(np.tile(prompt, (batch, 1)), jnp.int32)
     lengths, budgets = jnp.full(batch, length, jnp.int32), jnp.full(batch, N, jnp.int32)
-    return decode.prefill(
+    return decoding.prefill(
         model, params, prompts, lengths, budgets, NO_EOS, slots=slots, max_new_tokens=N
     )
 
 
-LOOPS = {"ar": decode.ar_decode, "orthrus": decode.orthrus_decode}
+LOOPS = {"ar": decoding.ar_decode, "orthrus": decoding.orthrus_decode}
 
 
 def test_fifty_prompt_lengths_of_one_bucket_compile_each_program_once() -> None:
     config = tiny_config(num_hidden_layers=1, rms_norm_eps=3e-6)  # no other test's programs
     model, params = Model(config), random_params(config, 0)
-    programs = (decode.prefill, *LOOPS.values())
+    programs = (decoding.prefill, *LOOPS.values())
     before = [program._cache_size() for program in programs]
     prompt = np.random.default_rng(0).integers(0, 63, 64)
     for length in range(1, 51):
@@ -49,7 +49,7 @@ def test_each_program_traces_its_forwards_once() -> None:
     for length in range(1, 51):
         model = ScriptedModel(config)
         state = prefilled(model, params, text[0, :64], length)
-        state = decode.orthrus_decode(model, params, state)
+        state = decoding.orthrus_decode(model, params, state)
         assert np.asarray(state.tokens)[0].tolist() == text[0, length : length + N].tolist()
     prefill, *cycle = scripted.traces
     assert prefill == "ar"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax.decoding import speculative as decode
+from orthrus_jax import decoding
 from orthrus_jax.decoding.sampling import accept_equal, greedy
 from tests import scripted
 from tests.helpers import tiny_config
@@ -25,7 +25,7 @@ def start(
     prompts = np.where(np.arange(padded) < lengths[:, None], text[:, :padded], scripted.POISON)
     params = {"text": jnp.asarray(text), "drafts": jnp.asarray(drafts)}
     ids = jnp.asarray([*eos, -1, -1, -1][:3], jnp.int32)
-    state = decode.prefill(
+    state = decoding.prefill(
         model,
         params,
         jnp.asarray(prompts, jnp.int32),
@@ -42,8 +42,8 @@ def start(
 def run(loop, model, *args, block_size=None, **kwargs):
     state, params = start(model, *args, **kwargs)
     if loop == "ar":
-        return decode.ar_decode(model, params, state)
-    return decode.orthrus_decode(model, params, state, block_size=block_size)
+        return decoding.ar_decode(model, params, state)
+    return decoding.orthrus_decode(model, params, state, block_size=block_size)
 
 
 def check(state, row: int, text, outcome: scripted.Outcome) -> None:
@@ -191,7 +191,7 @@ def test_a_row_is_cut_exactly_where_the_cache_ends(loop: str, agree: float) -> N
     text = plain_text(rows, WIDTH, seed=4)
     drafts = drafts_agreeing(text, np.random.default_rng(5).random((rows, WIDTH)) < agree)
     lengths = list(range(1, rows + 1))
-    assert decode.capacity(slots, K - 1) == 15
+    assert decoding.capacity(slots, K - 1) == 15
     state = check_all(loop, MODEL, text, drafts, lengths, [99] * rows, slots=slots)
     assert np.asarray(state.count).tolist() == [15 - length for length in lengths]
 
@@ -257,9 +257,9 @@ def test_a_batch_runs_as_many_cycles_as_its_slowest_row() -> None:
 def test_a_second_call_on_a_finished_state_changes_nothing() -> None:
     text = plain_text(1, WIDTH, seed=12)
     state, params = start(MODEL, text, text, [5], [9])
-    state = decode.orthrus_decode(MODEL, params, state)
+    state = decoding.orthrus_decode(MODEL, params, state)
     before = jax.tree.map(np.asarray, state)
-    after = decode.orthrus_decode(MODEL, params, state)
+    after = decoding.orthrus_decode(MODEL, params, state)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, after))
 
 
@@ -270,7 +270,7 @@ def test_accept_takes_the_longest_agreeing_prefix_and_one_token_more() -> None:
     first = np.asarray(state.tokens)[:, 0]
     drafts = jnp.array([[7, 3, 9, 4], [7, 3, 5, 8], [1, 3, 5, 8], [7, 3, 5, 9]])
     predicted = jnp.array([[7, 3, 5, 8, 2]] * 4)
-    state = decode.accept(state, accept_equal(drafts, predicted), jnp.zeros((4, 5, VOCAB)))
+    state = decoding.accept(state, accept_equal(drafts, predicted), jnp.zeros((4, 5, VOCAB)))
     assert np.asarray(state.accepted)[:, 0].tolist() == [2, 4, 0, 3]
     assert np.asarray(state.count).tolist() == [4, 6, 2, 5]
     assert np.asarray(state.tokens)[0, :4].tolist() == [first[0], 7, 3, 5]

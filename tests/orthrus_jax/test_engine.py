@@ -17,8 +17,8 @@ from flax import struct
 
 from orthrus_jax import generate
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.decoding.prefill import prefill
 from orthrus_jax.decoding.sampling import Proposal, Rule, SamplingParams, greedy
-from orthrus_jax.decoding.speculative import prefill
 from orthrus_jax.engine import STREAM_CYCLES, Engine, Memory, Plan, Request
 from orthrus_jax.engine import loop as engine_module
 from orthrus_jax.errors import UserError, run_command

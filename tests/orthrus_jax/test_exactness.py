@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from orthrus_jax import decoding
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.model import Model, Segment, View, params
 from tests.helpers import NO_EOS, random_params, relative_error, tiny_config
 
@@ -59,10 +59,10 @@ def decoded(loop: str, model, params, prompts, lengths, budgets, eos=NO_EOS, *, 
     """The final state of a loop, its arrays in numpy."""
     eos = jnp.asarray(eos, jnp.int32)
     lengths, budgets = (jnp.asarray(x, jnp.int32) for x in (lengths, budgets))
-    state = decode.prefill(
+    state = decoding.prefill(
         model, params, jnp.asarray(prompts), lengths, budgets, eos, slots=slots, max_new_tokens=N
     )
-    run = {"ar": decode.ar_decode, "orthrus": decode.orthrus_decode}[loop]
+    run = {"ar": decoding.ar_decode, "orthrus": decoding.orthrus_decode}[loop]
     return jax.tree.map(np.asarray, run(model, params, state))
 
 

@@ -9,19 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import attention
-from orthrus_jax.attention import MANY_SLOTS, SLOT_STEP
+from orthrus_jax import attention, decoding
+from orthrus_jax.attention.chunked import MANY_SLOTS, SLOT_STEP
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.generate import Generator
 from orthrus_jax.model import Model, ar_segment
 from tests.helpers import NO_EOS, random_params, relative_error, same_bits, slow, tiny_config
 from tests.orthrus_jax.test_exactness import DraftedModel, assert_same_decoding
 
-CHUNK = decode.PREFILL_CHUNK
+CHUNK = decoding.PREFILL_CHUNK
 SLOTS = 4 * SLOT_STEP
 attend, attend_blocks = jax.jit(attention.attend), jax.jit(attention.attend_blocks)
-LOOPS = {"ar": decode.ar_decode, "orthrus": decode.orthrus_decode}
+LOOPS = {"ar": decoding.ar_decode, "orthrus": decoding.orthrus_decode}
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="a claim about XLA's CPU compiler"
 )
@@ -228,7 +227,7 @@ def budget_of(lengths, tokens: int):
 
 
 def prefilled(params, tokens, lengths, *, slots: int, new: int = 24, **resumed):
-    return decode.prefill(
+    return decoding.prefill(
         Model(CONFIG),
         params,
         tokens,
@@ -351,7 +350,7 @@ def test_drafts_are_taken_and_rolled_back_behind_long_prompts(agree: float) -> N
     def decoded(loop: str):
         lengths_, budget = (jnp.asarray(x, jnp.int32) for x in (lengths, [new, new, 17]))
         static = {"slots": slots, "max_new_tokens": new}
-        state = decode.prefill(model, params, prompts, lengths_, budget, NO_EOS, **static)
+        state = decoding.prefill(model, params, prompts, lengths_, budget, NO_EOS, **static)
         return jax.tree.map(np.asarray, LOOPS[loop](model, params, state))
 
     ar = decoded("ar")
@@ -395,7 +394,7 @@ def compiled_prefill(batch: int, padded: int, slots: int):
     ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     params = random_params(CONFIG, 0)
     arguments = (ids(batch, padded), ids(batch), ids(batch), ids(3))
-    lowered = decode.prefill.lower(
+    lowered = decoding.prefill.lower(
         Model(CONFIG), params, *arguments, slots=slots, max_new_tokens=64
     )
     return lowered.compile()
@@ -407,7 +406,7 @@ def compiled_loop(loop: str, slots: int, *, batch: int = 1, groups: int = 2, blo
     params, model = random_params(config, 0), Model(config)
     one = jnp.ones(batch, jnp.int32)
     state = jax.eval_shape(
-        lambda: decode.prefill(
+        lambda: decoding.prefill(
             model, params, one[:, None], one, one, NO_EOS, slots=slots, max_new_tokens=64
         )
     )

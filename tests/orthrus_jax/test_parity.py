@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax import attention
+from orthrus_jax import attention, decoding
 from orthrus_jax.attention.cache import LayerCache
 from orthrus_jax.attention.rotary import apply_rope, rope_cos_sin
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.model import Layer, Model, ar_segment
 from orthrus_jax.model import params as params_lib
 from orthrus_jax.model.layers import AttentionProjections, RMSNorm, SwiGLU
@@ -261,8 +260,8 @@ def test_greedy_text_is_token_identical_to_transformers_generate(tied: bool) -> 
     assert theirs.shape == (rows, new)
     assert np.unique(theirs).size > 50, "a text of few tokens compares little"
 
-    for loop in (decode.ar_decode, decode.orthrus_decode):
-        state = decode.prefill(
+    for loop in (decoding.ar_decode, decoding.orthrus_decode):
+        state = decoding.prefill(
             model,
             params,
             jnp.asarray(prompts),

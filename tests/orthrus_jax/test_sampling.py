@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from orthrus_jax import decoding
 from orthrus_jax.decoding import overlapped as ahead
-from orthrus_jax.decoding import sampling
-from orthrus_jax.decoding import speculative as decode
+from orthrus_jax.decoding import sampling, speculative
 from orthrus_jax.decoding.sampling import (
     Drafts,
     Filters,
@@ -375,7 +375,7 @@ def sampled(
     width = max(len(s.prompt) for s in settings)
     prompts = [[*s.prompt, *[MASK] * (width - len(s.prompt))] for s in settings]
     early = jnp.array([s.min_tokens for s in settings], jnp.int32)
-    state = decode.prefill(
+    state = decoding.prefill(
         model,
         tables,
         jnp.asarray(np.array(prompts), jnp.int32),
@@ -389,8 +389,8 @@ def sampled(
         reach=REACH,
     )
     loops = {
-        "ar": decode.ar_decode,
-        "orthrus": decode.orthrus_decode,
+        "ar": decoding.ar_decode,
+        "orthrus": decoding.orthrus_decode,
         "two": ahead.two_forward_decode,
         "ahead": ahead.one_forward_decode,
     }
@@ -527,7 +527,7 @@ def test_drafts_distributed_as_p_are_all_accepted(filtered: bool) -> None:
 )
 def test_a_planted_fault_shows_in_the_law_of_whole_texts(fault: str, monkeypatch) -> None:
     """At the settings and the number of texts of the tests above."""
-    monkeypatch.setattr(decode, "accept_rejection", functools.partial(plain_rule, fault=fault))
+    monkeypatch.setattr(speculative, "accept_rejection", functools.partial(plain_rule, fault=fault))
     model = TabularModel(name=fault)
     state = sampled("orthrus", MIXTURE, model=model, proposal=Proposal.DRAW)
     result = together(fits(state, MIXTURE))
@@ -550,7 +550,7 @@ def rejection_fit(
     with monkeypatch.context() as patch:
         if fault:
             rule = functools.partial(plain_rule, fault=fault)
-            patch.setattr(decode, "accept_rejection", rule)
+            patch.setattr(speculative, "accept_rejection", rule)
         for first in range(0, texts, CHUNK):
             model = TabularModel(name=fault)
             some = sampled(
@@ -625,8 +625,8 @@ def spoken(
     how = {"cycles": None if cycles is None else jnp.int32(cycles)} | RULES[rule]
     if block_size:
         how["block_size"] = block_size
-    run = {"ar": decode.ar_decode, "orthrus": decode.orthrus_decode}[how.pop("loop")]
-    state = decode.prefill(
+    run = {"ar": decoding.ar_decode, "orthrus": decoding.orthrus_decode}[how.pop("loop")]
+    state = decoding.prefill(
         REAL,
         WEIGHTS,
         jnp.asarray(IDS[at], jnp.int32),

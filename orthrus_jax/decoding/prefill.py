@@ -1,0 +1,134 @@
+"""Prefill: read prompts into the cache with the AR view, and emit each row's first token."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from orthrus_jax.decoding.sampling import Sampler
+from orthrus_jax.decoding.state import DecodeState, DecodingModel, choose, emit
+from orthrus_jax.model.segment import ar_segment
+
+Array = jax.Array
+PREFILL_CHUNK = 512  # longer prompts are read in pieces of this many rows: memory stays bounded
+
+
+def capacity(slots: int, reach: int) -> int:
+    """Return how many tokens, prompt and answer, a row of `slots` can hold.
+
+    A row on its last anchor still writes `reach` slots behind it.
+    """
+    return slots - reach
+
+
+@partial(
+    jax.jit,
+    static_argnames=("model", "slots", "max_new_tokens", "logprobs", "reach"),
+    donate_argnames=("cache",),
+)
+def prefill(
+    model: DecodingModel,
+    params: Any,
+    prompts: Array,
+    lengths: Array,
+    budget: Array,
+    eos: Array,
+    *,
+    slots: int,
+    max_new_tokens: int,
+    sampler: Sampler | None = None,
+    min_tokens: Array | None = None,
+    logprobs: bool = False,
+    reach: int | None = None,
+    cache: Any = None,
+    start: Array | None = None,
+) -> DecodeState:
+    """Read the prompts with the AR view and emit each row's first token, the first anchor.
+
+    Args:
+      model: static.
+      params: both views' parameters.
+      prompts: int32[B, P], padded on the right with anything; P <= slots.
+      lengths: int32[B], tokens of each prompt, at least 1.
+      budget: int32[B], tokens each row may emit; cut to what the cache can hold. A row of budget 0
+        (a filler) is done at once.
+      eos: int32[B, E] or int32[E] for all rows, the ids that end a row (-1 for none); they are
+        emitted.
+      slots: cache slots a row, static.
+      max_new_tokens: N, the width of the output, static.
+      sampler, min_tokens, logprobs: see DecodeState.
+      reach: slots that a cycle writes behind its anchor, static; None is a block's, K - 1.
+      cache: continue with this one, of `slots` slots, donated; None is a new one.
+      start: int32[B], with a cache: its live slots. The prompts are then what follows, and
+        start + P <= slots.
+    """
+    batch, padded = prompts.shape
+    if padded > slots:
+        raise ValueError(f"a prompt padded to {padded} rows does not fit {slots} cache slots")
+    last, cache = _read(
+        model,
+        params,
+        prompts,
+        lengths,
+        model.init_cache(batch, slots) if start is None else cache,
+        start,
+    )
+    total = lengths if start is None else start + lengths
+    reach = model.config.block_size - 1 if reach is None else reach
+    room = jnp.minimum(capacity(slots, reach) - total, max_new_tokens)
+    zeros = jnp.zeros(batch, jnp.int32)
+    state = DecodeState(
+        tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
+        count=zeros,
+        budget=jnp.minimum(budget, room),
+        anchor=zeros,
+        position=total - 1,
+        done=jnp.minimum(budget, room) <= 0,
+        cycles=zeros,
+        accepted=jnp.full((batch, max_new_tokens), -1, jnp.int32),
+        eos=jnp.broadcast_to(eos, (batch, eos.shape[-1])),
+        cache=cache,
+        sampler=sampler,
+        min_tokens=min_tokens,
+        logprobs=jnp.zeros((batch, max_new_tokens), jnp.float32) if logprobs else None,
+    )
+    logits = model.logits(params, last)
+    return emit(state, choose(state, logits), zeros, logits)
+
+
+def _read(
+    model: DecodingModel,
+    params: Any,
+    tokens: Array,
+    lengths: Array,
+    cache: Any,
+    start: Array | None,
+) -> tuple[Array, Any]:
+    """Write tokens [B, P] to the cache; return the hidden state [B, 1, E] of each row's last."""
+    padded = tokens.shape[1]
+    # Only a new cache's live slots are known, when compiling, to end with the prompt.
+    span = padded if start is None else None
+    start = jnp.zeros_like(lengths) if start is None else start
+    if padded <= PREFILL_CHUNK:
+        (hidden,), cache = model.forward(params, [ar_segment(tokens, start, span=span)], cache)
+        return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1), cache
+
+    def chunk(i: Array | int, cache: Any) -> tuple[Array, Array, Any]:
+        # The last chunk is moved back to end with the prompts: what it reads twice it writes alike.
+        first = jnp.minimum(i * PREFILL_CHUNK, padded - PREFILL_CHUNK)
+        rows = jax.lax.dynamic_slice_in_dim(tokens, first, PREFILL_CHUNK, axis=1)
+        (hidden,), cache = model.forward(params, [ar_segment(rows, start + first)], cache)
+        index = lengths - 1 - first
+        here = (index >= 0) & (index < PREFILL_CHUNK)
+        index = jnp.clip(index, 0, PREFILL_CHUNK - 1)[:, None, None]
+        return jnp.take_along_axis(hidden, index, axis=1), here[:, None, None], cache
+
+    def step(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        last, cache = carry
+        hidden, here, cache = chunk(i, cache)
+        return jnp.where(here, hidden, last), cache
+
+    last, _, cache = chunk(0, cache)
+    chunks = (lengths.max() + PREFILL_CHUNK - 1) // PREFILL_CHUNK
+    return jax.lax.fori_loop(1, chunks, step, (last, cache))

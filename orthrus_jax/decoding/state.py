@@ -1,0 +1,189 @@
+"""The state every decoding loop carries, and what a loop does to it: choose, emit, stop, insert.
+
+Rows of a batch own their position, accept their own number of drafts per cycle and finish apart.
+Nothing here knows of text, tokenizers or timing, nor of what lies below `DecodingModel`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.decoding.sampling import Purpose, Sampler, draw, greedy, log_prob, probabilities
+from orthrus_jax.model.segment import Segment
+from orthrus_jax.sharding import of_rows
+
+Array = jax.Array
+
+
+class DecodingModel(Protocol):
+    """What decoding asks of a model; `model.Model` is one. Instances are hashable and static."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def init_cache(self, batch: int, slots: int) -> Any: ...
+
+    def forward(
+        self, params: Any, segments: list[Segment], cache: Any
+    ) -> tuple[list[Array], Any]: ...
+
+    def logits(self, params: Any, hidden: Array) -> Array: ...
+
+
+class DecodeState(struct.PyTreeNode):
+    """Everything a loop carries. N is the most tokens any row of this state can emit.
+
+    Attributes:
+      tokens: int32[B, N], the emitted tokens; entries from `count` on mean nothing.
+      count: int32[B], tokens emitted.
+      budget: int32[B], tokens this row may emit in all.
+      anchor: int32[B], the last emitted token, whose keys and values are not in the cache yet.
+      position: int32[B], the anchor's position, which is also the number of live cache slots.
+      done: bool[B], the row has emitted an end token or spent its budget.
+      cycles: int32[B], draft-verify pairs (or AR steps) the row took part in.
+      accepted: int32[B, N], drafts accepted and emitted in each cycle; -1 where there was none.
+      eos: int32[B, E], the ids that end each row; -1 is none.
+      cache: the shared cache.
+      sampler: how tokens are drawn, or None for greedy decoding.
+      min_tokens: int32[B], no end token before so many tokens; or None.
+      logprobs: float32[B, N], log p of each emitted token under the AR view; or None.
+      ahead: the next draft, where a forward drafts for the one after it (ahead.py); or None.
+
+    What is None is not compiled.
+    """
+
+    tokens: Array
+    count: Array
+    budget: Array
+    anchor: Array
+    position: Array
+    done: Array
+    cycles: Array
+    accepted: Array
+    eos: Array
+    cache: Any
+    sampler: Sampler | None = None
+    min_tokens: Array | None = None
+    logprobs: Array | None = None
+    ahead: Any = None
+
+
+def shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
+    """Where each array of a state lies on a mesh: its rows shared out, and its cache's heads."""
+    rest = jax.tree.map(lambda x: of_rows(x.shape, mesh), state.replace(cache=None))
+    return rest.replace(cache=state.cache.shardings())
+
+
+def choose(state: DecodeState, logits: Array, depth: Array | None = None) -> Array:
+    """The tokens AR decoding takes from logits [B, T, V] behind the anchor: int32[B, T].
+
+    `depth` int32[B, T] is how far behind the anchor each row lies; None is 0, 1, 2, ...
+    """
+    logits = forbid_early_end(state, logits, depth)
+    if state.sampler is None:
+        return greedy(logits)
+    probs = probabilities(logits, state.sampler)
+    return draw(probs, state.sampler, next_positions(state, logits, depth), Purpose.TOKEN)
+
+
+def emit(state: DecodeState, tokens: Array, accepted: Array, logits: Array) -> DecodeState:
+    """Append tokens[:, : accepted + 1] to each row, cut after an end token and at the budget.
+
+    Rollback is here and is free: only as many slots become live as tokens were emitted.
+
+    Args:
+      state: before.
+      tokens: int32[B, T].
+      accepted: int32[B].
+      logits: [B, T, V] that the tokens were chosen from.
+    """
+    index = jnp.arange(tokens.shape[1])
+    is_end = (tokens[..., None] == state.eos[:, None]).any(-1)
+    after_end = jnp.cumsum(is_end, axis=1) - is_end > 0
+    room = jnp.minimum(accepted + 1, state.budget - state.count)
+    emitted = ((index < room[:, None]) & ~after_end & ~state.done[:, None]).sum(1, dtype=jnp.int32)
+
+    offset = jnp.arange(state.tokens.shape[1]) - state.count[:, None]
+    source = jnp.clip(offset, 0, tokens.shape[1] - 1)
+    fresh = (offset >= 0) & (offset < emitted[:, None])
+    append = lambda new, old: jnp.where(fresh, jnp.take_along_axis(new, source, axis=1), old)
+    count = state.count + emitted
+    last = jnp.maximum(emitted - 1, 0)[:, None]
+    ended = jnp.take_along_axis(is_end, last, axis=1)[:, 0] & (emitted > 0)
+    newest = jnp.take_along_axis(tokens, last, axis=1)[:, 0]
+    if state.logprobs is not None:
+        state = state.replace(logprobs=append(log_prob(logits, tokens), state.logprobs))
+    return state.replace(
+        tokens=append(tokens, state.tokens),
+        count=count,
+        anchor=jnp.where(emitted > 0, newest, state.anchor),
+        position=state.position + emitted,
+        done=state.done | ended | (count >= state.budget),
+    )
+
+
+def count_cycle(state: DecodeState, active: Array, kept: Array) -> DecodeState:
+    """Note a cycle of the rows `active` [B], in which `kept` [B] drafts were emitted."""
+    now = jnp.arange(state.accepted.shape[1]) == state.cycles[:, None]
+    return state.replace(
+        cycles=state.cycles + active,
+        accepted=jnp.where(now & active[:, None], kept[:, None], state.accepted),
+    )
+
+
+def next_positions(state: DecodeState, rows: Array, depth: Array | None = None) -> Array:
+    """Positions int32[B, T] of the tokens behind rows [B, T, ...], `depth` behind the anchor."""
+    depth = jnp.arange(rows.shape[1]) if depth is None else depth
+    return state.position[:, None] + 1 + depth
+
+
+def forbid_early_end(state: DecodeState, logits: Array, depth: Array | None = None) -> Array:
+    """Forbid end tokens where fewer than min_tokens would stand before them."""
+    if state.min_tokens is None:
+        return logits
+    depth = jnp.arange(logits.shape[1]) if depth is None else depth
+    early = state.count[:, None] + depth < state.min_tokens[:, None]
+    is_end = (jnp.arange(logits.shape[-1]) == state.eos[..., None]).any(axis=1)
+    return jnp.where(early[..., None] & is_end[:, None], -jnp.inf, logits)
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def stop(state: DecodeState, rows: Array) -> DecodeState:
+    """Mark rows bool[B] done, as a stop string found in their text asks. `state` is donated."""
+    return state.replace(done=state.done | rows)
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def insert(state: DecodeState, row: DecodeState, at: Array) -> DecodeState:
+    """Put a freshly prefilled batch of one in place of row `at` int32[]. `state` is donated.
+
+    Both have the same slots, N, E and optional parts.
+    """
+    put = lambda old, new: jax.lax.dynamic_update_index_in_dim(old, new[0], at, axis=0)
+    cache = state.cache.insert(row.cache, at)
+    rest = jax.tree.map(put, state.replace(cache=None), row.replace(cache=None))
+    return rest.replace(cache=cache)
+
+
+def until_done(
+    step: Callable[[DecodeState], DecodeState],
+    state: DecodeState,
+    cycles: Array | None,
+    leave: Array | None,
+) -> DecodeState:
+    """Repeat `step` until at most `leave` rows are not done, or `cycles` times."""
+
+    def going(carry: tuple[DecodeState, Array]) -> Array:
+        state, taken = carry
+        more = (~state.done).sum() > (0 if leave is None else leave)
+        return more if cycles is None else more & (taken < cycles)
+
+    advance = lambda carry: (step(carry[0]), carry[1] + 1)
+    state, _ = jax.lax.while_loop(going, advance, (state, jnp.int32(0)))
+    return state

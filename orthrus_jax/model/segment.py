@@ -1,0 +1,63 @@
+"""Segments: what one forward pass carries. A run of token rows, with the view they attend by.
+
+Decoding, drafting, training and evaluation describe a forward by its segments; only the transformer
+knows how one is computed.
+"""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from orthrus_jax.attention.visibility import Branches
+
+Array = jax.Array
+
+
+class View(enum.Enum):
+    """Whose attention weights a segment uses, and what its rows may see."""
+
+    AR = "ar"
+    DIFFUSION = "diffusion"
+
+
+class Segment(struct.PyTreeNode):
+    """A run of token rows with one view.
+
+    Attributes:
+      tokens: int32[B, T].
+      positions: int32[B, T], the rotary position of each row. An AR segment's rows lie in
+        consecutive cache slots from its first row's position on; without `branches` the positions
+        are those slots. A diffusion segment's are consecutive within a block.
+      view: whose attention.
+      block: rows of a diffusion block; T is a multiple of it. Unused by AR segments.
+      start: int32[B, T] or None: the first slot each row may see, where several documents are
+        packed into a row. None is slot 0.
+      span: an upper bound, known when compiling, on the slots these rows see; None is the whole
+        cache. It saves work, never changes a result.
+      branches: on a tree of drafts. Each row, or block, sees the slots below `branches.first` and
+        those marked; an AR row marks itself.
+    """
+
+    tokens: Array
+    positions: Array
+    view: View = struct.field(pytree_node=False)
+    block: int = struct.field(pytree_node=False, default=0)
+    start: Array | None = None
+    span: int | None = struct.field(pytree_node=False, default=None)
+    branches: Branches | None = None
+
+
+def ar_segment(tokens: Array, first: Array, *, span: int | None = None) -> Segment:
+    """AR rows `tokens` [B, T] at consecutive positions from `first` [B]."""
+    positions = first[:, None] + jnp.arange(tokens.shape[1])
+    return Segment(tokens, positions, View.AR, span=span)
+
+
+def block_segment(anchor: Array, first: Array, block: int, mask_token_id: int) -> Segment:
+    """One diffusion block a row: [anchor, MASK x (block - 1)] from position `first` [B] on."""
+    masks = jnp.full((anchor.shape[0], block - 1), mask_token_id, anchor.dtype)
+    positions = first[:, None] + jnp.arange(block)
+    tokens = jnp.concatenate([anchor[:, None], masks], axis=1)
+    return Segment(tokens, positions, View.DIFFUSION, block=block)
