@@ -30,10 +30,10 @@ import numpy as np
 from tqdm import tqdm
 
 from eval.judges import Choice, Law, Texts, near_tie, no_cache, one_row
-from orthrus_jax.decoding.sampling import Proposal, Rule, Sampler, SamplingParams
-from orthrus_jax.engine import BLOCKS, Answer, Plan, Request, bucket
+from orthrus_jax.decoding.sampling import Proposal, Rule, Sampler
+from orthrus_jax.engine import BLOCKS, Answer, Plan, Request, SamplingParams, bucket
 from orthrus_jax.errors import UserError
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 
 PARTS = ("greedy", "coupled", "rejection")
 Z_LIMIT = 4.0  # 6 in 100,000 honest audits exceed it

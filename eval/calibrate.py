@@ -26,15 +26,15 @@ from tqdm import tqdm
 
 from eval.recorded import Outcome, Recording, record, simulate
 from eval.speed import numbers, standing_at
-from orthrus_jax import machine
+from orthrus_jax import cli
+from orthrus_jax.cli import read_prompts
 from orthrus_jax.decoding.overlapped import Scheme
 from orthrus_jax.decoding.sampling import greedy
 from orthrus_jax.engine import bucket, planner
 from orthrus_jax.engine.planner import Calibration, Earned, Split
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.generate import Generator, load
+from orthrus_jax.llm import Generator, load
 from orthrus_jax.model import Model, ar_segment
-from orthrus_jax.options import read_prompts
 from orthrus_jax.tokenizer import encode
 
 BUDGETS = (16, 32, 64, 96, 160, 256)
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{directory / planner.FILE} holds acceptance on other prompts ({known.about}): "
             "--overwrite to measure it anew"
         )
-    model = load(args.model, **machine.prepare(args))
+    model = load(args.model, **cli.runtime_options(args))
     if not model.trained:
         raise UserError(f"--model {args.model}: its diffusion view is untrained, it earns nothing")
     kept, trust = None, 1.0
@@ -259,7 +259,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=5, metavar="N", help="of each timing; default: %(default)s")
     add("--overwrite", action="store_true", help="forget acceptance on other prompts")
     add("--plot", metavar="OUT.png", help="draw tokens and cost by rows")
-    machine.add_options(parser)
+    cli.add_runtime(parser)
     return parser
 
 

@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 import orthrus_jax
 from eval.speed import time_forwards
-from orthrus_jax import machine, tune
+from orthrus_jax import cli, runtime, tune
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.generate import Completion, Generator
+from orthrus_jax.llm import Completion, Generator
 from orthrus_jax.model import Model, Params, params
 from orthrus_jax.tokenizer import encode
 from train.problems import Problem, is_correct, problems
@@ -147,9 +147,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--prompts", type=int, default=120, metavar="N", help="default: %(default)s"
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="default: %(default)s")
-    machine.add_cache(parser)
+    cli.add_compile_cache(parser)
     args = parser.parse_args(argv)
-    machine.keep_programs(args.compile_cache)
+    runtime.enable_compilation_cache(args.compile_cache)
     run = pathlib.Path(args.run)
     if not (run / "train.json").exists():
         raise UserError(f"{run} holds no finished training: run train.main first")

@@ -28,13 +28,13 @@ import orthrus_jax
 from eval import metrics, report
 from eval.benchmarks import BENCHMARKS, Benchmark, Problem, digest, final_part, load
 from eval.grading import Grade
-from orthrus_jax import machine
-from orthrus_jax.decoding.sampling import Rule, SamplingParams
-from orthrus_jax.engine import BLOCKS, Answer, Plan, Request
+from orthrus_jax import cli
+from orthrus_jax.cli import add_cycle, add_rows, spend_rows
+from orthrus_jax.decoding.sampling import Rule
+from orthrus_jax.engine import BLOCKS, Answer, Plan, Request, SamplingParams
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.generate import Generator as Answerer
+from orthrus_jax.llm import Generator as Answerer
 from orthrus_jax.model import Params
-from orthrus_jax.options import add_cycle, add_rows, spend_rows
 from orthrus_jax.tokenizer import decode, encode_messages
 
 MODEL = "Qwen/Qwen3-4B"
@@ -341,7 +341,7 @@ def command_parser(
     add_rows(parser)
     add("--thinking", action="store_true", help="let the model think first; the model cards ask "
         "for --temperature 0.6 --top-p 0.95 --top-k 20 then")  # fmt: skip
-    machine.add_options(parser)
+    cli.add_runtime(parser)
     add("--out", metavar="DIR", help="default: runs/NAME of the benchmark; must not exist")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     if runs_code:
@@ -401,7 +401,7 @@ def run(benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
     problems = problems[: args.limit]
     found.check("asked", asked)
     benchmark.ready()
-    model = orthrus_jax.load(args.model, **machine.prepare(args))
+    model = orthrus_jax.load(args.model, **cli.runtime_options(args))
     spend_rows(args, model, args.batch_size)
     loops = _loops(args, model, sampling).fitted(problems)
     loaded = {name: getattr(args, name) for name in CYCLE} | {

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from orthrus_jax.checkpoint import tensor_specs
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Params
-from orthrus_jax.model.params import tensor_specs
 
 
 def check_torch() -> None:

@@ -23,10 +23,10 @@ from typing import Any
 
 import orthrus_jax
 from eval.audit import PARTS, Z_LIMIT, Case, Options, audit
-from orthrus_jax import machine
+from orthrus_jax import cli
+from orthrus_jax.cli import add_cycle, read_prompts
 from orthrus_jax.decoding.sampling import Proposal
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.options import add_cycle, read_prompts
 from orthrus_jax.tokenizer import encode
 
 SHOWN = 10  # cases and divergences printed; --json has all
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="wrap each prompt in the chat template",
     )
-    machine.add_options(parser)
+    cli.add_runtime(parser)
     parser.add_argument("--json", metavar="OUT", help="write all figures and cases there")
     return parser
 
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: its directory does not exist")
     prompts = read_prompts(args.prompts)[: args.limit]
-    model = orthrus_jax.load(args.model, **machine.prepare(args))
+    model = orthrus_jax.load(args.model, **cli.runtime_options(args))
     ids = [encode(model.tokenizer, text, chat=args.chat) for text in prompts]
     result = audit(model, ids, options)
     print(table(result))

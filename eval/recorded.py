@@ -21,7 +21,7 @@ from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import overlapped as ahead
 from orthrus_jax.decoding.overlapped import CHOICES, Scheme, likeliest
 from orthrus_jax.engine import bucket
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from orthrus_jax.model import Segment, View, ar_segment
 
 FILLERS = 64  # ids that share what probability the likeliest guesses leave

@@ -28,13 +28,13 @@ from tqdm import tqdm
 
 import orthrus_jax
 from eval.hf import HF, check_torch
-from orthrus_jax import decoding, machine, sharding
+from orthrus_jax import cli, decoding, sharding
+from orthrus_jax.cli import add_blocks, read_prompts
 from orthrus_jax.config import PRESETS
 from orthrus_jax.engine import BLOCKS, CYCLES, bucket
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from orthrus_jax.model import Model, params
-from orthrus_jax.options import add_blocks, read_prompts
 from orthrus_jax.tokenizer import encode
 
 TIMED_CYCLES = 16  # of one timed call; the context grows by what they emit
@@ -273,7 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--contexts", type=numbers, default=[128, 1024], help="default: 128,1024")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--draft-length", type=int, metavar="K", help="default: the trained K")
-    machine.add_options(parser)
+    cli.add_runtime(parser)
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--refill", action="store_true", help="also time batches without refill")
     parser.add_argument("--json", metavar="OUT", help="write all figures there")
@@ -282,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _loaded(args: argparse.Namespace) -> Generator:
-    told = machine.prepare(args)
+    told = cli.runtime_options(args)
     if args.model:
         return orthrus_jax.load(args.model, **told)
     sizes = dataclasses.replace(PRESETS[args.random_weights], dtype=args.dtype or "bfloat16")

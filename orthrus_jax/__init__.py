@@ -9,16 +9,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orthrus_jax.chat import Conversation
-    from orthrus_jax.decoding.sampling import SamplingParams
-    from orthrus_jax.generate import Completion, Generator, load
+    from orthrus_jax.engine import SamplingParams
+    from orthrus_jax.llm import Completion, Conversation, Generator, load
 
 _HOMES = {
-    "Completion": "generate",
-    "Conversation": "chat",
-    "Generator": "generate",
-    "SamplingParams": "decoding.sampling",
-    "load": "generate",
+    "Completion": "llm",
+    "Conversation": "llm",
+    "Generator": "llm",
+    "SamplingParams": "engine",
+    "load": "llm",
 }
 __all__ = ["Completion", "Conversation", "Generator", "SamplingParams", "load"]
 

@@ -24,12 +24,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from orthrus_jax import decoding, sharding
+from orthrus_jax.cli import add_blocks
 from orthrus_jax.config import PRESETS, ModelConfig, preset_of
 from orthrus_jax.decoding import overlapped as ahead
 from orthrus_jax.engine import BLOCKS, CYCLES, Plan
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.model import REMAT, Model, params
-from orthrus_jax.options import add_blocks
 
 CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB of memory a chip
 LOOPS: dict[str, Any] = {

@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 from tqdm import tqdm
 
-from orthrus_jax import machine
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.options import read_prompts
 from orthrus_jax.tokenizer import encode
 
 if TYPE_CHECKING:
-    from orthrus_jax.generate import Generator
+    from orthrus_jax.llm import Generator
 
 FILE = "decoding.json"
 LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
@@ -95,7 +93,9 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    from orthrus_jax.generate import load
+    from orthrus_jax import cli
+    from orthrus_jax.cli import read_prompts
+    from orthrus_jax.llm import load
 
     parser = argparse.ArgumentParser(prog="python -m orthrus_jax.tune", description=__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint directory")
@@ -104,11 +104,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=1, help="default: %(default)s")
-    machine.add_options(parser)
+    cli.add_runtime(parser)
     args = parser.parse_args(argv)
     if not pathlib.Path(args.model).is_dir():
         raise UserError(f"--model {args.model} is no directory: {FILE} is written into it")
-    model = load(args.model, **machine.prepare(args))
+    model = load(args.model, **cli.runtime_options(args))
     ids = [encode(model.tokenizer, text, chat=True) for text in read_prompts(args.prompts)]
     rates = measure(model, ids, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
     best = save(args.model, rates)

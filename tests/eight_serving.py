@@ -18,8 +18,7 @@ import numpy as np
 
 import orthrus_jax
 from orthrus_jax import sharding
-from orthrus_jax.decoding.sampling import SamplingParams
-from orthrus_jax.engine import Memory, Plan, Request
+from orthrus_jax.engine import Memory, Plan, Request, SamplingParams
 
 WAYS = {
     "ar": {"mode": "ar"},

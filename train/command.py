@@ -11,7 +11,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from orthrus_jax import machine
+from orthrus_jax import runtime
 from orthrus_jax.errors import UserError, run_command
 
 USAGE = """
@@ -60,7 +60,7 @@ def run(
 
     def call() -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file
-        machine.keep_programs(cache.value)
+        runtime.enable_compilation_cache(cache.value)
         main(holder.value, overwrite.value, **{name: flag.value for name, flag in given.items()})
 
     app.run(lambda _: run_command(call), flags_parser=parse)

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from orthrus_jax import checkpoint, engine, sharding
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.decoding.sampling import SamplingParams
+from orthrus_jax.engine import SamplingParams
 from orthrus_jax.errors import UserError
-from orthrus_jax.generate import Generator, load
+from orthrus_jax.llm import Generator, load
 from orthrus_jax.tokenizer import decode
 from train import command, hosts
 from train.prompts import Mix, Prompt

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 
 from orthrus_jax import checkpoint, sharding
 from orthrus_jax.errors import UserError
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from orthrus_jax.model import REMAT, Model, params
 from orthrus_jax.tokenizer import encode_messages, load_tokenizer
 from train import card, command, distill, hosts, trainer

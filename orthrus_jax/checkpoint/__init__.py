@@ -1,14 +1,9 @@
 """Checkpoints in and out: files to a parameter tree and back. Knows no decoding."""
 
-from orthrus_jax.checkpoint.reader import (
-    TOKENIZER_FILE,
-    Checkpoint,
-    check_target,
-    inside,
-    load_checkpoint,
-    resolve,
-    save_checkpoint,
-)
+from orthrus_jax.checkpoint.directory import TOKENIZER_FILE, check_target, inside, resolve
+from orthrus_jax.checkpoint.reader import Checkpoint, load_checkpoint
+from orthrus_jax.checkpoint.tensors import tensor_specs
+from orthrus_jax.checkpoint.writer import save_checkpoint
 
 __all__ = [
     "TOKENIZER_FILE",
@@ -18,4 +13,5 @@ __all__ = [
     "load_checkpoint",
     "resolve",
     "save_checkpoint",
+    "tensor_specs",
 ]

@@ -10,80 +10,14 @@ arXiv 2407.01082. The order of the filters is that of Hugging Face `generate`: t
 top-p, min-p.
 """
 
-import dataclasses
 import enum
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from orthrus_jax.errors import UserError
-
 Array = jax.Array
-SEED_LIMIT = 1 << 32
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """What a user asks of one generation; the defaults are greedy decoding.
-
-    Attributes:
-      temperature: 0 is greedy.
-      top_k: keep the k likeliest tokens (and those equal to the last of them); 0 is off.
-      top_p: keep the likeliest tokens that together hold this probability; 1 is off.
-      min_p: keep tokens at least this share of the likeliest one's probability; 0 is off.
-      seed: with the prompt and the number of the sample, it fixes the text.
-      max_new_tokens: tokens an answer may have, an end token included.
-      min_new_tokens: no end token is chosen before this many tokens.
-      stop: strings that end an answer; they are not part of it.
-      stop_token_ids: ids that end an answer, beside the model's own.
-      logprobs: also return log p of each token under the base model, temperature and filters aside.
-      n: samples a prompt.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    max_new_tokens: int = 256
-    min_new_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    logprobs: bool = False
-    n: int = 1
-
-    def __post_init__(self) -> None:
-        checks = {
-            "temperature": (math.isfinite(self.temperature) and self.temperature >= 0, "0 or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-            "min_p": (0 <= self.min_p < 1, "from 0 (off) to below 1"),
-            "seed": (0 <= self.seed < SEED_LIMIT, f"from 0 to {SEED_LIMIT - 1}"),
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "min_new_tokens": (
-                0 <= self.min_new_tokens <= self.max_new_tokens,
-                f"from 0 to max_new_tokens={self.max_new_tokens}",
-            ),
-            "stop": (
-                not isinstance(self.stop, str) and all(self.stop),
-                "a sequence of strings, none empty",
-            ),
-            "stop_token_ids": (all(i >= 0 for i in self.stop_token_ids), "ids of 0 or more"),
-            "n": (self.n >= 1, "at least 1"),
-        }
-        for name, (holds, expected) in checks.items():
-            if not holds:
-                raise UserError(f"{name}={getattr(self, name)!r} must be {expected}")
-        if self.n > 1 and self.temperature == 0:
-            raise UserError(f"n={self.n} with temperature=0 would give {self.n} equal answers")
-
-    @property
-    def filtered(self) -> bool:
-        """Whether any of top_k, top_p and min_p is on."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 class Rule(enum.Enum):

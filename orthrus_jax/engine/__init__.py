@@ -1,18 +1,18 @@
 """Requests in, answers out: the host's side of decoding. Knows no checkpoints."""
 
-from orthrus_jax.engine.loop import (
+from orthrus_jax.engine.loop import STREAM_CYCLES, Engine
+from orthrus_jax.engine.programs import bucket
+from orthrus_jax.engine.request import (
     BLOCKS,
     CYCLES,
     MODES,
-    STREAM_CYCLES,
     Answer,
-    Engine,
     Event,
-    Memory,
     Plan,
     Request,
-    bucket,
+    SamplingParams,
 )
+from orthrus_jax.engine.session import Memory
 
 __all__ = [
     "BLOCKS",
@@ -25,5 +25,6 @@ __all__ = [
     "Memory",
     "Plan",
     "Request",
+    "SamplingParams",
     "bucket",
 ]

@@ -8,7 +8,6 @@ decode.py and sampling.py; text is generate.py and stream.py.
 import collections
 import dataclasses
 import time
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,129 +20,29 @@ from orthrus_jax import decoding
 from orthrus_jax.attention.cache import KVCache
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import overlapped as ahead
-from orthrus_jax.decoding.overlapped import CHOICES, Scheme
-from orthrus_jax.decoding.sampling import Filters, Proposal, Rule, Sampler, SamplingParams
+from orthrus_jax.decoding.overlapped import Scheme
+from orthrus_jax.decoding.sampling import Filters, Proposal, Sampler
 from orthrus_jax.engine.detokenizer import TextStream
+from orthrus_jax.engine.programs import bucket
+from orthrus_jax.engine.request import (
+    BLOCKS,
+    CYCLES,
+    MODES,
+    Answer,
+    Event,
+    Plan,
+    Request,
+    SamplingParams,
+)
+from orthrus_jax.engine.session import Memory
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params
 from orthrus_jax.sharding import of_rows, to_host
 from orthrus_jax.tokenizer import Tokenizer
 
-MODES = ("orthrus", "ar")
-CYCLES = ("paper", "two-forward", "one-forward")  # of mode orthrus: decode.py's, ahead.py's two
-BLOCKS = ("early_blocks", "fresh_blocks", "tree_nodes")  # what the latter spend rows on
 STREAM_CYCLES = 8  # cycles between two looks of the host at the text, where it has to look
 FOREVER = np.iinfo(np.int32).max
 PADDING = 4096  # tokens of padding that a batch may be begun with, however short its prompts
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One answer to make: prompt ids, how to sample, which of the prompt's samples this is."""
-
-    prompt: Sequence[int]
-    sampling: SamplingParams
-    sample: int = 0
-
-    @property
-    def stream(self) -> int:
-        """What keys the noise beside the seed: prompt and sample, not the place in a list."""
-        return zlib.crc32(np.array([*self.prompt, self.sample], "<i4").tobytes())
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How requests are decoded; none of it changes a greedy or coupled text.
-
-    Attributes:
-      mode: "orthrus" (draft and verify) or "ar" (one token a forward, the baseline).
-      accept: the rule for sampled drafts.
-      proposal: what the rejection rule proposes.
-      draft_length: rows of a draft block, the anchor included; None is the trained K.
-      cycle: draft and verify in turn ("paper"), the same with a draft pass that emits too
-        ("two-forward"), or both in one pass ("one-forward"). See docs/decoding.md.
-      early_blocks, fresh_blocks: with "one-forward", what each pass drafts ahead.
-      tree_nodes: with either of the last two, the drafts of a tree to verify; 0 is a chain.
-      batch_size: rows decoded together.
-      refill: put the next request in a finished row's place at once; else wait for the whole batch.
-      stream: report text as it grows.
-      time_first: wait for each prefill, so as to time the first token; one stop of the host more.
-      slots: cache slots a row, where the requests need no more. Calls that name the same number
-        share their programs, whatever the lengths of their prompts.
-    """
-
-    mode: str = "orthrus"
-    accept: Rule = Rule.REJECTION
-    proposal: Proposal = Proposal.ARGMAX
-    draft_length: int | None = None
-    cycle: str = CYCLES[0]
-    early_blocks: int = 4
-    fresh_blocks: int = 0
-    tree_nodes: int = 0
-    batch_size: int = 1
-    refill: bool = True
-    stream: bool = False
-    time_first: bool = False
-    slots: int = 0
-
-    @property
-    def forwards(self) -> int:
-        """Passes through the model a cycle."""
-        return 2 if self.mode == "orthrus" and self.cycle != "one-forward" else 1
-
-    def scheme(self, config: ModelConfig) -> Scheme:
-        """What a forward's rows are spent on, for a model of these sizes."""
-        block = self.draft_length or config.block_size
-        ahead = self.cycle == "one-forward"
-        ends = 1 + (self.tree_nodes or block - 1)
-        choices = min(CHOICES, config.vocab_size)
-        return Scheme(
-            block,
-            nodes=self.tree_nodes,
-            early=min(self.early_blocks, ends) if ahead else 0,
-            fresh=min(self.fresh_blocks, ends * choices) if ahead else 0,
-            choices=choices,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """One request's tokens and what they took; see generate.Completion for the fields."""
-
-    tokens: list[int]
-    text: str | None  # None where no stream followed the text
-    finish_reason: str
-    logprobs: list[float] | None
-    cycles: int
-    accepted: list[int]
-    seconds: float
-    compile_seconds: float
-    first_seconds: float | None = None  # until the first token was there, with Plan.time_first
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
-    """Text that has become certain for request `index`, and its answer once it is finished."""
-
-    index: int
-    text: str = ""
-    answer: Answer | None = None
-
-
-@dataclasses.dataclass
-class Memory:
-    """A conversation's cache between turns: `ids` are the tokens of its live slots."""
-
-    slots: int
-    cache: Any = None
-    ids: list[int] = dataclasses.field(default_factory=list)
-
-    def common(self, prompt: Sequence[int]) -> int:
-        """How many live slots begin `prompt`; its last token is always read anew."""
-        if self.cache is None:
-            return 0
-        limit = min(len(self.ids), len(prompt) - 1)
-        return next((i for i in range(limit) if self.ids[i] != prompt[i]), limit)
 
 
 @dataclasses.dataclass
@@ -522,14 +421,3 @@ def _fetch(state: decoding.DecodeState) -> _Found:
     logprobs = state.tokens if state.logprobs is None else state.logprobs
     found = (state.tokens, state.count, state.done, state.cycles, state.accepted, logprobs)
     return _Found(*to_host(found))
-
-
-def bucket(n: int) -> int:
-    """Return the smallest of 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ... that holds n.
-
-    Four steps an octave keep padding under a quarter and the number of programs logarithmic.
-    """
-    if n <= 64:
-        return 64
-    step = 1 << ((n - 1).bit_length() - 3)
-    return -(-n // step) * step

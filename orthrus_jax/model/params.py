@@ -1,15 +1,11 @@
-"""Parameter trees: the frozen base, the diffusion subtree, and their names in a checkpoint.
+"""Parameter trees: the frozen base, the diffusion subtree, and the ways to make both.
 
-`split` and `merge` are the only place that says which parameters are trained. A path in the tree
-and a name in a Hugging Face checkpoint are the same word list, spelled two ways:
-
-  layers_3/self_attn/q_proj/kernel        model.layers.3.self_attn.q_proj.weight        (transposed)
-  layers_3/self_attn_diff/q_norm/weight   model.layers.3.self_attn.q_norm_diff.weight
+`split` and `merge` are the only place that says which parameters are trained. Names and shapes in
+files are checkpoint/tensors.py's.
 """
 
-import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +15,6 @@ from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import STACKED, Model, Params
 
 DIFFUSION = "self_attn_diff"
-
-
-class TensorSpec(NamedTuple):
-    """Where a checkpoint tensor lives in the parameter tree.
-
-    `shape` is that in the checkpoint; `transpose` says the tree keeps it as [in, out].
-    """
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    transpose: bool
 
 
 def split(params: Params, *, freeze: Sequence[str] = ()) -> tuple[Params, Params]:
@@ -101,28 +86,6 @@ def shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
     """Return the shape of every parameter by path, without allocating any."""
     tree = jax.eval_shape(Model(config).init, jax.random.key(0))
     return {path: leaf.shape for path, leaf in traverse_util.flatten_dict(tree).items()}
-
-
-def tensor_specs(config: ModelConfig, *, diffusion: bool) -> dict[str, TensorSpec]:
-    """Return every tensor of a checkpoint by name: a Qwen3's, with `diffusion` an Orthrus's."""
-    return {
-        checkpoint_name(path): TensorSpec(
-            path, shape[::-1] if path[-1] == "kernel" else shape, path[-1] == "kernel"
-        )
-        for path, shape in shapes(config).items()
-        if diffusion or DIFFUSION not in path
-    }
-
-
-def checkpoint_name(path: tuple[str, ...]) -> str:
-    """Name a tree path as the published checkpoints do."""
-    if path[0] == "lm_head":
-        return "lm_head.weight"
-    names = [re.sub(r"^layers_(\d+)$", r"layers.\1", name) for name in path[:-1]]
-    if DIFFUSION in names:
-        names = [name.replace(DIFFUSION, "self_attn") for name in names]
-        names[-1] += "_diff"
-    return ".".join(["model", *names, "weight"])
 
 
 def count(params: Params) -> int:

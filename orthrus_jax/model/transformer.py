@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from orthrus_jax.attend import attend, attend_blocks
+from orthrus_jax.attention.attend import attend, attend_blocks
 from orthrus_jax.attention.cache import KVCache, LayerCache
 from orthrus_jax.attention.rotary import rope_cos_sin
 from orthrus_jax.config import ModelConfig

@@ -14,7 +14,7 @@ from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.engine import Plan, planner
 from orthrus_jax.engine.planner import Calibration, Split
 from orthrus_jax.errors import UserError
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from orthrus_jax.model import params
 from tests.helpers import random_params, tiny_config
 from train.pretrain import train_tokenizer

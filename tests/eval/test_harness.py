@@ -18,11 +18,10 @@ from eval import aime, demo_problems, harness, metrics, report
 from eval.benchmarks import BENCHMARKS, load
 from eval.grading import grade_integer
 from eval.harness import Loops, Run, fingerprint
-from orthrus_jax.chat import Conversation
 from orthrus_jax.checkpoint import save_checkpoint
-from orthrus_jax.decoding.sampling import SamplingParams
-from orthrus_jax.engine import Plan
+from orthrus_jax.engine import Plan, SamplingParams
 from orthrus_jax.errors import UserError
+from orthrus_jax.llm import Conversation
 from tests.helpers import DATA, random_params, slow, tiny_config
 from train.pretrain import train_tokenizer
 from train.problems import is_correct, problems

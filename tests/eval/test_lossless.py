@@ -29,7 +29,7 @@ from orthrus_jax.decoding.sampling import Proposal, Purpose
 from orthrus_jax.decoding.speculative import Verdict
 from orthrus_jax.engine import Answer
 from orthrus_jax.errors import UserError
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from tests.helpers import random_params, tiny_config
 
 EOS, K = 5, 4

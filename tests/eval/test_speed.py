@@ -10,7 +10,7 @@ from eval import speed
 from eval.hf import HF
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.errors import UserError
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from tests.helpers import random_params, tiny_config
 from train.pretrain import train_tokenizer
 

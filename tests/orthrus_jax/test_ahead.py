@@ -7,10 +7,10 @@ import pytest
 
 from orthrus_jax.decoding import overlapped as ahead
 from orthrus_jax.decoding.overlapped import Scheme
-from orthrus_jax.decoding.sampling import Proposal, SamplingParams
-from orthrus_jax.engine import Plan, Request
+from orthrus_jax.decoding.sampling import Proposal
+from orthrus_jax.engine import Plan, Request, SamplingParams
 from orthrus_jax.errors import UserError
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from tests import scripted
 from tests.helpers import tiny_config
 from tests.orthrus_jax.test_decode import (

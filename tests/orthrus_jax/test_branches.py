@@ -12,7 +12,7 @@ from orthrus_jax.decoding import overlapped as ahead
 from orthrus_jax.decoding import tree as trees
 from orthrus_jax.decoding.overlapped import Scheme
 from orthrus_jax.decoding.tree import Guesses
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from orthrus_jax.model import Model, ar_segment, block_segment
 from tests.helpers import NO_EOS, random_params, relative_error, tiny_config
 

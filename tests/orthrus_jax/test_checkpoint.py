@@ -16,7 +16,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from orthrus_jax.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from orthrus_jax.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, tensor_specs
 from orthrus_jax.config import DTYPES, ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, ar_segment
@@ -34,7 +34,7 @@ def random_tensors(config: ModelConfig, *, diffusion: bool) -> dict[str, np.ndar
     rng = np.random.default_rng(3)
     return {
         name: rng.normal(size=spec.shape).astype(jnp.dtype(config.dtype))
-        for name, spec in params_lib.tensor_specs(config, diffusion=diffusion).items()
+        for name, spec in tensor_specs(config, diffusion=diffusion).items()
     }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from orthrus_jax.checkpoint import load_checkpoint, save_checkpoint
-from orthrus_jax.checkpoint import reader as checkpoint_lib
+from orthrus_jax.checkpoint import writer as checkpoint_lib
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import params as params_lib
 from tests.helpers import random_params, tiny_config

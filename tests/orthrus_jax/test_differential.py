@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from orthrus_jax.model import params as params_lib
 from tests.helpers import random_params, tiny_config
 

@@ -18,11 +18,11 @@ from flax import struct
 from orthrus_jax import generate
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding.prefill import prefill
-from orthrus_jax.decoding.sampling import Proposal, Rule, SamplingParams, greedy
-from orthrus_jax.engine import STREAM_CYCLES, Engine, Memory, Plan, Request
+from orthrus_jax.decoding.sampling import Proposal, Rule, greedy
+from orthrus_jax.engine import STREAM_CYCLES, Engine, Memory, Plan, Request, SamplingParams
 from orthrus_jax.engine import loop as engine_module
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from orthrus_jax.model import Segment
 from orthrus_jax.tokenizer import decode as decode_text
 from tests.helpers import in_lockstep, random_params, tiny_config, views

@@ -11,7 +11,7 @@ from orthrus_jax import generate
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import bucket
 from orthrus_jax.errors import UserError
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from orthrus_jax.model import Model, params
 from tests.helpers import DATA
 from train.pretrain import train_tokenizer

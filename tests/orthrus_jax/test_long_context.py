@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from orthrus_jax import attention, decoding
+from orthrus_jax.attention import chunked
 from orthrus_jax.attention.chunked import MANY_SLOTS, SLOT_STEP
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from orthrus_jax.model import Model, ar_segment
 from tests.helpers import NO_EOS, random_params, relative_error, same_bits, slow, tiny_config
 from tests.orthrus_jax.test_exactness import DraftedModel, assert_same_decoding
@@ -214,7 +215,7 @@ def in_one_piece(slots: int):
         model = Model(CONFIG)
         rows = ar_segment(tokens, jnp.zeros_like(lengths))
         cache = model.init_cache(tokens.shape[0], slots)
-        with mock.patch.object(attention, "MANY_SLOTS", 1 << 30):
+        with mock.patch.object(chunked, "MANY_SLOTS", 1 << 30):
             (hidden,), cache = model.forward(params, [rows], cache)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
         return model.logits(params, last), cache

@@ -9,19 +9,19 @@ import sys
 import jax
 import pytest
 
-from orthrus_jax import machine
+from orthrus_jax import cli
 from orthrus_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = """
 import json, sys, jax
 from jax import monitoring
-from orthrus_jax import machine
+from orthrus_jax import cli, runtime
 
 found = []
 monitoring.register_event_listener(lambda name, **more: found.append(name))
-machine.LEAST_SECONDS = 0
-machine.keep_programs(sys.argv[1] if len(sys.argv) > 1 else None)
+runtime.LEAST_SECONDS = 0
+runtime.enable_compilation_cache(sys.argv[1] if len(sys.argv) > 1 else None)
 jax.jit(lambda x: x * 3 + 1)(2.0)
 print(json.dumps([name.endswith("cache_hits") for name in found]))
 """
@@ -63,8 +63,8 @@ def test_a_directory_that_jax_was_told_stays(tmp_path):
 
 
 def test_a_mesh_is_read_as_it_is_written():
-    assert machine.mesh_of(None) is None
-    assert dict(machine.mesh_of("data=-1").shape) == {
+    assert cli.parse_mesh(None) is None
+    assert dict(cli.parse_mesh("data=-1").shape) == {
         "data": jax.device_count(),
         "fsdp": 1,
         "tensor": 1,
@@ -82,14 +82,14 @@ def test_a_mesh_is_read_as_it_is_written():
 )
 def test_a_mesh_that_cannot_be_is_refused(text, message):
     with pytest.raises(UserError, match=message):
-        machine.mesh_of(text)
+        cli.parse_mesh(text)
 
 
 def test_what_is_told_is_what_load_takes(monkeypatch):
     kept = []
-    monkeypatch.setattr(machine, "keep_programs", kept.append)
+    monkeypatch.setattr(cli, "enable_compilation_cache", kept.append)
     parser = argparse.ArgumentParser()
-    machine.add_options(parser)
-    told = machine.prepare(parser.parse_args(["--dtype", "float32", "--compile-cache", "off"]))
+    cli.add_runtime(parser)
+    told = cli.runtime_options(parser.parse_args(["--dtype", "float32", "--compile-cache", "off"]))
     assert told == {"dtype": "float32", "mesh": None}
     assert kept == ["off"]

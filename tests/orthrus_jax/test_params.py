@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from orthrus_jax.checkpoint import tensor_specs
 from orthrus_jax.config import PRESETS
 from orthrus_jax.model import Model, Segment, View, ar_segment
 from orthrus_jax.model import params as params_lib
@@ -89,12 +90,12 @@ def test_checkpoint_names_are_the_published_ones(config) -> None:
     extra = {
         f"model.layers.{i}.self_attn.{name}_diff.weight" for i in range(2) for name in ATTENTION
     }
-    assert set(params_lib.tensor_specs(config, diffusion=False)) == base
-    assert set(params_lib.tensor_specs(config, diffusion=True)) == base | extra
+    assert set(tensor_specs(config, diffusion=False)) == base
+    assert set(tensor_specs(config, diffusion=True)) == base | extra
 
 
 def test_tensor_specs_give_the_checkpoint_shape_and_the_place_in_the_tree() -> None:
-    specs = params_lib.tensor_specs(UNTIED, diffusion=True)
+    specs = tensor_specs(UNTIED, diffusion=True)
     heads, groups, width = 4 * 16, 2 * 16, 32
     shapes = {
         "model.embed_tokens": (64, width),

@@ -14,9 +14,9 @@ import pytest
 from orthrus_jax import attention, decoding
 from orthrus_jax.attention.cache import LayerCache
 from orthrus_jax.attention.rotary import apply_rope, rope_cos_sin
+from orthrus_jax.checkpoint import tensor_specs
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import Layer, Model, ar_segment
-from orthrus_jax.model import params as params_lib
 from orthrus_jax.model.layers import AttentionProjections, RMSNorm, SwiGLU
 from tests.helpers import NO_EOS, flat, random_params, relative_error, tiny_config
 
@@ -76,7 +76,7 @@ def reference(config: ModelConfig, params: dict) -> "Qwen3ForCausalLM":
     hf = Qwen3Config(**config.to_hf(orthrus=False), attn_implementation="eager")
     model = Qwen3ForCausalLM(hf).to(torch.float32).eval()
     leaves, state = flat(params), {}
-    for name, spec in params_lib.tensor_specs(config, diffusion=False).items():
+    for name, spec in tensor_specs(config, diffusion=False).items():
         value = np.asarray(leaves["/".join(spec.path)])
         state[name] = torch.tensor(value.T if spec.transpose else value)
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -195,7 +195,7 @@ def test_names_of_every_tensor_are_transformers_own(pair: Pair) -> None:
     theirs = {name: tuple(t.shape) for name, t in pair.theirs.state_dict().items()}
     if pair.config.tie_word_embeddings:
         theirs.pop("lm_head.weight")
-    ours = params_lib.tensor_specs(pair.config, diffusion=False)
+    ours = tensor_specs(pair.config, diffusion=False)
     assert {name: spec.shape for name, spec in ours.items()} == theirs
 
 

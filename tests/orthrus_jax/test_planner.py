@@ -7,7 +7,7 @@ import pytest
 from orthrus_jax.engine import planner
 from orthrus_jax.engine.planner import Calibration, Earned, Split, choose
 from orthrus_jax.errors import UserError
-from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Generator
 from tests.helpers import tiny_config
 
 KIND = "a device"

@@ -27,12 +27,12 @@ from orthrus_jax.decoding.sampling import (
     Purpose,
     Rule,
     Sampler,
-    SamplingParams,
     Verdict,
     accept_rejection,
     draw,
     probabilities,
 )
+from orthrus_jax.engine import SamplingParams
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, ar_segment
 from tests import tabular

@@ -1,4 +1,4 @@
-"""Options of decoding, as every command that decodes takes them from its command line."""
+"""Command-line options of decoding, dtype, devices and the compilation cache, for all commands."""
 
 import argparse
 import dataclasses
@@ -6,14 +6,17 @@ import functools
 import json
 import pathlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from orthrus_jax.decoding.sampling import Rule, SamplingParams
-from orthrus_jax.engine import BLOCKS, CYCLES, Plan
+import jax
+
+from orthrus_jax import sharding
+from orthrus_jax.config import DTYPES
+from orthrus_jax.decoding.sampling import Rule
+from orthrus_jax.engine import BLOCKS, CYCLES, Plan, SamplingParams
 from orthrus_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from orthrus_jax.generate import Generator
+from orthrus_jax.llm import Completion, Generator, Pieces
+from orthrus_jax.runtime import enable_compilation_cache
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +104,7 @@ def add_blocks(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def spend_rows(args: argparse.Namespace, model: "Generator", batch: int) -> None:
+def spend_rows(args: argparse.Namespace, model: Generator, batch: int) -> None:
     """Where --rows was given, set the options of `add_cycle` as the planner has them; say why."""
     if args.rows is None:
         return
@@ -154,3 +157,57 @@ def read_prompts(path: str | pathlib.Path) -> list[str]:
     if not prompts:
         raise UserError(f"--prompts {path} holds no prompt")
     return prompts
+
+
+def add_runtime(parser: argparse.ArgumentParser) -> None:
+    """Add --dtype, --mesh and --compile-cache."""
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    parser.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="decode on several devices: data=N,tensor=M shares out rows over N and heads over M; "
+        "one of them may be -1, what is left; default: one device",
+    )
+    add_compile_cache(parser)
+
+
+def add_compile_cache(parser: argparse.ArgumentParser) -> None:
+    """Add --compile-cache."""
+    parser.add_argument(
+        "--compile-cache",
+        metavar="DIR",
+        help="where compiled programs are kept, or off; "
+        "default: JAX_COMPILATION_CACHE_DIR, or a directory of yours",
+    )
+
+
+def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Turn the cache on as told; return dtype and mesh as `llm.load` takes them."""
+    enable_compilation_cache(args.compile_cache)
+    return {"dtype": args.dtype, "mesh": parse_mesh(args.mesh)}
+
+
+def parse_mesh(text: str | None) -> jax.sharding.Mesh | None:
+    """The mesh that --mesh asks for; None for none.
+
+    Raises:
+      UserError: for an unknown axis, a size that is no number, or one that does not fit.
+    """
+    if text is None:
+        return None
+    sizes = {sharding.DATA: 1, sharding.TENSOR: 1}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.removeprefix("-").isdecimal():
+            raise UserError(f"--mesh {text!r}: expected something like data=2,tensor=4")
+        sizes[axis] = int(size)
+    return sharding.make_mesh(data=sizes[sharding.DATA], tensor=sizes[sharding.TENSOR])
+
+
+def print_pieces(pieces: Pieces) -> Completion:
+    """Print text as it grows; return the completion."""
+    while True:
+        try:
+            print(next(pieces), end="", flush=True)
+        except StopIteration as end:
+            return end.value

@@ -1,0 +1,142 @@
+"""A checkpoint's directory: where it is, which files are read, how it is replaced as a whole.
+
+Reads no pickle and runs no code of others. Knows no tensors and no settings.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from orthrus_jax.config import read_json
+from orthrus_jax.errors import UserError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILE = re.compile(
+    r"(tokenizer|tokenizer_config|vocab|special_tokens_map|added_tokens)\.json"
+    r"|merges\.txt|chat_template\.jinja"
+)
+
+
+def resolve(source: str | pathlib.Path, revision: str | None = None) -> pathlib.Path:
+    """Return the directory of a checkpoint: `source` itself, or the snapshot of a hub id.
+
+    Of a hub repository only the top level's json, safetensors, txt and jinja files are fetched:
+    no pickle, no Python.
+
+    Args:
+      source: a directory, or an id `owner/name` on the Hugging Face hub.
+      revision: branch, tag or commit of a hub id.
+
+    Raises:
+      UserError: naming `source`, when it is neither, cannot be fetched, or is a directory and a
+        revision was asked for.
+    """
+    directory = pathlib.Path(source)
+    if directory.is_dir():
+        if revision is not None:
+            raise UserError(f"{source} is a directory: a revision ({revision}) needs a hub id")
+        return directory
+    why = "no such directory"
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        from huggingface_hub import snapshot_download  # late: most runs read a directory
+
+        wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        only: Any = {"allow_patterns": wanted, "ignore_patterns": ["*/*"]}
+        try:
+            return pathlib.Path(snapshot_download(str(source), revision=revision, **only))
+        except Exception as error:  # offline, not found, gated, disk full: each has its own class
+            why = f"not a directory here, and the hub says: {first_line(error)}"
+    raise UserError(
+        f"{source} cannot be loaded ({why}): give a checkpoint directory, or a hub id owner/name "
+        "with network access (and HF_TOKEN where it is gated or private)"
+    )
+
+
+def weight_files(directory: pathlib.Path) -> list[str]:
+    """Name the files with weights. What is in them, their headers say; an index may be wrong."""
+    if (directory / SINGLE).exists():
+        return [SINGLE]
+    if (directory / INDEX).exists():
+        claims = read_json(inside(directory, INDEX)).get("weight_map")
+        if claims and isinstance(claims, dict) and {type(v) for v in claims.values()} == {str}:
+            return sorted(set(claims.values()))
+        raise UserError(f"{directory / INDEX} has no weight_map of tensor names to file names")
+    pickles = any(directory.glob("pytorch_model*.bin"))
+    hint = (
+        "; its pytorch_model.bin is a pickle, which can run code, and is not read: convert it with "
+        "transformers' AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
+    )
+    raise UserError(f"{directory} holds no {SINGLE} nor {INDEX}{hint if pickles else ''}")
+
+
+def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
+    """Return the path of file `name` of a checkpoint, refusing one that lies elsewhere.
+
+    `name` may come from a downloaded index, so it must be a bare file name. A link may point within
+    the directory or, in a hub cache (`repo/snapshots/commit/name -> ../../blobs/hash`), to the
+    repository's own blobs; a link to anywhere else could pass off any file of this machine as part
+    of the checkpoint.
+
+    Raises:
+      UserError: when the file lies elsewhere or does not exist.
+    """
+    if not re.fullmatch(r"\w[\w. -]{0,199}", name, re.ASCII):
+        raise UserError(f"{directory} asks for the file {name!r}: expected a name without a folder")
+    path, root = directory / name, directory.resolve()
+    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    target = pathlib.Path(os.path.realpath(path))  # Path.resolve raises on a loop of links
+    if not any(target.is_relative_to(home) for home in homes):
+        raise UserError(f"{path} is a link to {target}, outside its checkpoint: put a copy there")
+    if not target.is_file():
+        raise UserError(f"{path} does not exist or is no file: the checkpoint is incomplete")
+    return path
+
+
+def check_target(directory: str | pathlib.Path, *, overwrite: bool) -> None:
+    """Refuse, before any work is done, a directory that `save_checkpoint` would refuse.
+
+    Raises:
+      UserError: when it is a file, holds anything and `overwrite` is not set, or holds something
+        other than a checkpoint: overwriting deletes all of it.
+    """
+    target = pathlib.Path(directory)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{directory} is a file: expected a directory to write to")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{directory} is not empty: name another directory, or give --overwrite")
+    if not (target / "config.json").exists():
+        raise UserError(f"{directory} holds no checkpoint (no config.json): not overwritten")
+
+
+@contextlib.contextmanager
+def replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield a fresh directory that takes the place of `target` if the block succeeds."""
+    tag = uuid.uuid4().hex[:8]
+    fresh, old = (target.with_name(f".{target.name}.{tag}.{kind}") for kind in ("tmp", "old"))
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
+        if target.exists():
+            target.rename(old)
+        fresh.rename(target)
+    except BaseException as error:  # Ctrl-C too must leave nothing behind
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{target} could not be written: {error}; nothing was kept") from error
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,103 @@
+"""Tensors of a checkpoint: names and shapes, dtypes, and the way to a device and back.
+
+A path in the parameter tree and a name in a Hugging Face checkpoint are the same word list, spelled
+two ways:
+
+  layers_3/self_attn/q_proj/kernel        model.layers.3.self_attn.q_proj.weight        (transposed)
+  layers_3/self_attn_diff/q_norm/weight   model.layers.3.self_attn.q_norm_diff.weight
+"""
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from orthrus_jax import sharding
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.errors import UserError
+from orthrus_jax.model.params import DIFFUSION, shapes
+
+FILE_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # as safetensors spells them
+SHOWN = 6  # tensors named per kind of problem; the rest are counted
+
+
+class TensorSpec(NamedTuple):
+    """Where a checkpoint tensor lives in the parameter tree.
+
+    `shape` is that in the checkpoint; `transpose` says the tree keeps it as [in, out].
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    transpose: bool
+
+
+def tensor_specs(config: ModelConfig, *, diffusion: bool) -> dict[str, TensorSpec]:
+    """Return every tensor of a checkpoint by name: a Qwen3's, with `diffusion` an Orthrus's."""
+    return {
+        checkpoint_name(path): TensorSpec(
+            path, shape[::-1] if path[-1] == "kernel" else shape, path[-1] == "kernel"
+        )
+        for path, shape in shapes(config).items()
+        if diffusion or DIFFUSION not in path
+    }
+
+
+def checkpoint_name(path: tuple[str, ...]) -> str:
+    """Name a tree path as the published checkpoints do."""
+    if path[0] == "lm_head":
+        return "lm_head.weight"
+    names = [re.sub(r"^layers_(\d+)$", r"layers.\1", name) for name in path[:-1]]
+    if DIFFUSION in names:
+        names = [name.replace(DIFFUSION, "self_attn") for name in names]
+        names[-1] += "_diff"
+    return ".".join(["model", *names, "weight"])
+
+
+def cast_on_host(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """Cast on the host, rounding to nearest; refuse a weight too large for float16."""
+    with np.errstate(over="ignore"):
+        cast = array.astype(jnp.dtype(dtype), copy=False)
+    if dtype == "float16" and cast is not array and np.isinf(cast).any():
+        raise UserError(f"{name} holds weights beyond 65504, the largest float16: use bfloat16")
+    return cast
+
+
+def to_device(host: np.ndarray, spec: TensorSpec, mesh: Mesh | None) -> jax.Array:
+    """Place a checkpoint tensor as the tree keeps it; when it returns, `host` is not needed."""
+    if mesh is None:
+        there = jax.device_put(host)
+    else:
+        shape = host.shape[::-1] if spec.transpose else host.shape
+        axes = sharding.spec(spec.path, shape, mesh)
+        where = NamedSharding(mesh, P(*axes[::-1]) if spec.transpose else axes)
+        # Each host places its own parts; device_put would compare the tensor across hosts first.
+        there = jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+    # Transposed there: numpy takes a minute for what the device does in passing.
+    return jax.block_until_ready(transpose_bits(there) if spec.transpose else there)
+
+
+def to_host(leaf: jax.Array, spec: TensorSpec) -> np.ndarray:
+    """Return a leaf as the checkpoint keeps it."""
+    # A jax.Array that was read keeps its host copy for life: read one that dies here instead.
+    return np.ascontiguousarray(
+        transpose_bits(leaf) if spec.transpose else jnp.array(leaf, copy=True)
+    )
+
+
+def transpose_bits(x: jax.Array) -> jax.Array:
+    """x.T, its bits moved as integers: a compiler may pass floats through another type, which
+    changes NaNs. Not under `jit`, where XLA sees the floats behind them.
+    """
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").T
+    return jax.lax.bitcast_convert_type(bits, x.dtype)
+
+
+def shorten(names: list[str]) -> str:
+    """The first few names of a list, and how many more there are."""
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
