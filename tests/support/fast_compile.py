@@ -1,4 +1,4 @@
-"""How the suite's programs are compiled: in haste. Knows no jax, to be imported before it.
+"""How the suite's programs are compiled: fast. Imports no jax, so that it can come before it.
 
 Most of the suite's time is compiling programs that then run for milliseconds. Much of it goes
 without LLVM's optimisations, without a module of its own for each kernel, and with XLA's older way

@@ -11,7 +11,8 @@ from orthrus_jax.attention.cache import KVCache
 from orthrus_jax.decoding import overlapped as ahead
 from orthrus_jax.decoding.overlapped import Scheme
 from orthrus_jax.model import Model
-from tests.helpers import NO_EOS, random_params, tiny_config
+from tests.support.configs import NO_EOS, tiny_config
+from tests.support.weights import random_params
 
 NEW = 12
 FIRST = jnp.array([3, 20, 40])

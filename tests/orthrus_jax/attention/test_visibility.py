@@ -12,7 +12,9 @@ import pytest
 
 from orthrus_jax import attention
 from orthrus_jax.model import Model, Segment, View, ar_segment, block_segment
-from tests.helpers import random_params, relative_error, same_bits, tiny_config
+from tests.support.compare import relative_error, same_bits
+from tests.support.configs import tiny_config
+from tests.support.weights import random_params
 
 CONFIG = tiny_config()
 MODEL, PARAMS = Model(CONFIG), random_params(CONFIG, 7)

@@ -21,7 +21,9 @@ from orthrus_jax.config import DTYPES, ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, ar_segment
 from orthrus_jax.model import params as params_lib
-from tests.helpers import flat, random_params, relative_error, same_bits, tiny_config
+from tests.support.compare import flat, relative_error, same_bits
+from tests.support.configs import tiny_config
+from tests.support.weights import random_params
 
 TIED, UNTIED = (
     tiny_config(eos_token_ids=(7, 9), tie_word_embeddings=tied) for tied in (True, False)

@@ -12,7 +12,8 @@ from orthrus_jax.checkpoint import load_checkpoint, save_checkpoint
 from orthrus_jax.checkpoint import writer as checkpoint_lib
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import params as params_lib
-from tests.helpers import random_params, tiny_config
+from tests.support.configs import tiny_config
+from tests.support.weights import random_params
 
 CONFIG = tiny_config(eos_token_ids=(7, 9))
 TREE = random_params(CONFIG, 1)

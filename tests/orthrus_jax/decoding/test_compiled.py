@@ -9,9 +9,10 @@ import pytest
 
 from orthrus_jax import decoding
 from orthrus_jax.model import Model
-from tests import scripted
-from tests.helpers import NO_EOS, random_params, tiny_config
-from tests.scripted import ScriptedModel, plain_text
+from tests.support.configs import NO_EOS, tiny_config
+from tests.support.fake_models import scripted
+from tests.support.fake_models.scripted import ScriptedModel, plain_text
+from tests.support.weights import random_params
 
 SLOTS, N = 96, 12
 

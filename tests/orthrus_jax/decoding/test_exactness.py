@@ -3,7 +3,6 @@
 One configuration, one set of static shapes: each program compiles once for the whole file.
 """
 
-import dataclasses
 import functools
 
 import hypothesis
@@ -14,41 +13,15 @@ import pytest
 from hypothesis import strategies as st
 
 from orthrus_jax import decoding
-from orthrus_jax.config import ModelConfig
-from orthrus_jax.model import Model, Segment, View, params
-from tests.helpers import NO_EOS, random_params, relative_error, tiny_config
+from orthrus_jax.model import Model, params
+from tests.support.configs import NO_EOS, tiny_config
+from tests.support.decoding import assert_same_decoding, texts
+from tests.support.fake_models.drafted import DraftedModel
+from tests.support.weights import random_params
 
 CONFIG = tiny_config()
 K, BATCH, PROMPT, SLOTS, N = CONFIG.block_size, 8, 12, 48, 30
 WIDTH = SLOTS + 2 * K
-
-
-@dataclasses.dataclass(frozen=True)
-class DraftedModel:
-    """The real model with its diffusion view's guesses replaced by params["drafts"][b, position].
-
-    A hidden state carries two numbers more: the guess, and 1 where it is to be used.
-    """
-
-    config: ModelConfig
-
-    def init_cache(self, batch: int, slots: int):
-        return Model(self.config).init_cache(batch, slots)
-
-    def forward(self, params, segments: list[Segment], cache):
-        hidden, cache = Model(self.config).forward(params["model"], segments, cache)
-        marked = [self._mark(params, s, h) for s, h in zip(segments, hidden, strict=True)]
-        return marked, cache
-
-    def _mark(self, params, segment: Segment, hidden):
-        guess = jnp.take_along_axis(params["drafts"], segment.positions + 1, axis=1)
-        used = jnp.full_like(guess, segment.view is View.DIFFUSION)
-        return jnp.concatenate([hidden, jnp.stack([guess, used], -1).astype(hidden.dtype)], -1)
-
-    def logits(self, params, hidden):
-        real = Model(self.config).logits(params["model"], hidden[..., :-2])
-        guess = jax.nn.one_hot(hidden[..., -2].astype(jnp.int32), self.config.vocab_size)
-        return jnp.where(hidden[..., -1:] == 1, guess, real)
 
 
 def prompts_of(seed: int, rows: int = BATCH) -> np.ndarray:
@@ -64,26 +37,6 @@ def decoded(loop: str, model, params, prompts, lengths, budgets, eos=NO_EOS, *, 
     )
     run = {"ar": decoding.ar_decode, "orthrus": decoding.orthrus_decode}[loop]
     return jax.tree.map(np.asarray, run(model, params, state))
-
-
-def texts(state) -> list[list[int]]:
-    return [row[:count].tolist() for row, count in zip(state.tokens, state.count, strict=True)]
-
-
-def assert_same_decoding(ar, orthrus) -> None:
-    """Text, counts, positions, anchors; and every live slot, to float32 rounding."""
-    assert texts(orthrus) == texts(ar)
-    for name in ("count", "budget", "done", "position"):
-        np.testing.assert_array_equal(getattr(orthrus, name), getattr(ar, name), err_msg=name)
-    some = ar.count > 0
-    np.testing.assert_array_equal(orthrus.anchor[some], ar.anchor[some])
-    live = np.arange(ar.cache.k[0].shape[-1]) < ar.position[:, None]
-    for ours, theirs in zip(orthrus.cache.k, ar.cache.k, strict=True):
-        rows = live[:, None, None, :]
-        assert relative_error(ours * rows, theirs * rows) < 2e-5
-    for ours, theirs in zip(orthrus.cache.v, ar.cache.v, strict=True):
-        rows = live[:, None, :, None]
-        assert relative_error(ours * rows, theirs * rows) < 2e-5
 
 
 def assert_consistent_statistics(state) -> None:

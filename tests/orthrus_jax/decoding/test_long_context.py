@@ -15,8 +15,12 @@ from orthrus_jax.attention.chunked import MANY_SLOTS, SLOT_STEP
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.llm import Generator
 from orthrus_jax.model import Model, ar_segment
-from tests.helpers import NO_EOS, random_params, relative_error, same_bits, slow, tiny_config
-from tests.orthrus_jax.test_exactness import DraftedModel, assert_same_decoding
+from tests.support.compare import relative_error, same_bits
+from tests.support.configs import NO_EOS, tiny_config
+from tests.support.decoding import assert_same_decoding
+from tests.support.fake_models.drafted import DraftedModel
+from tests.support.marks import slow
+from tests.support.weights import random_params
 
 CHUNK = decoding.PREFILL_CHUNK
 SLOTS = 4 * SLOT_STEP

@@ -11,9 +11,8 @@ from orthrus_jax.decoding.sampling import Proposal
 from orthrus_jax.engine import Plan, Request, SamplingParams
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import Generator
-from tests import scripted
-from tests.helpers import tiny_config
-from tests.orthrus_jax.test_decode import (
+from tests.support.configs import tiny_config
+from tests.support.decoding import (
     COUNTED,
     MODEL,
     PATHS,
@@ -26,7 +25,14 @@ from tests.orthrus_jax.test_decode import (
     script_of,
     start,
 )
-from tests.scripted import Outcome, drafts_agreeing, expected, expected_ahead, plain_text
+from tests.support.fake_models import scripted
+from tests.support.fake_models.scripted import (
+    Outcome,
+    drafts_agreeing,
+    expected,
+    expected_ahead,
+    plain_text,
+)
 
 
 def run(model, *args, early: int, block_size: int = K, **kwargs):

@@ -1,9 +1,9 @@
 """Exact above temperature 0: each rule's whole texts are distributed as AR's, or are AR's.
 
-The distributions are those of a model that can be enumerated (tests/tabular.py), each compared with
-the law of whole texts by one chi-square. All seeds are fixed: no test here fails by chance. What
-the comparison can see is shown, not claimed: it must refuse rules with planted faults, a verdict
-that accepts 0.5 % more than it may among them.
+The distributions are those of a model that can be enumerated (fake_models/tabular.py), each
+compared with the law of whole texts by one chi-square. All seeds are fixed: no test here fails by
+chance. What the comparison can see is shown, not claimed: it must refuse rules with planted faults,
+a verdict that accepts 0.5 % more than it may among them.
 """
 
 import dataclasses
@@ -35,9 +35,11 @@ from orthrus_jax.decoding.sampling import (
 from orthrus_jax.engine import SamplingParams
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, ar_segment
-from tests import tabular
-from tests.helpers import random_params, slow, tiny_config
-from tests.tabular import EOS, MASK, VOCAB, Setting, TabularModel, processed
+from tests.support.configs import tiny_config
+from tests.support.fake_models import tabular
+from tests.support.fake_models.tabular import EOS, MASK, VOCAB, Setting, TabularModel, processed
+from tests.support.marks import slow
+from tests.support.weights import random_params
 
 K = tabular.SMALL.block_size
 

@@ -14,7 +14,9 @@ from orthrus_jax.decoding.overlapped import Scheme
 from orthrus_jax.decoding.tree import Guesses
 from orthrus_jax.llm import Generator
 from orthrus_jax.model import Model, ar_segment, block_segment
-from tests.helpers import NO_EOS, random_params, relative_error, tiny_config
+from tests.support.compare import relative_error
+from tests.support.configs import NO_EOS, tiny_config
+from tests.support.weights import random_params
 
 CONFIG = tiny_config()
 MODEL, PARAMS, K = Model(CONFIG), random_params(CONFIG, 7), CONFIG.block_size

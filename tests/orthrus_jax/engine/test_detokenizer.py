@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from orthrus_jax.engine.detokenizer import HOLE, PENDING, TextStream
 from orthrus_jax.errors import UserError
 from orthrus_jax.tokenizer import decode, load_tokenizer
-from tests.helpers import DATA
-from train.pretrain import train_tokenizer
+from tests.support.paths import DATA
+from tests.support.tokenizers import small_tokenizer
 
 FAMILY = "👩\u200d👩\u200d👧\u200d👦"  # one picture of seven code points, 25 bytes
 SENTENCES = [
@@ -29,7 +29,7 @@ quick = hypothesis.settings(max_examples=150, deadline=None, derandomize=True, d
 @functools.cache
 def trained():
     """Byte-level BPE whose larger characters are split, and partly merged across characters."""
-    return train_tokenizer(SENTENCES * 5, 320)
+    return small_tokenizer(SENTENCES * 5, 320)
 
 
 @functools.cache

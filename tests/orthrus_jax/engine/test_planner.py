@@ -8,7 +8,7 @@ from orthrus_jax.engine import planner
 from orthrus_jax.engine.planner import Calibration, Earned, Split, choose
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import Generator
-from tests.helpers import tiny_config
+from tests.support.configs import tiny_config
 
 KIND = "a device"
 PAPER, WIDE, WIDER = Split("paper", 8), Split("one-forward", 8, 15, 6), Split("two-forward", 8, 63)

@@ -11,7 +11,9 @@ from orthrus_jax.checkpoint import tensor_specs
 from orthrus_jax.config import PRESETS
 from orthrus_jax.model import Model, Segment, View, ar_segment
 from orthrus_jax.model import params as params_lib
-from tests.helpers import flat, random_params, relative_error, same_bits, tiny_config
+from tests.support.compare import flat, relative_error, same_bits
+from tests.support.configs import tiny_config
+from tests.support.weights import random_params
 
 TIED, UNTIED = tiny_config(), tiny_config(tie_word_embeddings=False)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")

@@ -18,7 +18,9 @@ from orthrus_jax.checkpoint import tensor_specs
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import Layer, Model, ar_segment
 from orthrus_jax.model.layers import AttentionProjections, RMSNorm, SwiGLU
-from tests.helpers import NO_EOS, flat, random_params, relative_error, tiny_config
+from tests.support.compare import flat, relative_error
+from tests.support.configs import NO_EOS, tiny_config
+from tests.support.weights import random_params
 
 torch = pytest.importorskip("torch")
 qwen3 = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")

@@ -15,45 +15,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import Segment
-from tests.helpers import in_lockstep, tiny_config, views
+from tests.support.configs import tiny_config
+from tests.support.fake_models.lockstep import in_lockstep, views
+from tests.support.fake_models.token_cache import TokenCache, seen_tokens
 
 VOCAB, POISON, MASK = 64, 62, 63
 forwards: list[str] = []  # the views of every forward that ran, where `counted`
 traces: list[str] = []  # the views of every forward that was traced
-
-
-class TokenCache(struct.PyTreeNode):
-    """int32[B, S]: the token whose keys and values each slot would hold; -1 where never written."""
-
-    tokens: jax.Array
-
-    def compact(self, first: jax.Array, rows: jax.Array) -> "TokenCache":
-        def move(tokens, first, rows):
-            window = jax.lax.dynamic_slice_in_dim(tokens, first, rows.shape[0])
-            return jax.lax.dynamic_update_slice_in_dim(tokens, window[rows], first, 0)
-
-        return TokenCache(jax.vmap(move)(self.tokens, first, rows))
-
-
-def seen_tokens(cache: TokenCache, ends: jax.Array, branches) -> tuple[jax.Array, jax.Array]:
-    """What T rows or blocks see, in the order of positions: int32[B, T, S], and how many [B, T].
-
-    `ends` [B, T] is the slot up to which each sees all, where there are no `branches`.
-    """
-    slots = jnp.arange(cache.tokens.shape[1])
-    seen = slots < ends[..., None]
-    if branches is not None:  # its own slots one by one, so that attention.py is not needed to test
-        first = branches.first[:, None, None]
-        mark = lambda seen, marks, at: jax.lax.dynamic_update_slice(seen, marks, (0, at))
-        seen = jnp.broadcast_to(slots < first, seen.shape)
-        seen = jax.vmap(mark)(seen, branches.seen, branches.first)
-    order = jnp.argsort(~seen, axis=2, stable=True)
-    tokens = jnp.broadcast_to(cache.tokens[:, None], seen.shape)
-    return jnp.take_along_axis(tokens, order, axis=2), seen.sum(axis=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +35,7 @@ class ScriptedModel:
     counted: bool = False
 
     def init_cache(self, batch: int, slots: int) -> TokenCache:
-        return TokenCache(jnp.full((batch, slots), -1, jnp.int32))
+        return TokenCache.empty(batch, slots)
 
     def forward(self, params, segments: list[Segment], cache: TokenCache):
         traces.append(views(segments))

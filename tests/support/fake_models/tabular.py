@@ -20,8 +20,9 @@ import numpy as np
 
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import Segment
-from tests.helpers import in_lockstep, tiny_config
-from tests.scripted import TokenCache, seen_tokens
+from tests.support.configs import tiny_config
+from tests.support.fake_models.lockstep import in_lockstep
+from tests.support.fake_models.token_cache import TokenCache, seen_tokens
 
 VOCAB, MASK, EOS, SUMS, POSITIONS = 5, 4, 3, 2, 16
 TEXT = np.arange(VOCAB) != MASK
@@ -38,7 +39,7 @@ class TabularModel:
     name: str = ""
 
     def init_cache(self, batch: int, slots: int) -> TokenCache:
-        return TokenCache(jnp.full((batch, slots), -1, jnp.int32))
+        return TokenCache.empty(batch, slots)
 
     def forward(self, params, segments: list[Segment], cache: TokenCache):
         own = functools.partial

@@ -1,4 +1,4 @@
-"""A run that can be killed: `python -m tests.train.resumable DIR DEVICES [N]`.
+"""A run that can be killed: `python -m tests.support.programs.resumable DIR DEVICES [N]`.
 
 Trains a small model with checkpoints every 3 steps. With N it kills itself, as kill -9 does, once
 step N is logged and a checkpoint is whole (they are written behind the running steps, and a later
@@ -15,17 +15,17 @@ import sys
 import time
 import types
 
-from tests import haste
+from tests.support import fast_compile
 
 if __name__ == "__main__" and sys.argv[2] != "1":
-    os.environ["XLA_FLAGS"] = haste.on_devices(int(sys.argv[2]))
+    os.environ["XLA_FLAGS"] = fast_compile.on_devices(int(sys.argv[2]))
 
 import jax
 import numpy as np
 
 from orthrus_jax import sharding
 from orthrus_jax.model import Model, params
-from tests.train.test_objective import CONFIG, made_rows, random_trees
+from tests.support.training import CONFIG, made_rows, random_trees
 from train import trainer
 from train.checkpoints import Checkpoints
 from train.data import Loader

@@ -1,16 +1,16 @@
 """Run by test_sharding.py in a process of its own, which has eight (fake) devices.
 
 Prints one JSON object: what the model in the directory says, in the ways asked for, on the meshes
-named, and where its weights lie: `python -m tests.eight_serving DIR WAY,WAY MESH...`.
+named, and where its weights lie: `python -m tests.support.programs.serve_on_8 DIR WAY,WAY MESH...`.
 """
 
 import json
 import os
 import sys
 
-from tests import haste
+from tests.support import fast_compile
 
-os.environ["XLA_FLAGS"] = haste.on_devices(8)
+os.environ["XLA_FLAGS"] = fast_compile.on_devices(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax

@@ -7,9 +7,9 @@ import json
 import os
 import sys
 
-from tests import haste
+from tests.support import fast_compile
 
-os.environ["XLA_FLAGS"] = haste.on_devices(8)
+os.environ["XLA_FLAGS"] = fast_compile.on_devices(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -19,7 +19,8 @@ import numpy as np
 from orthrus_jax import decoding, sharding
 from orthrus_jax.attention import flash as tiled
 from orthrus_jax.model import Model, params
-from tests.helpers import NO_EOS, random_params, tiny_config
+from tests.support.configs import NO_EOS, tiny_config
+from tests.support.weights import random_params
 from train import divergence, trainer
 from train.data import Conversation, pack, stack
 from train.objective import Objective
