@@ -12,12 +12,12 @@ from typing import Any
 from orthrus_jax.cli import (
     add_runtime,
     add_sampling,
-    decoding_options,
+    chosen_strategy,
     print_pieces,
     runtime_options,
-    spend_rows,
+    sampling_options,
+    strategy_of,
 )
-from orthrus_jax.engine import MODES
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.llm import Completion, Conversation, load
 
@@ -27,7 +27,9 @@ HELP = "/reset forgets the dialogue, /exit or end of input leaves"
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m orthrus_jax.chat", description=HELP)
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint or hub id")
-    parser.add_argument("--mode", choices=MODES, default="orthrus", help="default: orthrus")
+    parser.add_argument(
+        "--mode", choices=("orthrus", "ar"), default="orthrus", help="default: orthrus"
+    )
     parser.add_argument("--system", default="", metavar="TEXT", help="system message")
     parser.add_argument("--thinking", action="store_true", help="let the model think first")
     add_sampling(parser)
@@ -46,9 +48,9 @@ def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> C
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
+    strategy_of(args)
     model = load(args.model, **runtime_options(args))
-    spend_rows(args, model, 1)
-    options = decoding_options(args)
+    options = sampling_options(args) | {"strategy": chosen_strategy(args, model, 1)}
     conversation = Conversation(model, system=args.system, thinking=args.thinking)
     print(HELP, file=sys.stderr)
     while True:

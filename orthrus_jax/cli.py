@@ -12,10 +12,11 @@ import jax
 
 from orthrus_jax import sharding
 from orthrus_jax.config import DTYPES
-from orthrus_jax.decoding.sampling import Rule
-from orthrus_jax.engine import BLOCKS, CYCLES, Plan, SamplingParams
+from orthrus_jax.decoding import CYCLES, AcceptRule, Strategy
+from orthrus_jax.decoding.strategy import LENGTH_BLOCKS
+from orthrus_jax.engine import SamplingParams, planner
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Completion, Generator, Pieces
+from orthrus_jax.llm import LLM, Completion, Pieces
 from orthrus_jax.runtime import enable_compilation_cache
 
 
@@ -42,94 +43,123 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-token-id", action="append", default=[], type=int, metavar="ID", help="end there too"
     )
+    rules = [rule.value for rule in AcceptRule]
     parser.add_argument(
         "--accept",
-        choices=[rule.value for rule in Rule],
-        default=Rule.REJECTION.value,
-        help="sampled drafts: most often (rejection) or only AR's own text (coupled); "
-        "default: %(default)s",
+        choices=rules,
+        default=rules[0],
+        help="of sampled drafts: as many as possible (rejection), or only those that are AR's own "
+        "text for the seed (coupled); default: %(default)s",
     )
     parser.add_argument(
         "--draft-length",
         type=int,
         metavar="K",
-        help="rows of a draft block, from 2; default: what tune measured here, or the trained K",
+        help="rows of a draft block, from 2; default: the best that eval.calibrate measured here, "
+        "or the trained K",
     )
     add_cycle(parser)
     add_rows(parser)
+
+
+def add_mode(parser: argparse.ArgumentParser) -> None:
+    """Add --mode: with drafts, or the baseline."""
+    parser.add_argument(
+        "--mode",
+        choices=("orthrus", "ar"),
+        default="orthrus",
+        help="draft and verify, or one token per forward; default: %(default)s",
+    )
 
 
 def add_cycle(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what a cycle is, which all commands that decode share."""
     parser.add_argument(
         "--cycle",
-        choices=CYCLES,
-        default=Plan.cycle,
-        help="draft and verify in turn, the same with a draft pass that emits too, or draft while "
-        "verifying; default: %(default)s",
+        choices=tuple(CYCLES),
+        help="draft and verify in turn (paper), the same with a draft forward that emits too "
+        "(two-forward), or draft while verifying (one-forward); default: paper",
     )
     add_blocks(parser)
 
 
 def add_rows(parser: argparse.ArgumentParser) -> None:
-    """Add --rows, which `spend_rows` then turns into the options of `add_cycle`."""
+    """Add --rows, the token budget of a forward: see `chosen_strategy`."""
     parser.add_argument(
         "--rows",
         type=int,
         metavar="R",
-        help="let the planner choose the cycle and the next four, for at most R rows a forward, by "
-        "what eval.calibrate measured of this model and device",
+        help="let the planner choose the cycle and the row counts, for at most R rows per forward, "
+        "by what eval.calibrate measured of this model and device",
     )
 
 
 def add_blocks(parser: argparse.ArgumentParser) -> None:
-    """Add what the rows of a forward are spent on."""
+    """Add the options that spend the rows of a forward."""
     number = functools.partial(parser.add_argument, type=int, metavar="N")
     number(
         "--early-blocks",
-        default=Plan.early_blocks,
-        help="with --cycle one-forward: blocks that a forward drafts ahead, each for one number of "
-        "drafts that may stand; default: %(default)s",
+        help="with --cycle one-forward: blocks per forward that draft ahead, each for one number "
+        f"of accepted drafts; default: {LENGTH_BLOCKS}, or 0 beside --fresh-blocks",
     )
     number(
         "--fresh-blocks",
-        default=Plan.fresh_blocks,
-        help="likewise, each for one token besides that may come next; default: %(default)s",
+        help="likewise, each for one number of accepted drafts and one next token; default: 0",
     )
     number(
         "--tree-nodes",
-        default=Plan.tree_nodes,
         help="with --cycle two-forward or one-forward: drafts of a tree that a forward verifies; "
-        "default: %(default)s, a chain",
+        "default: 0, a chain",
     )
 
 
-def spend_rows(args: argparse.Namespace, model: Generator, batch: int) -> None:
-    """Where --rows was given, set the options of `add_cycle` as the planner has them; say why."""
+BLOCKS = {  # flags, and the methods that spend rows on them
+    "early_blocks": ("orthrus-1f",),
+    "fresh_blocks": ("orthrus-1f",),
+    "tree_nodes": ("orthrus-2f", "orthrus-1f"),
+}
+
+
+def strategy_of(args: argparse.Namespace) -> Strategy:
+    """The strategy that --mode, --cycle, --draft-length, --accept and `add_blocks` ask for.
+
+    Raises:
+      UserError: for a flag that the others leave without effect.
+    """
+    method = "ar" if args.mode == "ar" else CYCLES[args.cycle or "paper"]
+    given = {
+        name: value for name in ("cycle", *BLOCKS) if (value := getattr(args, name)) is not None
+    }
+    flag = lambda name: f"--{name.replace('_', '-')} {given[name]}"
+    for name in given:
+        if args.rows is not None:
+            raise UserError(f"{flag(name)} beside --rows {args.rows}: the planner chooses it")
+        if method == "ar":
+            raise UserError(f"{flag(name)} beside --mode ar, which drafts nothing: leave one out")
+        if name in BLOCKS and method not in BLOCKS[name]:
+            cycles = [cycle for cycle, method in CYCLES.items() if method in BLOCKS[name]]
+            raise UserError(f"{flag(name)} needs --cycle {' or '.join(cycles)}")
+    counts = {name: given[name] for name in BLOCKS if name in given}
+    draft_length = None if method == "ar" else args.draft_length
+    return Strategy(method, draft_length, accept=args.accept, **counts)
+
+
+def chosen_strategy(args: argparse.Namespace, model: LLM, batch: int) -> Strategy:
+    """`strategy_of`, or with --rows the planner's, which is then printed with its reason."""
+    strategy = strategy_of(args)
     if args.rows is None:
-        return
-    choice = model.plan(args.rows, batch)
-    spent = {name: value for name, value in choice.split.options.items() if value}
-    said = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in spent.items())
-    print(f"--rows {args.rows}: {said}\n  {choice.why}", file=sys.stderr)
-    for name, value in choice.split.options.items():
-        if name != "mode" or (value, args.mode) == ("ar", "orthrus"):
-            setattr(args, name, value)
+        return strategy
+    choice = planner.choose(model.calibration, args.rows, batch, model.config.block_size)
+    flags = {name: value for name, value in choice.strategy.flags().items() if value}
+    spelled = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+    print(f"--rows {args.rows}: {spelled}\n  {choice.why}", file=sys.stderr)
+    return dataclasses.replace(choice.strategy, accept=strategy.accept)
 
 
-def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_sampling` and --mode parsed, as arguments of Generator.stream."""
-    plan = ("mode", "accept", "draft_length", "cycle", *BLOCKS)
-    sampling = (
-        "max_new_tokens",
-        "min_new_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "seed",
-    )
-    options = {name: getattr(args, name) for name in plan + sampling}
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_sampling` parsed, as fields of SamplingParams."""
+    names = ["max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed"]
+    options = {name: getattr(args, name) for name in names}
     return options | {"stop": tuple(args.stop), "stop_token_ids": tuple(args.stop_token_id)}
 
 

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from orthrus_jax.cli import (
     add_runtime,
     add_sampling,
-    decoding_options,
+    chosen_strategy,
     print_pieces,
     read_prompts,
     runtime_options,
-    spend_rows,
+    sampling_options,
+    strategy_of,
 )
-from orthrus_jax.engine import MODES
 from orthrus_jax.errors import run_command
 from orthrus_jax.llm import load
 
@@ -28,7 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="one prompt; - reads standard input")
     source.add_argument("--prompts", metavar="FILE.jsonl", help='one {"prompt": TEXT} a line')
-    parser.add_argument("--mode", choices=MODES, default="orthrus", help="default: orthrus")
+    parser.add_argument(
+        "--mode", choices=("orthrus", "ar"), default="orthrus", help="default: orthrus"
+    )
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.stream and (args.json or args.n > 1):
         parser.error("--stream goes with neither --json nor --n")
+    strategy_of(args)  # flags that do not fit each other are refused before a model is loaded
     if args.prompts is not None:
         prompts = read_prompts(args.prompts)
     else:
@@ -68,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
     batch = args.n if args.batch_size is None else args.batch_size
-    spend_rows(args, model, batch)
-    options = decoding_options(args)
+    options = sampling_options(args) | {"strategy": chosen_strategy(args, model, batch)}
     if args.stream:
         for prompt in prompts:
             pieces = model.stream(prompt, chat=args.chat, thinking=args.thinking, **options)

@@ -6,18 +6,16 @@ Chat template, sampling options and statistics around the engine, which works on
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Generator as PythonGenerator
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from orthrus_jax import tune
 from orthrus_jax.checkpoint import load_checkpoint
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.decoding.sampling import Rule
+from orthrus_jax.decoding.strategy import Strategy
 from orthrus_jax.engine import Answer, Engine, Memory, Plan, Request, SamplingParams, planner
 from orthrus_jax.engine.planner import Calibration
 from orthrus_jax.errors import UserError
@@ -94,10 +92,10 @@ class Completion:
         )
 
 
-Pieces = PythonGenerator[str, None, Completion]  # text as it grows; returns the Completion
+Pieces = Generator[str, None, Completion]  # text as it grows; returns the Completion
 
 
-class Generator:
+class LLM:
     """A loaded model that answers prompts; programs compile once a shape bucket and are kept.
 
     `trained` is False where the diffusion view is a mere copy: exact all the same, but slow.
@@ -117,8 +115,8 @@ class Generator:
         mesh: Mesh | None = None,
         calibration: Calibration | None = None,
     ) -> None:
-        trust = 1.0 if calibration is None else calibration.trust
-        self.engine = Engine(config, params, tokenizer, mesh, trust)
+        temperature = 1.0 if calibration is None else calibration.draft_temperature
+        self.engine = Engine(config, params, tokenizer, mesh, temperature)
         self.config, self.tokenizer, self.trained = config, tokenizer, trained
         self.draft_length, self.calibration = draft_length, calibration
 
@@ -131,12 +129,12 @@ class Generator:
     def params(self, params: Params) -> None:
         self.engine.params = params
 
-    def plan(self, rows: int, batch_size: int = 1) -> planner.Choice:
-        """How to spend at most `rows` rows a forward, by eval.calibrate's figures if there are any.
+    def plan(self, rows: int, batch_size: int = 1) -> Strategy:
+        """The fastest strategy of at most `rows` rows per forward, by eval.calibrate's figures.
 
-        `model.generate(prompts, **model.plan(160).split.options)`.
+        `model.generate(prompts, strategy=model.plan(160))`. Without figures a rule decides.
         """
-        return planner.choose(self.calibration, rows, batch_size, self.config.block_size)
+        return planner.choose(self.calibration, rows, batch_size, self.config.block_size).strategy
 
     def generate(
         self,
@@ -169,13 +167,7 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams | None = None,
         *,
-        mode: str = "orthrus",
-        accept: str = "rejection",
-        draft_length: int | None = None,
-        cycle: str = Plan.cycle,
-        early_blocks: int = Plan.early_blocks,
-        fresh_blocks: int = Plan.fresh_blocks,
-        tree_nodes: int = Plan.tree_nodes,
+        strategy: Strategy | str | None = None,
         batch_size: int = 1,
         refill: bool = True,
         progress: bool = False,
@@ -186,15 +178,8 @@ class Generator:
         Args:
           prompts: ids of each prompt.
           sampling: one for all prompts.
-          mode: "orthrus" (draft and verify) or "ar" (one token a forward, the baseline). Greedy
-            text is the same in both.
-          accept: "rejection" or "coupled", when a sampled draft is accepted; see sampling.Rule.
-          draft_length: rows of a draft block, the anchor included; None is `self.draft_length`.
-            Every value gives an exact text.
-          cycle: "paper", draft and verify in turn; "two-forward", the same, and the drafting pass
-            emits too; "one-forward", which drafts while it verifies. See docs/decoding.md.
-          early_blocks, fresh_blocks: with "one-forward", the blocks that each pass drafts ahead.
-          tree_nodes: with "two-forward" or "one-forward", drafts of a tree; 0 verifies a chain.
+          strategy: how to decode, or a method's name such as "ar"; None is the paper's cycle with
+            the draft length that was measured to be best here. Greedy text is the same in all.
           batch_size: rows decoded together; a finished row's place goes to the next prompt.
           refill: False decodes whole batches one after another.
           progress: show a bar on standard error.
@@ -206,14 +191,13 @@ class Generator:
         sampling = _sampling(sampling, fields)
         if sampling.n > max(batch_size, 1):  # a batch_size below 1 is refused by itself
             raise UserError(f"n={sampling.n} is over batch_size={batch_size}")
-        plan = self._plan(
-            mode, accept, draft_length, cycle=cycle, early_blocks=early_blocks,
-            fresh_blocks=fresh_blocks, tree_nodes=tree_nodes, batch_size=batch_size, refill=refill,
-        )  # fmt: skip
+        plan = Plan(self.strategy(strategy), batch_size=batch_size, refill=refill)
         pairs = list(itertools.product(range(len(prompts)), range(sampling.n)))
         requests = [Request(prompts[i], sampling, sample) for i, sample in pairs]
         answers: dict[int, Answer] = {}
-        with tqdm(total=len(pairs), desc=mode, unit="answer", disable=not progress) as bar:
+        with tqdm(
+            total=len(pairs), desc=plan.strategy.method, unit="answer", disable=not progress
+        ) as bar:
             for event in self.engine.serve(requests, plan) if requests else ():
                 if event.answer is not None:
                     answers[event.index] = event.answer
@@ -244,13 +228,7 @@ class Generator:
         prompt: Sequence[int],
         sampling: SamplingParams | None = None,
         *,
-        mode: str = "orthrus",
-        accept: str = "rejection",
-        draft_length: int | None = None,
-        cycle: str = Plan.cycle,
-        early_blocks: int = Plan.early_blocks,
-        fresh_blocks: int = Plan.fresh_blocks,
-        tree_nodes: int = Plan.tree_nodes,
+        strategy: Strategy | str | None = None,
         memory: Memory | None = None,
         **fields: Any,
     ) -> Pieces:
@@ -258,10 +236,7 @@ class Generator:
         sampling = _sampling(sampling, fields)
         if sampling.n > 1:
             raise UserError(f"n={sampling.n}: a stream is of one sample")
-        plan = self._plan(
-            mode, accept, draft_length, cycle=cycle, early_blocks=early_blocks,
-            fresh_blocks=fresh_blocks, tree_nodes=tree_nodes, stream=True,
-        )  # fmt: skip
+        plan = Plan(self.strategy(strategy), stream=True)
         request = Request(prompt, sampling)
         self.engine.check([request], plan)
         return self._pieces(request, plan, memory)
@@ -274,10 +249,13 @@ class Generator:
                 return self._completion(event.answer, plan, 0, 0)
         raise AssertionError("a served request ends with its answer")
 
-    def _plan(self, mode: str, accept: str, draft_length: int | None, **others: Any) -> Plan:
-        rule = _member(Rule, "accept", accept)
-        length = self.draft_length if draft_length is None else draft_length
-        return Plan(mode, rule, draft_length=length, **others)
+    def strategy(self, strategy: Strategy | str | None = None) -> Strategy:
+        """A strategy, one of a method's name, or the default, with this model's draft length."""
+        if strategy is None or isinstance(strategy, str):
+            strategy = Strategy(strategy or "orthrus")
+        if strategy.draft_length is None and strategy.method != "ar":
+            strategy = dataclasses.replace(strategy, draft_length=self.draft_length)
+        return strategy
 
     def _completion(self, answer: Answer, plan: Plan, prompt: int, sample: int) -> Completion:
         text = answer.text
@@ -289,7 +267,7 @@ class Generator:
             finish_reason=answer.finish_reason,
             cycles=answer.cycles,
             accepted=answer.accepted,
-            forwards=1 + plan.forwards * answer.cycles,
+            forwards=1 + plan.strategy.forwards * answer.cycles,
             seconds=answer.seconds,
             compile_seconds=answer.compile_seconds,
             logprobs=answer.logprobs,
@@ -307,22 +285,11 @@ def _sampling(sampling: SamplingParams | None, fields: dict[str, Any]) -> Sampli
     return dataclasses.replace(sampling, **fields)
 
 
-def _member(kind: Any, name: str, value: str) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        raise UserError(
-            f"{name}={value!r} is not one of {', '.join(m.value for m in kind)}"
-        ) from None
-
-
-def load(
-    source: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh | None = None
-) -> Generator:
+def load(source: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> LLM:
     """Load a Qwen3 or Orthrus checkpoint, from a directory or a hub id, with its tokenizer.
 
     A plain Qwen3 gets a diffusion view that copies its attention: exact, and slow until trained.
-    The draft length that orthrus_jax.tune measured on this kind of device, if any, is the default.
+    The default draft length is the one that eval.calibrate measured on this kind of device, if any.
 
     Args:
       source: directory or "owner/name".
@@ -335,14 +302,15 @@ def load(
     """
     checkpoint = load_checkpoint(source, dtype=dtype, mesh=mesh)
     tokenizer = load_tokenizer(checkpoint.directory)
-    return Generator(
+    calibration = planner.load(checkpoint.directory)
+    return LLM(
         checkpoint.config,
         checkpoint.params,
         tokenizer,
         trained=checkpoint.trained,
-        draft_length=tune.preferred(checkpoint.directory, checkpoint.config.block_size),
+        draft_length=planner.preferred_draft_length(calibration, checkpoint.config.block_size),
         mesh=mesh,
-        calibration=planner.load(checkpoint.directory),
+        calibration=calibration,
     )
 
 
@@ -350,7 +318,7 @@ class Conversation:
     """A dialogue with a model: its messages, and the cache of what the model has read of it."""
 
     def __init__(
-        self, model: Generator, *, system: str = "", thinking: bool = False, slots: int = 2048
+        self, model: LLM, *, system: str = "", thinking: bool = False, slots: int = 2048
     ) -> None:
         """Begin a dialogue.
 
@@ -372,7 +340,7 @@ class Conversation:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def ask(self, text: str, **options: Any) -> Pieces:
-        """Say `text` and return the answer's pieces as they grow; see Generator.stream.
+        """Say `text` and return the answer's pieces as they grow; see LLM.stream.
 
         An answer that is abandoned half way stays in the dialogue as far as it was read.
         """

@@ -11,20 +11,20 @@ from orthrus_jax.decoding.state import DecodeState, DecodingModel, choose, emit
 from orthrus_jax.model.segment import ar_segment
 
 Array = jax.Array
-PREFILL_CHUNK = 512  # longer prompts are read in pieces of this many rows: memory stays bounded
+PREFILL_CHUNK = 512  # rows per forward for longer prompts, which bounds the memory
 
 
-def capacity(slots: int, reach: int) -> int:
+def capacity(slots: int, lookahead: int) -> int:
     """Return how many tokens, prompt and answer, a row of `slots` can hold.
 
-    A row on its last anchor still writes `reach` slots behind it.
+    A sequence at its last anchor still writes `lookahead` slots after it.
     """
-    return slots - reach
+    return slots - lookahead
 
 
 @partial(
     jax.jit,
-    static_argnames=("model", "slots", "max_new_tokens", "logprobs", "reach"),
+    static_argnames=("model", "slots", "max_new_tokens", "logprobs", "lookahead"),
     donate_argnames=("cache",),
 )
 def prefill(
@@ -40,7 +40,7 @@ def prefill(
     sampler: Sampler | None = None,
     min_tokens: Array | None = None,
     logprobs: bool = False,
-    reach: int | None = None,
+    lookahead: int | None = None,
     cache: Any = None,
     start: Array | None = None,
 ) -> DecodeState:
@@ -58,7 +58,7 @@ def prefill(
       slots: cache slots a row, static.
       max_new_tokens: N, the width of the output, static.
       sampler, min_tokens, logprobs: see DecodeState.
-      reach: slots that a cycle writes behind its anchor, static; None is a block's, K - 1.
+      lookahead: slots that a cycle writes after its anchor, static; None is a block's, K - 1.
       cache: continue with this one, of `slots` slots, donated; None is a new one.
       start: int32[B], with a cache: its live slots. The prompts are then what follows, and
         start + P <= slots.
@@ -66,7 +66,7 @@ def prefill(
     batch, padded = prompts.shape
     if padded > slots:
         raise ValueError(f"a prompt padded to {padded} rows does not fit {slots} cache slots")
-    last, cache = _read(
+    last, cache = _prefill_cache(
         model,
         params,
         prompts,
@@ -75,8 +75,8 @@ def prefill(
         start,
     )
     total = lengths if start is None else start + lengths
-    reach = model.config.block_size - 1 if reach is None else reach
-    room = jnp.minimum(capacity(slots, reach) - total, max_new_tokens)
+    lookahead = model.config.block_size - 1 if lookahead is None else lookahead
+    room = jnp.minimum(capacity(slots, lookahead) - total, max_new_tokens)
     zeros = jnp.zeros(batch, jnp.int32)
     state = DecodeState(
         tokens=jnp.zeros((batch, max_new_tokens), jnp.int32),
@@ -97,7 +97,7 @@ def prefill(
     return emit(state, choose(state, logits), zeros, logits)
 
 
-def _read(
+def _prefill_cache(
     model: DecodingModel,
     params: Any,
     tokens: Array,
@@ -107,7 +107,7 @@ def _read(
 ) -> tuple[Array, Any]:
     """Write tokens [B, P] to the cache; return the hidden state [B, 1, E] of each row's last."""
     padded = tokens.shape[1]
-    # Only a new cache's live slots are known, when compiling, to end with the prompt.
+    # Of a new cache alone it is known, when compiling, that live slots end with the prompt.
     span = padded if start is None else None
     start = jnp.zeros_like(lengths) if start is None else start
     if padded <= PREFILL_CHUNK:
@@ -115,7 +115,7 @@ def _read(
         return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1), cache
 
     def chunk(i: Array | int, cache: Any) -> tuple[Array, Array, Any]:
-        # The last chunk is moved back to end with the prompts: what it reads twice it writes alike.
+        # The last chunk is moved back to end with the prompts: slots read twice are written alike.
         first = jnp.minimum(i * PREFILL_CHUNK, padded - PREFILL_CHUNK)
         rows = jax.lax.dynamic_slice_in_dim(tokens, first, PREFILL_CHUNK, axis=1)
         (hidden,), cache = model.forward(params, [ar_segment(rows, start + first)], cache)

@@ -1,7 +1,7 @@
 """How a token is chosen: logits to a distribution, noise to a token, drafts to what is accepted.
 
-Every choice is keyed by (seed, stream, position, purpose), and by nothing else: a row's text
-depends neither on its batch-mates nor on how its tokens fell into cycles. A position may be drafted
+Every choice is keyed by (seed, noise id, position, purpose), and by nothing else: a text depends
+neither on its batch-mates nor on how its tokens fell into cycles. A position may be drafted
 in several cycles before it is emitted, each time from the same noise; only the cycle that emits it
 looks at the outcome, so the noise that counts is still used once.
 
@@ -18,28 +18,18 @@ import jax.numpy as jnp
 from flax import struct
 
 Array = jax.Array
+NOISE = "threefry2x32"  # named, so that no process's default changes a text
 
 
-class Rule(enum.Enum):
+class AcceptRule(enum.StrEnum):
     """When a sampled draft is accepted.
 
-    REJECTION accepts as often as can be (speculative sampling): AR's distribution, another text.
+    REJECTION accepts as often as possible (speculative sampling): AR's distribution, another text.
     COUPLED draws draft and target from one noise and accepts equals: AR's very text for the seed.
     """
 
     REJECTION = "rejection"
     COUPLED = "coupled"
-
-
-class Proposal(enum.Enum):
-    """What REJECTION proposes: a draw from the drafter's q, or its likeliest token (one-hot q).
-
-    ARGMAX is the default: it was accepted more often at every temperature tried (docs/results.md),
-    and no q [B, K-1, V] need be kept.
-    """
-
-    DRAW = "draw"
-    ARGMAX = "argmax"
 
 
 class Filters(struct.PyTreeNode):
@@ -56,33 +46,39 @@ class Sampler(struct.PyTreeNode):
     Attributes:
       temperature: float32[B]; a row of 0 is greedy.
       seed: uint32[B].
-      stream: uint32[B], tells apart rows that share a seed (the prompt and the sample's number).
+      noise_id: uint32[B], tells apart rows that share a seed (the prompt and the sample's number).
       filters: or None.
     """
 
     temperature: Array
     seed: Array
-    stream: Array
+    noise_id: Array
     filters: Filters | None = None
 
 
-class Purpose(enum.IntEnum):
+class NoiseKey(enum.IntEnum):
     """What a position's noise is for; each purpose has noise of its own."""
 
     TOKEN = 0  # the token itself: AR's draw, both draws of COUPLED, a rejected draft's replacement
     DRAFT = 1  # REJECTION's proposal
-    ACCEPT = 2  # REJECTION's verdict on it
+    ACCEPT = 2  # whether REJECTION accepts it
 
 
 class Drafts(NamedTuple):
-    """Proposed tokens int32[B, K-1] and, where REJECTION draws them, their q [B, K-1, V]."""
+    """Proposed tokens int32[B, K-1] and, where the drafter drew them, their q [B, K-1, V].
+
+    Without `probs` a proposal is of one point: the drafter's likeliest token, with certainty.
+    """
 
     tokens: Array
     probs: Array | None = None
 
 
-class Verdict(NamedTuple):
-    """tokens[:, : accepted + 1] are to be emitted: tokens int32[B, K], accepted int32[B]."""
+class Acceptance(NamedTuple):
+    """What a verification came to: tokens[:, : accepted + 1] are emitted.
+
+    tokens is int32[B, K], accepted int32[B].
+    """
 
     tokens: Array
     accepted: Array
@@ -103,54 +99,56 @@ def probabilities(logits: Array, sampler: Sampler) -> Array:
 
     A row of temperature 0 is one-hot at its likeliest token.
     """
-    hot = sampler.temperature[:, None, None]
-    probs = jax.nn.softmax(logits / jnp.where(hot > 0, hot, 1.0), axis=-1)
+    temperature = sampler.temperature[:, None, None]
+    probs = jax.nn.softmax(logits / jnp.where(temperature > 0, temperature, 1.0), axis=-1)
     if sampler.filters is not None:
         probs = _truncate(probs, sampler.filters)
     one_hot = jax.nn.one_hot(greedy(logits), logits.shape[-1])
-    return jnp.where(hot > 0, probs, one_hot)
+    return jnp.where(temperature > 0, probs, one_hot)
 
 
-def draw(probs: Array, sampler: Sampler, positions: Array, purpose: Purpose) -> Array:
+def gumbel_sample(probs: Array, sampler: Sampler, positions: Array, purpose: NoiseKey) -> Array:
     """Draw the token of each position with that position's noise (Gumbel-max).
 
     Args:
       probs: [B, T, V], not necessarily normalised.
-      sampler: whose seed and stream key the noise.
+      sampler: its seed and noise id key the noise.
       positions: int32[B, T], of the tokens drawn.
       purpose: which of the position's noises.
 
     Returns:
       int32[B, T].
     """
-    return greedy(perturbed(probs, sampler, positions, purpose))
+    return greedy(gumbel_scores(probs, sampler, positions, purpose))
 
 
-def perturbed(probs: Array, sampler: Sampler, positions: Array, purpose: Purpose) -> Array:
-    """Log-probabilities and noise, [B, T, V]: the largest is `draw`'s, the next its runners-up."""
+def gumbel_scores(probs: Array, sampler: Sampler, positions: Array, purpose: NoiseKey) -> Array:
+    """Log-probabilities and noise, [B, T, V]: the largest is `gumbel_sample`'s."""
     keys = _keys(sampler, positions, purpose)
     noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, probs.shape[-1:])))(keys)
     return jnp.log(probs) + noise
 
 
-def accept_equal(drafts: Array, predicted: Array) -> Verdict:
+def accept_equal(drafts: Array, predicted: Array) -> Acceptance:
     """Accept the longest prefix of drafts [B, K-1] that equals `predicted` [B, K].
 
     drafts    [7 3 9 4]
     predicted [7 3 5 8 2]  ->  2 drafts accepted; emitted 7 3 5, all three the AR view's own.
     """
     agree = (drafts == predicted[:, :-1]).astype(jnp.int32)
-    return Verdict(predicted, jnp.cumprod(agree, axis=1).sum(axis=1))
+    return Acceptance(predicted, jnp.cumprod(agree, axis=1).sum(axis=1))
 
 
-def accept_rejection(drafts: Drafts, target: Array, sampler: Sampler, positions: Array) -> Verdict:
-    """Accept each draft x with probability min(1, p(x) / q(x)), up to the first refused.
+def accept_rejection(
+    drafts: Drafts, target: Array, sampler: Sampler, positions: Array
+) -> Acceptance:
+    """Accept each draft x with probability min(1, p(x) / q(x)), up to the first rejected.
 
-    The refused one is replaced by a draw from max(p - q, 0); after a full acceptance the token
-    behind is drawn from p. The emitted tokens are then distributed as p, whatever q is.
+    The rejected one is replaced by a draw from max(p - q, 0); after a full acceptance the next
+    token is drawn from p. The emitted tokens are then distributed as p, whatever q is.
 
     Args:
-      drafts: tokens [B, K-1] and their q, or None for a one-hot q.
+      drafts: tokens [B, K-1] and their q, or None for a one-temperature q.
       target: p, [B, K, V].
       sampler: keys of the noise.
       positions: int32[B, K], of the tokens to be emitted.
@@ -158,24 +156,24 @@ def accept_rejection(drafts: Drafts, target: Array, sampler: Sampler, positions:
     tokens, q = drafts
     p_token = jnp.take_along_axis(target[:, :-1], tokens[..., None], axis=-1)[..., 0]
     q_token = 1.0 if q is None else jnp.take_along_axis(q, tokens[..., None], axis=-1)[..., 0]
-    keys = _keys(sampler, positions[:, :-1], Purpose.ACCEPT)
+    keys = _keys(sampler, positions[:, :-1], NoiseKey.ACCEPT)
     uniform = jax.vmap(jax.vmap(jax.random.uniform))(keys)
     kept = (uniform * q_token < p_token).astype(jnp.int32)
     accepted = jnp.cumprod(kept, axis=1).sum(axis=1)
 
-    # The first row not accepted: of p what q has not already offered; behind the last draft, all.
+    # The first row not accepted: the part of p that q has not offered; after the last draft, all.
     p = _at(target, accepted)
     if q is None:
-        refused = _at(jnp.pad(tokens, ((0, 0), (0, 1)), constant_values=-1), accepted)
-        left = jnp.where(jnp.arange(p.shape[-1]) == refused[..., None], 0.0, p)
+        rejected = _at(jnp.pad(tokens, ((0, 0), (0, 1)), constant_values=-1), accepted)
+        left = jnp.where(jnp.arange(p.shape[-1]) == rejected[..., None], 0.0, p)
     else:
         left = jnp.maximum(p - _at(jnp.pad(q, ((0, 0), (0, 1), (0, 0))), accepted), 0.0)
-    # Rounding may leave nothing where p and q are all but equal: then p is what is left.
+    # Rounding may leave nothing where p and q are all but equal: then draw from p.
     left = jnp.where(left.sum(axis=-1, keepdims=True) > 0, left, p)
-    own = draw(left, sampler, _at(positions, accepted), Purpose.TOKEN)
+    own = gumbel_sample(left, sampler, _at(positions, accepted), NoiseKey.TOKEN)
     index = jnp.arange(target.shape[1])
     padded = jnp.pad(tokens, ((0, 0), (0, 1)))
-    return Verdict(jnp.where(index < accepted[:, None], padded, own), accepted)
+    return Acceptance(jnp.where(index < accepted[:, None], padded, own), accepted)
 
 
 def log_prob(logits: Array, tokens: Array) -> Array:
@@ -185,22 +183,22 @@ def log_prob(logits: Array, tokens: Array) -> Array:
 
 
 def _truncate(probs: Array, filters: Filters) -> Array:
-    """Apply top-k, top-p and min-p in turn, each to what the one before left."""
+    """Apply top-k, top-p and min-p in turn, each to the rest that the one before left."""
     off = lambda x: x[:, None, None]
     k = jnp.where(filters.top_k > 0, filters.top_k, probs.shape[-1])
-    probs = _keep(probs, lambda kept: kept.sum(-1, keepdims=True) >= off(k))
+    probs = threshold_mask(probs, lambda kept: kept.sum(-1, keepdims=True) >= off(k))
     mass = off(filters.top_p) * probs.sum(-1, keepdims=True)
     enough = lambda kept: jnp.where(kept, probs, 0).sum(-1, keepdims=True) >= mass
-    probs = jnp.where(off(filters.top_p) < 1, _keep(probs, enough), probs)
+    probs = jnp.where(off(filters.top_p) < 1, threshold_mask(probs, enough), probs)
     floor = off(filters.min_p) * probs.max(-1, keepdims=True)
     probs = jnp.where(probs >= floor, probs, 0)
     return probs / probs.sum(-1, keepdims=True)
 
 
-def _keep(probs: Array, enough: Any) -> Array:
-    """Zero all but the likeliest tokens that are `enough`, found without sorting the vocabulary.
+def threshold_mask(probs: Array, enough: Any) -> Array:
+    """Zero all but the fewest likeliest tokens that are `enough`, without sorting the vocabulary.
 
-    Bisects on the bits of the least probability kept: floats that are not negative are ordered as
+    Bisect on the bits of the least probability kept: floats that are not negative are ordered as
     their bits are, so 30 sums find the exact threshold. Tokens equal to it are all kept.
     """
 
@@ -217,15 +215,15 @@ def _keep(probs: Array, enough: Any) -> Array:
     return jnp.where(bits >= threshold, probs, 0)
 
 
-def _keys(sampler: Sampler, positions: Array, purpose: Purpose) -> Array:
+def _keys(sampler: Sampler, positions: Array, purpose: NoiseKey) -> Array:
     """One key for each of positions [B, T]."""
 
-    def key(seed: Array, stream: Array, position: Array) -> Array:
-        row = jax.random.fold_in(jax.random.key(seed), stream)
+    def key(seed: Array, noise_id: Array, position: Array) -> Array:
+        row = jax.random.fold_in(jax.random.key(seed, impl=NOISE), noise_id)
         return jax.random.fold_in(jax.random.fold_in(row, position), purpose)
 
     by_position = jax.vmap(key, in_axes=(None, None, 0))
-    return jax.vmap(by_position)(sampler.seed, sampler.stream, positions)
+    return jax.vmap(by_position)(sampler.seed, sampler.noise_id, positions)
 
 
 def _at(rows: Array, index: Array) -> Array:

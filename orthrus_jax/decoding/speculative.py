@@ -1,9 +1,15 @@
-"""Exact parallel decoding: the AR loop, and the draft-verify-accept loop of Orthrus.
+"""Exact parallel decoding: the AR loop, and the draft-verify-accept loop with any drafter.
 
-Each loop is one `lax.while_loop` under one `jax.jit`. How a token is chosen and a draft judged is
-sampling.py; what a loop carries is state.py.
+One cycle of `speculative_decode`, for a sequence whose last emitted token is the anchor:
 
-Source: arXiv 2605.12825, sections on the shared cache and lossless verification.
+  1. the drafter proposes K - 1 tokens after the anchor,
+  2. the AR view reads [anchor, drafts] in one causal forward: `verify`,
+  3. the longest prefix it agrees with is accepted: `verify_drafts`,
+  4. these tokens and the AR view's own next one are emitted: `accept`.
+
+Each loop is one `lax.while_loop` under one `jax.jit`. How a token is chosen is sampling.py; what a
+loop carries is state.py. Source: arXiv 2605.12825, sections on the shared cache and lossless
+verification.
 """
 
 from functools import partial
@@ -13,28 +19,25 @@ import jax
 import jax.numpy as jnp
 
 from orthrus_jax.decoding.sampling import (
+    Acceptance,
+    AcceptRule,
     Drafts,
-    Proposal,
-    Purpose,
-    Rule,
-    Verdict,
     accept_equal,
     accept_rejection,
-    draw,
-    greedy,
     probabilities,
 )
 from orthrus_jax.decoding.state import (
     DecodeState,
     DecodingModel,
+    Drafter,
     choose,
-    count_cycle,
     emit,
-    forbid_early_end,
+    mask_eos_until_min_tokens,
     next_positions,
+    record_cycle,
     until_done,
 )
-from orthrus_jax.model.segment import ar_segment, block_segment
+from orthrus_jax.model.segment import ar_segment
 
 Array = jax.Array
 
@@ -45,116 +48,97 @@ def ar_decode(
     params: Any,
     state: DecodeState,
     *,
-    cycles: Array | None = None,
-    leave: Array | None = None,
+    max_cycles: Array | None = None,
+    min_active: Array | None = None,
 ) -> DecodeState:
-    """Decode one token a forward, the baseline, until every row is done. `state` is donated.
+    """Decode one token per forward, the baseline, until every sequence is done.
 
-    `cycles` and `leave` pause the loop: see `orthrus_decode`.
+    `state` is donated. `max_cycles` and `min_active` pause the loop: see `speculative_decode`.
     """
 
     def step(state: DecodeState) -> DecodeState:
         none = Drafts(jnp.zeros((state.anchor.shape[0], 0), jnp.int32))
-        logits, cache = verify(model, params, state, none)
-        return accept(
-            state.replace(cache=cache), accept_equal(none.tokens, choose(state, logits)), logits
-        )
+        logits, cache, _ = verify(model, params, state, none)
+        state = state.replace(cache=cache)
+        return accept(state, accept_equal(none.tokens, choose(state, logits)), logits)[0]
 
-    return until_done(step, state, cycles, leave)
+    return until_done(step, state, max_cycles, min_active)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("model", "block_size", "rule", "proposal"),
-    donate_argnames=("state",),
-)
-def orthrus_decode(
+@partial(jax.jit, static_argnames=("model", "drafter", "rule"), donate_argnames=("state",))
+def speculative_decode(
     model: DecodingModel,
     params: Any,
     state: DecodeState,
     *,
-    block_size: int | None = None,
-    rule: Rule = Rule.REJECTION,
-    proposal: Proposal = Proposal.ARGMAX,
-    cycles: Array | None = None,
-    leave: Array | None = None,
+    drafter: Drafter,
+    rule: AcceptRule = AcceptRule.REJECTION,
+    max_cycles: Array | None = None,
+    min_active: Array | None = None,
 ) -> DecodeState:
-    """Decode with two forwards a cycle, draft and verify, until every row is done.
+    """Draft, verify, accept, until every sequence is done.
 
-    Greedy, and under Rule.COUPLED, it emits what `ar_decode` emits; under Rule.REJECTION what it
-    emits is distributed alike.
+    Greedy, and under AcceptRule.COUPLED, the text is `ar_decode`'s; under AcceptRule.REJECTION it
+    is distributed alike, whatever the drafter proposes.
 
     Args:
       model: static.
-      params: both views' parameters.
-      state: donated.
-      block_size: rows of a block, static; None is the trained K (config.block_size). Every value
-        from 2 to K is exact.
-      rule, proposal: static; see sampling.py. They matter only with a sampler.
-      cycles: int32[], return after so many cycles even if rows are left; None is no limit.
-      leave: int32[], return as soon as no more than so many rows are left; None is 0.
+      params: of the base and the drafter.
+      state: donated; its prefill's `lookahead` is at least the drafter's.
+      drafter: static.
+      rule: static; matters only with a sampler.
+      max_cycles: int32[], return after so many cycles even if sequences are unfinished; None is no
+        limit.
+      min_active: int32[], return once at most so many sequences are unfinished; None is 0.
     """
-    block_size = block_size or model.config.block_size
-    if not 2 <= block_size <= model.config.block_size:
-        raise ValueError(f"block_size={block_size} must be from 2 to {model.config.block_size}")
 
     def cycle(state: DecodeState) -> DecodeState:
-        drafts = draft(model, params, state, block_size, rule, proposal)
-        logits, cache = verify(model, params, state, drafts)
-        return accept(state.replace(cache=cache), judge(state, drafts, logits, rule), logits)
+        drafts, carry = drafter.propose(params, state)
+        logits, cache, taps = verify(model, params, state, drafts, drafter.taps)
+        verdict = verify_drafts(state, drafts, logits, rule)
+        state = state.replace(cache=cache, drafter=carry)
+        state, accepted = accept(state, verdict, logits)
+        return state.replace(drafter=drafter.observe(params, state, taps, accepted))
 
-    return until_done(cycle, state, cycles, leave)
-
-
-def draft(
-    model: DecodingModel,
-    params: Any,
-    state: DecodeState,
-    block_size: int,
-    rule: Rule = Rule.REJECTION,
-    proposal: Proposal = Proposal.ARGMAX,
-) -> Drafts:
-    """Guess the block_size - 1 tokens after the anchor in one diffusion pass."""
-    mask = model.config.mask_token_id
-    assert mask is not None, "drafting needs config.mask_token_id"
-    block = block_segment(state.anchor, state.position, block_size, mask)
-    (hidden,), _ = model.forward(params, [block], state.cache)
-    # Row j guesses the token after its own position, so the last row's guess is one too many.
-    logits = model.logits(params, hidden[:, :-1])
-    if state.sampler is None or rule is Rule.COUPLED:
-        return Drafts(choose(state, logits))
-    logits = forbid_early_end(state, logits)
-    if proposal is Proposal.ARGMAX:
-        return Drafts(greedy(logits))
-    q = probabilities(logits, state.sampler)
-    return Drafts(draw(q, state.sampler, next_positions(state, q), Purpose.DRAFT), q)
+    return until_done(cycle, state, max_cycles, min_active)
 
 
 def verify(
-    model: DecodingModel, params: Any, state: DecodeState, drafts: Drafts
-) -> tuple[Array, Any]:
+    model: DecodingModel,
+    params: Any,
+    state: DecodeState,
+    drafts: Drafts,
+    taps: tuple[int, ...] = (),
+) -> tuple[Array, Any, Any]:
     """Run [anchor, drafts] through the AR view in one causal pass.
 
     Returns:
-      The AR view's logits [B, K, V] for the token after each of these rows, and the cache with
-      their keys and values written behind the live slots.
+      The AR view's logits [B, K, V] for the token after each of these rows; the cache with their
+      keys and values written after the live slots; and their hidden states at the layers `taps`.
     """
     tokens = jnp.concatenate([state.anchor[:, None], drafts.tokens], axis=1)
     rows = ar_segment(tokens, state.position)
-    (hidden,), cache = model.forward(params, [rows], state.cache)
-    return model.logits(params, hidden), cache
+    tapped: Any = ()
+    if taps:
+        (hidden,), cache, tapped = model.forward(params, [rows], state.cache, taps)
+    else:
+        (hidden,), cache = model.forward(params, [rows], state.cache)
+    return model.logits(params, hidden), cache, tapped
 
 
-def judge(state: DecodeState, drafts: Drafts, logits: Array, rule: Rule) -> Verdict:
-    """How many drafts stand, and the AR view's own token behind them."""
-    if state.sampler is None or rule is Rule.COUPLED:
+def verify_drafts(
+    state: DecodeState, drafts: Drafts, logits: Array, rule: AcceptRule
+) -> Acceptance:
+    """How many drafts are accepted, and the AR view's own token after them."""
+    if state.sampler is None or rule == AcceptRule.COUPLED:
         return accept_equal(drafts.tokens, choose(state, logits))
-    target = probabilities(forbid_early_end(state, logits), state.sampler)
+    target = probabilities(mask_eos_until_min_tokens(state, logits), state.sampler)
     return accept_rejection(drafts, target, state.sampler, next_positions(state, logits))
 
 
-def accept(state: DecodeState, verdict: Verdict, logits: Array) -> DecodeState:
-    """Emit what the verdict accepts, and count the cycle."""
+def accept(state: DecodeState, verdict: Acceptance, logits: Array) -> tuple[DecodeState, Array]:
+    """Emit the accepted tokens and record the cycle; return how many drafts were emitted, [B]."""
     active, count = ~state.done, state.count
     state = emit(state, verdict.tokens, verdict.accepted, logits)
-    return count_cycle(state, active, jnp.minimum(verdict.accepted, state.count - count))
+    kept = jnp.minimum(verdict.accepted, state.count - count)
+    return record_cycle(state, active, kept), kept

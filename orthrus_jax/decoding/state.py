@@ -14,7 +14,15 @@ from flax import struct
 from jax.sharding import Mesh
 
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.decoding.sampling import Purpose, Sampler, draw, greedy, log_prob, probabilities
+from orthrus_jax.decoding.sampling import (
+    Drafts,
+    NoiseKey,
+    Sampler,
+    greedy,
+    gumbel_sample,
+    log_prob,
+    probabilities,
+)
 from orthrus_jax.model.segment import Segment
 from orthrus_jax.sharding import of_rows
 
@@ -36,11 +44,43 @@ class DecodingModel(Protocol):
     def logits(self, params: Any, hidden: Array) -> Array: ...
 
 
+class Drafter(Protocol):
+    """Who proposes drafts to `speculative_decode`. Instances are hashable and static.
+
+    A drafter only proposes: whatever it says, the emitted text is the AR view's own. One that is
+    wrong is only slow.
+    """
+
+    @property
+    def lookahead(self) -> int:
+        """Drafts per cycle: slots that a verification writes after the anchor's."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the base whose hidden states `observe` reads; () for none."""
+
+    def init(self, batch: int, slots: int) -> Any:
+        """The carry before the first cycle, DecodeState.drafter: arrays [B, ...], or None."""
+
+    def propose(self, params: Any, state: "DecodeState") -> tuple[Drafts, Any]:
+        """Guess the `lookahead` tokens after the anchor; return them and the new carry."""
+
+    def observe(self, params: Any, state: "DecodeState", taps: Any, accepted: Array) -> Any:
+        """The carry after a verification.
+
+        Args:
+          params: of the base and the drafter.
+          state: after the accepted tokens were emitted; `state.drafter` is `propose`'s carry.
+          taps: per tapped layer, the verified rows' hidden states [B, K, E]; () without taps.
+          accepted: int32[B], drafts accepted.
+        """
+
+
 class DecodeState(struct.PyTreeNode):
-    """Everything a loop carries. N is the most tokens any row of this state can emit.
+    """Everything a loop carries. N is the most tokens any sequence of this state can emit.
 
     Attributes:
-      tokens: int32[B, N], the emitted tokens; entries from `count` on mean nothing.
+      tokens: int32[B, N], the emitted tokens; entries from `count` on are undefined.
       count: int32[B], tokens emitted.
       budget: int32[B], tokens this row may emit in all.
       anchor: int32[B], the last emitted token, whose keys and values are not in the cache yet.
@@ -53,9 +93,10 @@ class DecodeState(struct.PyTreeNode):
       sampler: how tokens are drawn, or None for greedy decoding.
       min_tokens: int32[B], no end token before so many tokens; or None.
       logprobs: float32[B, N], log p of each emitted token under the AR view; or None.
-      ahead: the next draft, where a forward drafts for the one after it (ahead.py); or None.
+      drafter: what the drafter carries from cycle to cycle: the next draft where a forward drafts
+        while it verifies (overlapped.py), a `Drafter`'s own carry; or None.
 
-    What is None is not compiled.
+    A field that is None is not compiled.
     """
 
     tokens: Array
@@ -71,31 +112,32 @@ class DecodeState(struct.PyTreeNode):
     sampler: Sampler | None = None
     min_tokens: Array | None = None
     logprobs: Array | None = None
-    ahead: Any = None
+    drafter: Any = None
 
 
 def shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
-    """Where each array of a state lies on a mesh: its rows shared out, and its cache's heads."""
+    """The sharding of each array of a state: sequences shared out, and the heads of its cache."""
     rest = jax.tree.map(lambda x: of_rows(x.shape, mesh), state.replace(cache=None))
     return rest.replace(cache=state.cache.shardings())
 
 
 def choose(state: DecodeState, logits: Array, depth: Array | None = None) -> Array:
-    """The tokens AR decoding takes from logits [B, T, V] behind the anchor: int32[B, T].
+    """The tokens AR decoding takes from logits [B, T, V] from the anchor on: int32[B, T].
 
-    `depth` int32[B, T] is how far behind the anchor each row lies; None is 0, 1, 2, ...
+    `depth` int32[B, T] is the distance of each row from the anchor; None is 0, 1, 2, ...
     """
-    logits = forbid_early_end(state, logits, depth)
+    logits = mask_eos_until_min_tokens(state, logits, depth)
     if state.sampler is None:
         return greedy(logits)
     probs = probabilities(logits, state.sampler)
-    return draw(probs, state.sampler, next_positions(state, logits, depth), Purpose.TOKEN)
+    positions = next_positions(state, logits, depth)
+    return gumbel_sample(probs, state.sampler, positions, NoiseKey.TOKEN)
 
 
 def emit(state: DecodeState, tokens: Array, accepted: Array, logits: Array) -> DecodeState:
-    """Append tokens[:, : accepted + 1] to each row, cut after an end token and at the budget.
+    """Append tokens[:, : accepted + 1] to each sequence, cut after an end token and at the budget.
 
-    Rollback is here and is free: only as many slots become live as tokens were emitted.
+    Rollback happens here and is free: as many slots become live as tokens were emitted.
 
     Args:
       state: before.
@@ -128,8 +170,8 @@ def emit(state: DecodeState, tokens: Array, accepted: Array, logits: Array) -> D
     )
 
 
-def count_cycle(state: DecodeState, active: Array, kept: Array) -> DecodeState:
-    """Note a cycle of the rows `active` [B], in which `kept` [B] drafts were emitted."""
+def record_cycle(state: DecodeState, active: Array, kept: Array) -> DecodeState:
+    """Record a cycle of the sequences `active` [B], in which `kept` [B] drafts were emitted."""
     now = jnp.arange(state.accepted.shape[1]) == state.cycles[:, None]
     return state.replace(
         cycles=state.cycles + active,
@@ -138,13 +180,15 @@ def count_cycle(state: DecodeState, active: Array, kept: Array) -> DecodeState:
 
 
 def next_positions(state: DecodeState, rows: Array, depth: Array | None = None) -> Array:
-    """Positions int32[B, T] of the tokens behind rows [B, T, ...], `depth` behind the anchor."""
+    """Positions int32[B, T] of the tokens after rows [B, T, ...], `depth` from the anchor."""
     depth = jnp.arange(rows.shape[1]) if depth is None else depth
     return state.position[:, None] + 1 + depth
 
 
-def forbid_early_end(state: DecodeState, logits: Array, depth: Array | None = None) -> Array:
-    """Forbid end tokens where fewer than min_tokens would stand before them."""
+def mask_eos_until_min_tokens(
+    state: DecodeState, logits: Array, depth: Array | None = None
+) -> Array:
+    """Mask end tokens where fewer than min_tokens would come before them."""
     if state.min_tokens is None:
         return logits
     depth = jnp.arange(logits.shape[1]) if depth is None else depth
@@ -155,7 +199,7 @@ def forbid_early_end(state: DecodeState, logits: Array, depth: Array | None = No
 
 @partial(jax.jit, donate_argnames=("state",))
 def stop(state: DecodeState, rows: Array) -> DecodeState:
-    """Mark rows bool[B] done, as a stop string found in their text asks. `state` is donated."""
+    """Mark sequences `rows` bool[B] done, as after a stop string. `state` is donated."""
     return state.replace(done=state.done | rows)
 
 
@@ -174,15 +218,15 @@ def insert(state: DecodeState, row: DecodeState, at: Array) -> DecodeState:
 def until_done(
     step: Callable[[DecodeState], DecodeState],
     state: DecodeState,
-    cycles: Array | None,
-    leave: Array | None,
+    max_cycles: Array | None,
+    min_active: Array | None,
 ) -> DecodeState:
-    """Repeat `step` until at most `leave` rows are not done, or `cycles` times."""
+    """Repeat `step` until at most `min_active` sequences are unfinished, or `max_cycles` times."""
 
     def going(carry: tuple[DecodeState, Array]) -> Array:
         state, taken = carry
-        more = (~state.done).sum() > (0 if leave is None else leave)
-        return more if cycles is None else more & (taken < cycles)
+        more = (~state.done).sum() > (0 if min_active is None else min_active)
+        return more if max_cycles is None else more & (taken < max_cycles)
 
     advance = lambda carry: (step(carry[0]), carry[1] + 1)
     state, _ = jax.lax.while_loop(going, advance, (state, jnp.int32(0)))

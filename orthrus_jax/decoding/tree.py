@@ -1,6 +1,6 @@
-"""Trees of drafts: several guesses a position, verified together in one forward.
+"""Trees of drafts: several guesses per position, verified together in one forward.
 
-The drafting view gives the likeliest tokens of each position behind the anchor. A tree holds the
+The drafter gives the likeliest tokens of each position after the anchor. A tree holds the
 prefixes that are likeliest as a whole, one node for the last token of each. It is laid out in rows:
 the anchor first, a parent before its children. Every row sees the cache and its own path.
 
@@ -11,8 +11,9 @@ the anchor first, a parent before its children. Every row sees the cache and its
     parent         .       0     0     1      2      1      3
     depth          0       1     1     2      2      2      3
 
-The AR view says one token behind each row: the walk goes from the root to the child that equals it,
-as far as there is one. Which nodes there are decides how far it gets, never what is emitted.
+The AR view predicts one token after each row. The accepted path goes from the root to the child
+that equals the prediction, as far as there is one. The nodes decide how long it is, never which
+tokens are emitted.
 """
 
 import jax
@@ -22,12 +23,12 @@ from flax import struct
 Array = jax.Array
 
 
-class Guesses(struct.PyTreeNode):
-    """What a drafting view holds likely at each of the D positions behind the anchor.
+class TopK(struct.PyTreeNode):
+    """The drafter's likeliest tokens at each of the D positions after the anchor.
 
     Attributes:
       tokens: int32[B, D, M], the M likeliest, likeliest first.
-      probs: float32[B, D, M], their probabilities; 0 where nothing is known.
+      probs: float32[B, D, M], their probabilities; 0 where no guess is known.
     """
 
     tokens: Array
@@ -40,10 +41,10 @@ class Tree(struct.PyTreeNode):
     Attributes:
       tokens: int32[B, R].
       parent: int32[B, R], the row before it on its path; the anchor's is itself.
-      depth: int32[B, R], its distance from the anchor; 0 too for a row that fills up the shape.
+      depth: int32[B, R], its distance from the anchor; also 0 for a row that fills up the shape.
       rank: int32[B, R], which guess of its position it is; the anchor's is 0.
       path: bool[B, R, R], path[b, r, s]: s is r or one of its ancestors.
-      reach: float32[B, R], how likely all of its path is right.
+      path_prob: float32[B, R], the probability that all of its path is right.
     """
 
     tokens: Array
@@ -51,49 +52,50 @@ class Tree(struct.PyTreeNode):
     depth: Array
     rank: Array
     path: Array
-    reach: Array
+    path_prob: Array
 
 
-def nothing(batch: int, positions: int, choices: int) -> Guesses:
-    """No guesses: any tree of them has its anchor alone for a likely end."""
-    shape = (batch, positions, choices)
-    return Guesses(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+def empty(batch: int, positions: int, candidates: int) -> TopK:
+    """No guesses: a tree built of them ends at its anchor."""
+    shape = (batch, positions, candidates)
+    return TopK(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
-def first(guesses: Guesses, count: int) -> Guesses:
+def take(guesses: TopK, count: int) -> TopK:
     """The first `count` positions."""
     return jax.tree.map(lambda x: x[:, :count], guesses)
 
 
-def shifted(guesses: Guesses, by: Array) -> Guesses:
-    """What the guesses say of the positions `by` [B] further on; behind them nothing is known."""
+def shift(guesses: TopK, by: Array) -> TopK:
+    """Drop the first `by` [B] positions; nothing is known of those that follow the last."""
     width = guesses.tokens.shape[1]
     source = by[:, None] + jnp.arange(width)
     index = jnp.minimum(source, width - 1)[..., None]
     moved = jax.tree.map(lambda x: jnp.take_along_axis(x, index, axis=1), guesses)
-    return known(moved, width - by)
+    return mask_from(moved, width - by)
 
 
-def known(guesses: Guesses, count: Array) -> Guesses:
-    """The first `count` [B] positions; of the others nothing is known."""
+def mask_from(guesses: TopK, count: Array) -> TopK:
+    """Keep the first `count` [B] positions; nothing is known of the others."""
     inside = (jnp.arange(guesses.tokens.shape[1]) < count[:, None])[..., None]
     return jax.tree.map(lambda x: jnp.where(inside, x, 0), guesses)
 
 
-def grow(anchor: Array, guesses: Guesses, nodes: int) -> Tree:
-    """The `nodes` likeliest prefixes if positions were independent, behind `anchor` [B].
+def build_tree(anchor: Array, guesses: TopK, nodes: int) -> Tree:
+    """The `nodes` likeliest prefixes after `anchor` [B], if positions were independent.
 
-    Level by level: what is among the best of all levels is among the best `nodes` of its own, and
-    so is its parent, which is no less likely. Ties go to the shallower node, so a parent is always
-    chosen with its child.
+    Built level by level: a node among the best of all levels is among the best `nodes` of its own,
+    and so is its parent, which is no less likely. Ties go to the shallower node, so a parent is
+    always chosen with its child.
     """
-    batch, _, choices = guesses.tokens.shape
+    batch, _, candidates = guesses.tokens.shape
     levels = min(nodes, guesses.tokens.shape[1])
-    least = jnp.finfo(jnp.float32).tiny  # what is not known is unlikely, not absent
+    # Unknown positions get the smallest probability, not zero, so that the tree keeps its shape.
+    least = jnp.finfo(jnp.float32).tiny
     log_p = jnp.log(jnp.maximum(guesses.probs[:, :levels], least)).swapaxes(0, 1)
 
     def level(above: Array, at: Array) -> tuple[Array, tuple[Array, Array]]:
-        scores = (above[:, :, None] + at[:, None]).reshape(batch, nodes * choices)
+        scores = (above[:, :, None] + at[:, None]).reshape(batch, nodes * candidates)
         best, index = jax.lax.top_k(scores, nodes)
         return best, (best, index)
 
@@ -106,12 +108,12 @@ def grow(anchor: Array, guesses: Guesses, nodes: int) -> Tree:
     pick = lambda x: jnp.take_along_axis(x, chosen, axis=1)
     scores, index, depth = pick(scores), pick(index), chosen // nodes + 1
     exists = scores > -jnp.inf
-    above = (depth - 2) * nodes + index // choices  # the parent's number, where it has one
+    above = (depth - 2) * nodes + index // candidates  # the parent's number, where it has one
     parent = 1 + jnp.argmax(chosen[:, None] == above[..., None], axis=2)
     parent = jnp.where(exists & (depth > 1), parent, 0)
-    rank = index % choices
+    rank = index % candidates
     flat = guesses.tokens[:, :levels].reshape(batch, -1)
-    tokens = jnp.take_along_axis(flat, (depth - 1) * choices + rank, axis=1)
+    tokens = jnp.take_along_axis(flat, (depth - 1) * candidates + rank, axis=1)
     with_root = lambda x, root: jnp.concatenate([root[:, None].astype(x.dtype), x], axis=1)
     zero, parent = jnp.zeros_like(anchor), parent.astype(jnp.int32)
     parent = with_root(parent, zero)
@@ -121,37 +123,37 @@ def grow(anchor: Array, guesses: Guesses, nodes: int) -> Tree:
         depth=with_root(jnp.where(exists, depth, 0), zero),
         rank=with_root(rank, zero),
         path=_paths(parent, levels),
-        reach=with_root(jnp.exp(scores), jnp.ones_like(anchor)),
+        path_prob=with_root(jnp.exp(scores), jnp.ones_like(anchor)),
     )
 
 
-def chain(anchor: Array, guesses: Guesses) -> Tree:
-    """The likeliest guess of each position, one behind the other: `grow` of one choice, at once."""
+def chain(anchor: Array, guesses: TopK) -> Tree:
+    """The likeliest guess of each position, one after the other: `build_tree` of one candidate."""
     rows = guesses.tokens.shape[1] + 1
     depth = jnp.broadcast_to(jnp.arange(rows), (anchor.shape[0], rows))
-    reach = jnp.cumprod(guesses.probs[..., 0], axis=1)
+    path_prob = jnp.cumprod(guesses.probs[..., 0], axis=1)
     return Tree(
         tokens=jnp.concatenate([anchor[:, None], guesses.tokens[..., 0]], axis=1),
         parent=jnp.maximum(depth - 1, 0),
         depth=depth,
         rank=jnp.zeros_like(depth),
         path=jnp.broadcast_to(jnp.tri(rows, dtype=bool), (anchor.shape[0], rows, rows)),
-        reach=jnp.pad(reach, ((0, 0), (1, 0)), constant_values=1.0),
+        path_prob=jnp.pad(path_prob, ((0, 0), (1, 0)), constant_values=1.0),
     )
 
 
-def walk(tree: Tree, predicted: Array) -> tuple[Array, Array]:
-    """Follow what the AR view says behind each row, `predicted` [B, R], from the root on.
+def accepted_path(tree: Tree, predicted: Array) -> tuple[Array, Array]:
+    """Follow the AR view's prediction after each row, `predicted` [B, R], from the root on.
 
     Returns:
-      How many drafts stand, int32[B]; and the rows from the anchor to the last that stands,
+      How many drafts are accepted, int32[B]; and the rows from the anchor to the last accepted,
       int32[B, R], the last repeated from there on.
     """
-    behind = jnp.take_along_axis(predicted, tree.parent, axis=1)
+    expected = jnp.take_along_axis(predicted, tree.parent, axis=1)
     is_root = jnp.arange(tree.tokens.shape[1]) == 0
-    right = is_root | ((tree.tokens == behind) & (tree.depth > 0))
-    stands = ~(tree.path & ~right[:, None]).any(axis=2)
-    last = jnp.argmax(jnp.where(stands, tree.depth, -1), axis=1)
+    right = is_root | ((tree.tokens == expected) & (tree.depth > 0))
+    accepted_row = ~(tree.path & ~right[:, None]).any(axis=2)
+    last = jnp.argmax(jnp.where(accepted_row, tree.depth, -1), axis=1)
     way = jnp.take_along_axis(tree.path, last[:, None, None], axis=1)[:, 0]
     accepted = jnp.take_along_axis(tree.depth, last[:, None], axis=1)[:, 0]
     steps = jnp.arange(tree.tokens.shape[1])
@@ -160,23 +162,23 @@ def walk(tree: Tree, predicted: Array) -> tuple[Array, Array]:
     return accepted, rows.astype(jnp.int32)
 
 
-def ends(tree: Tree) -> Array:
-    """How likely the walk ends at each row, float32[B, R]: it gets there, and to no child."""
-    onward = jnp.where(_children(tree), tree.reach[:, None], 0.0).sum(axis=2)
-    return jnp.maximum(tree.reach - onward, 0.0)
+def stop_probs(tree: Tree) -> Array:
+    """The probability that the accepted path ends at each row, float32[B, R]."""
+    onward = jnp.where(_children(tree), tree.path_prob[:, None], 0.0).sum(axis=2)
+    return jnp.maximum(tree.path_prob - onward, 0.0)
 
 
-def corrections(tree: Tree, guesses: Guesses) -> Array:
-    """How likely the walk ends at a row and a guess outside the tree comes next.
+def bonus_probs(tree: Tree, guesses: TopK) -> Array:
+    """The probability that the path ends at a row and a guess outside the tree comes next.
 
     Returns:
-      float32[B, R, M]: for each row, the guesses of the position behind it; 0 for its children.
+      float32[B, R, M]: for each row, the guesses of the next position; 0 for its children.
     """
-    probs = jnp.pad(guesses.probs, ((0, 0), (0, 1), (0, 0)))  # behind the last: nothing known
+    probs = jnp.pad(guesses.probs, ((0, 0), (0, 1), (0, 0)))  # after the last: nothing known
     after = jnp.take_along_axis(probs, jnp.minimum(tree.depth, probs.shape[1] - 1)[..., None], 1)
     ranks = jax.nn.one_hot(tree.rank, guesses.tokens.shape[2])
     taken = _children(tree).astype(jnp.float32) @ ranks  # by no or one child
-    return jnp.where(taken > 0, 0.0, tree.reach[..., None] * after)
+    return jnp.where(taken > 0, 0.0, tree.path_prob[..., None] * after)
 
 
 def _children(tree: Tree) -> Array:

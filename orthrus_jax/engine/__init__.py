@@ -3,9 +3,6 @@
 from orthrus_jax.engine.loop import STREAM_CYCLES, Engine
 from orthrus_jax.engine.programs import bucket
 from orthrus_jax.engine.request import (
-    BLOCKS,
-    CYCLES,
-    MODES,
     Answer,
     Event,
     Plan,
@@ -15,9 +12,6 @@ from orthrus_jax.engine.request import (
 from orthrus_jax.engine.session import Memory
 
 __all__ = [
-    "BLOCKS",
-    "CYCLES",
-    "MODES",
     "STREAM_CYCLES",
     "Answer",
     "Engine",

@@ -19,15 +19,12 @@ from jax.sharding import Mesh
 from orthrus_jax import decoding
 from orthrus_jax.attention.cache import KVCache
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.decoding import overlapped as ahead
-from orthrus_jax.decoding.overlapped import Scheme
-from orthrus_jax.decoding.sampling import Filters, Proposal, Sampler
+from orthrus_jax.decoding.sampling import AcceptRule, Filters, Sampler
+from orthrus_jax.decoding.strategy import Strategy
+from orthrus_jax.drafters import DiffusionDrafter
 from orthrus_jax.engine.detokenizer import TextStream
 from orthrus_jax.engine.programs import bucket
 from orthrus_jax.engine.request import (
-    BLOCKS,
-    CYCLES,
-    MODES,
     Answer,
     Event,
     Plan,
@@ -75,7 +72,8 @@ class Engine:
     """A model's compiled programs, kept by shape, and the loop that feeds them.
 
     On a `mesh` the rows of a batch are shared out over `data` and `fsdp`, heads over `tensor`; the
-    parameters lie there already (`sharding.of_tree`). `trust` is ahead.Scheme's, of this model.
+    parameters lie there already (`sharding.of_tree`). `draft_temperature` is this model's, where a
+    strategy names none.
     """
 
     def __init__(
@@ -84,10 +82,10 @@ class Engine:
         params: Params,
         tokenizer: Tokenizer = None,
         mesh: Mesh | None = None,
-        trust: float = 1.0,
+        draft_temperature: float = 1.0,
     ) -> None:
         self.config, self.params, self.tokenizer, self.mesh = config, params, tokenizer, mesh
-        self.trust = trust
+        self.draft_temperature = draft_temperature
         self.model = Model(config, mesh)
         self.compile_seconds = 0.0
         self._programs: dict[tuple, Any] = {}
@@ -99,31 +97,9 @@ class Engine:
           UserError: naming the value and its limit.
         """
         config = self.config
-        if plan.mode not in MODES:
-            raise UserError(f"mode={plan.mode!r} is not one of {', '.join(MODES)}")
+        plan.strategy.resolve(config)
         if plan.batch_size < 1:
             raise UserError(f"batch_size={plan.batch_size} must be at least 1")
-        if plan.mode == "orthrus" and config.mask_token_id is None:
-            raise UserError("config.json names no mask_token_id, which drafting needs: use mode ar")
-        if plan.draft_length is not None and not 2 <= plan.draft_length <= config.block_size:
-            raise UserError(
-                f"draft_length={plan.draft_length} must be from 2 to {config.block_size}"
-            )
-        if plan.cycle not in CYCLES:
-            raise UserError(f"cycle={plan.cycle!r} is not one of {', '.join(CYCLES)}")
-        for name in BLOCKS:
-            if getattr(plan, name) < 0:
-                raise UserError(f"{name}={getattr(plan, name)} must be 0 or more")
-        if plan.cycle == "one-forward" and not plan.early_blocks + plan.fresh_blocks:
-            raise UserError(
-                "early_blocks=0 and fresh_blocks=0: cycle='one-forward' drafts by at least one"
-            )
-        if plan.cycle == "paper" and plan.tree_nodes:
-            raise UserError(
-                f"tree_nodes={plan.tree_nodes} needs cycle='two-forward' or 'one-forward'"
-            )
-        if plan.cycle != "paper" and plan.proposal is Proposal.DRAW:
-            raise UserError(f"proposal=draw needs cycle='paper': {plan.cycle} keeps no q")
         for i, request in enumerate(requests):
             new = request.sampling.max_new_tokens
             if not len(request.prompt):
@@ -143,7 +119,7 @@ class Engine:
 
     def slots(self, prompt: int, new: int, plan: Plan) -> int:
         """Cache slots that a prompt and its answer, of at most so many tokens, are given."""
-        behind = max(self.config.block_size, plan.tree_nodes + 1)
+        behind = max(self.config.block_size, plan.strategy.tree_nodes + 1)
         return bucket(bucket(prompt) + bucket(new) + behind)
 
     def serve(
@@ -288,11 +264,10 @@ class Engine:
                 "slots": shape.slots,
                 "max_new_tokens": shape.width,
                 "logprobs": shape.logprobs,
-                "reach": max(self.config.block_size - 1, plan.tree_nodes),
+                "lookahead": max(self.config.block_size - 1, plan.strategy.tree_nodes),
             },
         )
-        if plan.mode == "orthrus" and plan.forwards == 1:
-            state = state.replace(ahead=self._scheme(plan).nothing(len(rows)))
+        state = state.replace(drafter=self._drafter_carry(plan.strategy, len(rows), shape.slots))
         if plan.time_first:
             jax.block_until_ready(state.tokens)
             for row in filter(None, rows):
@@ -316,7 +291,7 @@ class Engine:
         return Sampler(
             temperature=array(lambda r: r.sampling.temperature, np.float32),
             seed=array(lambda r: r.sampling.seed, np.uint32),
-            stream=array(lambda r: r.stream, np.uint32),
+            noise_id=array(lambda r: r.stream, np.uint32),
             filters=filters,
         )
 
@@ -326,26 +301,37 @@ class Engine:
         """Run the loop until the host has something to do."""
         active = sum(row is not None for row in rows)
         watched = any(row is not None and row.text is not None for row in rows)
-        static: dict[str, Any]
         pause = {
-            "cycles": jnp.int32(STREAM_CYCLES if watched else FOREVER),
-            "leave": jnp.int32(active - 1 if refilling else 0),
+            "max_cycles": jnp.int32(STREAM_CYCLES if watched else FOREVER),
+            "min_active": jnp.int32(active - 1 if refilling else 0),
         }
-        if plan.mode == "ar":
-            return self._run(decoding.ar_decode, state, **pause)
-        if plan.cycle != "paper":
-            static = {"scheme": self._scheme(plan)}
-            if state.sampler is not None:
-                static |= {"rule": plan.accept}
-            loop = ahead.one_forward_decode if plan.forwards == 1 else ahead.two_forward_decode
-            return self._run(loop, state, **pause, static=static)
-        static = {"block_size": plan.draft_length}
-        if state.sampler is not None:
-            static |= {"rule": plan.accept, "proposal": plan.proposal}
-        return self._run(decoding.orthrus_decode, state, **pause, static=static)
+        loop, static = self._loop_of(plan.strategy, sampled=state.sampler is not None)
+        return self._run(loop, state, **pause, static=static)
 
-    def _scheme(self, plan: Plan) -> Scheme:
-        return dataclasses.replace(plan.scheme(self.config), trust=self.trust)
+    def _loop_of(self, strategy: Strategy, *, sampled: bool) -> tuple[Any, dict[str, Any]]:
+        """The compiled loop of a strategy, and its static arguments."""
+        strategy = self._resolved(strategy)
+        if strategy.method == "ar":
+            return decoding.ar_decode, {}
+        if strategy.method == "orthrus":
+            rule = AcceptRule(strategy.accept) if sampled else AcceptRule.REJECTION
+            drafter = DiffusionDrafter(self.model, strategy.block_size, rule)
+            return decoding.speculative_decode, {"drafter": drafter, "rule": rule}
+        # These emit the AR view's own draws under either rule: it is no part of their programs.
+        static = {"strategy": dataclasses.replace(strategy, accept=AcceptRule.REJECTION)}
+        if strategy.method == "orthrus-1f":
+            return decoding.one_forward_decode, static
+        return decoding.two_forward_decode, static
+
+    def _drafter_carry(self, strategy: Strategy, batch: int, slots: int) -> Any:
+        """DecodeState.drafter after a prefill."""
+        if strategy.method == "orthrus-1f":
+            return decoding.no_draft(self._resolved(strategy), batch)
+        loop = self._loop_of(strategy, sampled=False)[1]
+        return loop["drafter"].init(batch, slots) if "drafter" in loop else None
+
+    def _resolved(self, strategy: Strategy) -> Strategy:
+        return strategy.resolve(self.config, self.draft_temperature)
 
     def _look(self, row: _Row, *found: Any) -> Event:
         """What is new of a row since the host last looked."""

@@ -7,14 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from orthrus_jax.config import ModelConfig
-from orthrus_jax.decoding.overlapped import CHOICES, Scheme
-from orthrus_jax.decoding.sampling import Proposal, Rule
+from orthrus_jax.decoding.strategy import Strategy
 from orthrus_jax.errors import UserError
 
-MODES = ("orthrus", "ar")
-CYCLES = ("paper", "two-forward", "one-forward")  # of mode orthrus: decode.py's, ahead.py's two
-BLOCKS = ("early_blocks", "fresh_blocks", "tree_nodes")  # what the latter spend rows on
 SEED_LIMIT = 1 << 32
 
 
@@ -95,57 +90,24 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How requests are decoded; none of it changes a greedy or coupled text.
+    """How requests are decoded together; none of it changes a greedy or coupled text.
 
     Attributes:
-      mode: "orthrus" (draft and verify) or "ar" (one token a forward, the baseline).
-      accept: the rule for sampled drafts.
-      proposal: what the rejection rule proposes.
-      draft_length: rows of a draft block, the anchor included; None is the trained K.
-      cycle: draft and verify in turn ("paper"), the same with a draft pass that emits too
-        ("two-forward"), or both in one pass ("one-forward"). See docs/decoding.md.
-      early_blocks, fresh_blocks: with "one-forward", what each pass drafts ahead.
-      tree_nodes: with either of the last two, the drafts of a tree to verify; 0 is a chain.
-      batch_size: rows decoded together.
+      strategy: how each sequence is decoded.
+      batch_size: sequences decoded together.
       refill: put the next request in a finished row's place at once; else wait for the whole batch.
       stream: report text as it grows.
       time_first: wait for each prefill, so as to time the first token; one stop of the host more.
-      slots: cache slots a row, where the requests need no more. Calls that name the same number
-        share their programs, whatever the lengths of their prompts.
+      slots: cache slots per sequence, where the requests need no more. Calls that name the same
+        number share their programs, whatever the lengths of their prompts.
     """
 
-    mode: str = "orthrus"
-    accept: Rule = Rule.REJECTION
-    proposal: Proposal = Proposal.ARGMAX
-    draft_length: int | None = None
-    cycle: str = CYCLES[0]
-    early_blocks: int = 4
-    fresh_blocks: int = 0
-    tree_nodes: int = 0
+    strategy: Strategy = dataclasses.field(default_factory=Strategy)
     batch_size: int = 1
     refill: bool = True
     stream: bool = False
     time_first: bool = False
     slots: int = 0
-
-    @property
-    def forwards(self) -> int:
-        """Passes through the model a cycle."""
-        return 2 if self.mode == "orthrus" and self.cycle != "one-forward" else 1
-
-    def scheme(self, config: ModelConfig) -> Scheme:
-        """What a forward's rows are spent on, for a model of these sizes."""
-        block = self.draft_length or config.block_size
-        ahead = self.cycle == "one-forward"
-        ends = 1 + (self.tree_nodes or block - 1)
-        choices = min(CHOICES, config.vocab_size)
-        return Scheme(
-            block,
-            nodes=self.tree_nodes,
-            early=min(self.early_blocks, ends) if ahead else 0,
-            fresh=min(self.fresh_blocks, ends * choices) if ahead else 0,
-            choices=choices,
-        )
 
 
 @dataclasses.dataclass(frozen=True)

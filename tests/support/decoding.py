@@ -1,9 +1,16 @@
 """Decoding loops under test: how they start on a script, its PATHS, and what the end must be."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
 from orthrus_jax import decoding
+from orthrus_jax.decoding import AcceptRule, Drafts
+from orthrus_jax.decoding.sampling import NoiseKey, gumbel_sample, probabilities
+from orthrus_jax.decoding.state import mask_eos_until_min_tokens, next_positions
+from orthrus_jax.drafters import DiffusionDrafter
+from orthrus_jax.model import block_segment
 from tests.support.compare import relative_error
 from tests.support.configs import tiny_config
 from tests.support.fake_models import scripted
@@ -15,8 +22,67 @@ MODEL = ScriptedModel(tiny_config(block_size=K))
 COUNTED = ScriptedModel(tiny_config(block_size=K), counted=True)
 
 
+class OrthrusDecode:
+    """The paper's cycle, called like `ar_decode`: the model's own diffusion view drafts."""
+
+    def __call__(self, *args, **options):
+        return self._do(decoding.speculative_decode, *args, **options)
+
+    def lower(self, *args, **options):
+        return self._do(decoding.speculative_decode.lower, *args, **options)
+
+    def trace(self, *args, **options):
+        return self._do(decoding.speculative_decode.trace, *args, **options)
+
+    def _cache_size(self) -> int:
+        return decoding.speculative_decode._cache_size()
+
+    def _do(
+        self,
+        function,
+        model,
+        params,
+        state,
+        *,
+        block_size=None,
+        rule=AcceptRule.REJECTION,
+        drafter=DiffusionDrafter,
+        **pause,
+    ):
+        drafter = drafter(model, block_size, rule)
+        return function(model, params, state, drafter=drafter, rule=rule, **pause)
+
+
+orthrus_decode = OrthrusDecode()
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawingDrafter(DiffusionDrafter):
+    """Proposes a draw from the view's own distribution q, as other drafters do, and keeps q."""
+
+    def propose(self, params, state):
+        block = block_segment(
+            state.anchor, state.position, self.rows, self.model.config.mask_token_id
+        )
+        (hidden,), _ = self.model.forward(params, [block], state.cache)
+        logits = self.model.logits(params, hidden[:, :-1])
+        q = probabilities(mask_eos_until_min_tokens(state, logits), state.sampler)
+        tokens = gumbel_sample(q, state.sampler, next_positions(state, q), NoiseKey.DRAFT)
+        return Drafts(tokens, q), None
+
+
 def start(
-    model, text, drafts, lengths, budgets, eos=(), *, slots=SLOTS, padded=PROMPT, new=N, reach=None
+    model,
+    text,
+    drafts,
+    lengths,
+    budgets,
+    eos=(),
+    *,
+    slots=SLOTS,
+    padded=PROMPT,
+    new=N,
+    lookahead=None,
 ):
     """The state after prefill, the params and the EOS array."""
     text, lengths = np.asarray(text), np.asarray(lengths, np.int32)
@@ -32,7 +98,7 @@ def start(
         ids,
         slots=slots,
         max_new_tokens=new,
-        reach=reach,
+        lookahead=lookahead,
     )
     return state, params
 

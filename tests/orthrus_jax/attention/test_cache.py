@@ -12,6 +12,7 @@ from orthrus_jax.decoding import overlapped as ahead
 from orthrus_jax.decoding.overlapped import Scheme
 from orthrus_jax.model import Model
 from tests.support.configs import NO_EOS, tiny_config
+from tests.support.decoding import orthrus_decode
 from tests.support.weights import random_params
 
 NEW = 12
@@ -32,12 +33,12 @@ def start(model, params, rows: int, slots: int) -> decoding.DecodeState:
     full = lambda n: jnp.full(rows, n, jnp.int32)
     return decoding.prefill(
         model, params, jnp.asarray(prompts), full(10) - jnp.arange(rows), full(NEW), NO_EOS,
-        slots=slots, max_new_tokens=NEW, reach=TREE.nodes,
+        slots=slots, max_new_tokens=NEW, lookahead=TREE.nodes,
     )  # fmt: skip
 
 
 def paper(model, params, state):
-    return decoding.orthrus_decode(model, params, state)
+    return orthrus_decode(model, params, state)
 
 
 def tree(model, params, state):

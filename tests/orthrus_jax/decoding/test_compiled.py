@@ -10,6 +10,7 @@ import pytest
 from orthrus_jax import decoding
 from orthrus_jax.model import Model
 from tests.support.configs import NO_EOS, tiny_config
+from tests.support.decoding import orthrus_decode
 from tests.support.fake_models import scripted
 from tests.support.fake_models.scripted import ScriptedModel, plain_text
 from tests.support.weights import random_params
@@ -25,7 +26,7 @@ def prefilled(model, params, prompt, length: int, *, batch: int = 1, slots: int 
     )
 
 
-LOOPS = {"ar": decoding.ar_decode, "orthrus": decoding.orthrus_decode}
+LOOPS = {"ar": decoding.ar_decode, "orthrus": orthrus_decode}
 
 
 def test_fifty_prompt_lengths_of_one_bucket_compile_each_program_once() -> None:
@@ -50,7 +51,7 @@ def test_each_program_traces_its_forwards_once() -> None:
     for length in range(1, 51):
         model = ScriptedModel(config)
         state = prefilled(model, params, text[0, :64], length)
-        state = decoding.orthrus_decode(model, params, state)
+        state = orthrus_decode(model, params, state)
         assert np.asarray(state.tokens)[0].tolist() == text[0, length : length + N].tolist()
     prefill, *cycle = scripted.traces
     assert prefill == "ar"

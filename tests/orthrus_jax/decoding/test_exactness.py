@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from orthrus_jax import decoding
 from orthrus_jax.model import Model, params
 from tests.support.configs import NO_EOS, tiny_config
-from tests.support.decoding import assert_same_decoding, texts
+from tests.support.decoding import assert_same_decoding, orthrus_decode, texts
 from tests.support.fake_models.drafted import DraftedModel
 from tests.support.weights import random_params
 
@@ -35,7 +35,7 @@ def decoded(loop: str, model, params, prompts, lengths, budgets, eos=NO_EOS, *, 
     state = decoding.prefill(
         model, params, jnp.asarray(prompts), lengths, budgets, eos, slots=slots, max_new_tokens=N
     )
-    run = {"ar": decoding.ar_decode, "orthrus": decoding.orthrus_decode}[loop]
+    run = {"ar": decoding.ar_decode, "orthrus": orthrus_decode}[loop]
     return jax.tree.map(np.asarray, run(model, params, state))
 
 

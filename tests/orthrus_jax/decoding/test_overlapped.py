@@ -5,12 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax.decoding import overlapped as ahead
-from orthrus_jax.decoding.overlapped import Scheme
-from orthrus_jax.decoding.sampling import Proposal
-from orthrus_jax.engine import Plan, Request, SamplingParams
+from orthrus_jax.decoding import Strategy, no_draft, one_forward_decode, two_forward_decode
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from tests.support.configs import tiny_config
 from tests.support.decoding import (
     COUNTED,
@@ -37,14 +34,15 @@ from tests.support.fake_models.scripted import (
 
 def run(model, *args, early: int, block_size: int = K, **kwargs):
     state, params = start(model, *args, **kwargs)
-    return decode(model, params, state, Scheme(block_size, early=early))
+    return decode(model, params, state, Strategy("orthrus-1f", block_size, early_blocks=early))
 
 
-def decode(model, params, state, scheme: Scheme, **options):
+def decode(model, params, state, strategy: Strategy, **options):
     """With no draft yet, if the state has none."""
-    if state.ahead is None:
-        state = state.replace(ahead=scheme.nothing(state.count.shape[0]))
-    return ahead.one_forward_decode(model, params, state, scheme=scheme, **options)
+    strategy = strategy.resolve(model.config)
+    if state.drafter is None:
+        state = state.replace(drafter=no_draft(strategy, state.count.shape[0]))
+    return one_forward_decode(model, params, state, strategy=strategy, **options)
 
 
 def check_all(model, text, drafts, lengths, budgets, eos=(), *, early, block_size=K, slots=SLOTS):
@@ -106,29 +104,39 @@ def test_each_cycle_is_one_forward_and_emits() -> None:
 
 
 ANY = [
-    (ahead.one_forward_decode, Scheme(K, early=2, fresh=3)),
-    (ahead.one_forward_decode, Scheme(K, nodes=6, early=3)),
-    (ahead.one_forward_decode, Scheme(K, nodes=9, early=10, fresh=2, choices=4)),
-    (ahead.one_forward_decode, Scheme(K, nodes=2, early=1, choices=2)),
-    (ahead.one_forward_decode, Scheme(K, fresh=3)),
-    (ahead.one_forward_decode, Scheme(2, fresh=1, choices=2)),
-    (ahead.one_forward_decode, Scheme(K, nodes=6, fresh=4)),
-    (ahead.two_forward_decode, Scheme(K)),
-    (ahead.two_forward_decode, Scheme(2)),
-    (ahead.two_forward_decode, Scheme(K, nodes=6)),
-]
-NAMES = [
-    f"{loop.__name__}, {s.nodes} nodes, {s.early}+{s.fresh} of {s.block_size}" for loop, s in ANY
+    Strategy("orthrus-1f", K, early_blocks=2, fresh_blocks=3),
+    Strategy("orthrus-1f", K, 6, early_blocks=3),
+    Strategy("orthrus-1f", K, 9, early_blocks=10, fresh_blocks=2, candidates=4),
+    Strategy("orthrus-1f", K, 2, early_blocks=1, candidates=2),
+    Strategy("orthrus-1f", K, fresh_blocks=3),
+    Strategy("orthrus-1f", 2, fresh_blocks=1, candidates=2),
+    Strategy("orthrus-1f", K, 6, fresh_blocks=4),
+    Strategy("orthrus-2f", K),
+    Strategy("orthrus-2f", 2),
+    Strategy("orthrus-2f", K, 6),
 ]
 
 
-def run_any(loop, scheme: Scheme, text, drafts, lengths, budgets, eos=(), slots=SLOTS):
+def name(strategy: Strategy) -> str:
+    """A test's id."""
+    blocks = f"{strategy.early_blocks or 0}+{strategy.fresh_blocks} of {strategy.draft_length}"
+    return f"{strategy.method}, {strategy.tree_nodes} nodes, {blocks}"
+
+
+def run_any(strategy: Strategy, text, drafts, lengths, budgets, eos=(), slots=SLOTS):
     state, params = start(
-        MODEL, text, drafts, lengths, budgets, eos, slots=slots, reach=max(scheme.drafts, K - 1)
+        MODEL, text, drafts, lengths, budgets, eos, slots=slots, lookahead=lookahead_of(strategy)
     )
-    if loop is ahead.one_forward_decode:
-        state = state.replace(ahead=scheme.nothing(len(lengths)))
-    return loop(MODEL, params, state, scheme=scheme)
+    strategy = strategy.resolve(MODEL.config)
+    if strategy.method == "orthrus-2f":
+        return two_forward_decode(MODEL, params, state, strategy=strategy)
+    state = state.replace(drafter=no_draft(strategy, len(lengths)))
+    return one_forward_decode(MODEL, params, state, strategy=strategy)
+
+
+def lookahead_of(strategy: Strategy) -> int:
+    """Slots that the engine keeps free after an anchor."""
+    return max(strategy.tree_nodes, K - 1)
 
 
 def check_any(state, text, lengths, budgets, eos, room: list[int], cycle_emits: int) -> None:
@@ -141,19 +149,19 @@ def check_any(state, text, lengths, budgets, eos, room: list[int], cycle_emits: 
         assert most <= emitted < most + cycle_emits + 1
 
 
-@pytest.mark.parametrize(("loop", "scheme"), ANY, ids=NAMES)
+@pytest.mark.parametrize("strategy", ANY, ids=name)
 @pytest.mark.parametrize("name", PATHS)
-def test_every_path_is_exact_whatever_is_drafted(name: str, loop, scheme: Scheme) -> None:
+def test_every_path_is_exact_whatever_is_drafted(name: str, strategy: Strategy) -> None:
     _, _, budget, eos, *_ = PATHS[name]
     text, drafts = script_of(name)
-    state = run_any(loop, scheme, text, drafts, [5], [budget], eos)
-    emits = 2 if loop is ahead.two_forward_decode else 1
+    state = run_any(strategy, text, drafts, [5], [budget], eos)
+    emits = strategy.forwards
     check_any(state, text, [5], [budget], eos, [N], emits)
 
 
-@pytest.mark.parametrize(("loop", "scheme"), ANY, ids=NAMES)
+@pytest.mark.parametrize("strategy", ANY, ids=name)
 @pytest.mark.parametrize("slots", [SLOTS, 22])
-def test_random_batches_are_exact_whatever_is_drafted(loop, scheme: Scheme, slots: int) -> None:
+def test_random_batches_are_exact_whatever_is_drafted(strategy: Strategy, slots: int) -> None:
     """Rows of every length, some of which meet the end of the cache."""
     rng = np.random.default_rng(slots)
     rows = 8
@@ -161,10 +169,9 @@ def test_random_batches_are_exact_whatever_is_drafted(loop, scheme: Scheme, slot
     drafts = drafts_agreeing(text, rng.random((rows, WIDTH)) < rng.uniform(0.3, 1, (rows, 1)))
     lengths, budgets = rng.integers(1, PROMPT + 1, rows).tolist(), [N, N, 3, N, 9, N, 1, 0]
     eos = tuple(rng.choice(61, 3, replace=False).tolist())
-    state = run_any(loop, scheme, text, drafts, lengths, budgets, eos, slots)
-    reach = max(scheme.drafts, K - 1)
-    room = [min(slots - reach - length, N) for length in lengths]
-    emits = 2 if loop is ahead.two_forward_decode else 1
+    state = run_any(strategy, text, drafts, lengths, budgets, eos, slots)
+    room = [min(slots - lookahead_of(strategy) - length, N) for length in lengths]
+    emits = strategy.forwards
     check_any(state, text, lengths, budgets, eos, room, emits)
 
 
@@ -174,11 +181,11 @@ def test_a_tree_of_all_the_drafter_s_choices_is_always_right(agree: float) -> No
     text = plain_text(6, WIDTH, seed=2)
     drafts = drafts_agreeing(text, np.random.default_rng(1).random((6, WIDTH)) < agree)
     nodes = 2 + 4 + 8
-    both = Scheme(K, nodes=nodes, choices=2)
-    state = run_any(ahead.two_forward_decode, both, text, drafts, [4] * 6, [16] * 6)
+    both = Strategy("orthrus-2f", K, nodes, candidates=2)
+    state = run_any(both, text, drafts, [4] * 6, [16] * 6)
     assert np.asarray(state.accepted)[:, :4].tolist() == [[3, 3, 3, -1]] * 6
-    both = Scheme(K, nodes=nodes, early=nodes + 1, choices=2)
-    state = run_any(ahead.one_forward_decode, both, text, drafts, [4] * 6, [14] * 6)
+    both = Strategy("orthrus-1f", K, nodes, early_blocks=nodes + 1, candidates=2)
+    state = run_any(both, text, drafts, [4] * 6, [14] * 6)
     assert np.asarray(state.accepted)[:, :5].tolist() == [[0, 3, 3, 3, -1]] * 6
 
 
@@ -190,8 +197,8 @@ def test_a_fresh_block_drafts_on_where_its_token_comes(fresh: int, accepted: lis
     """
     text = plain_text(1, WIDTH, seed=3)
     drafts = drafts_agreeing(text, np.arange(WIDTH) != 8)
-    scheme = Scheme(K, early=1, fresh=fresh, choices=2)
-    state = run_any(ahead.one_forward_decode, scheme, text, drafts, [5], [12])
+    strategy = Strategy("orthrus-1f", K, early_blocks=1, fresh_blocks=fresh, candidates=2)
+    state = run_any(strategy, text, drafts, [5], [12])
     assert np.asarray(state.tokens)[0, :12].tolist() == text[0, 5:17].tolist()
     assert np.asarray(state.accepted)[0, :3].tolist() == accepted
 
@@ -210,8 +217,8 @@ def test_fresh_blocks_alone(fresh: int, wrong: list[int], accepted: list[int]) -
     """Bets go to (0, second), (1, second), (2, second), (3, first), in this order."""
     text = plain_text(1, WIDTH, seed=3)
     drafts = drafts_agreeing(text, ~np.isin(np.arange(WIDTH), wrong))
-    scheme = Scheme(K, fresh=fresh, choices=2)
-    state = run_any(ahead.one_forward_decode, scheme, text, drafts, [5], [18])
+    strategy = Strategy("orthrus-1f", K, fresh_blocks=fresh, candidates=2)
+    state = run_any(strategy, text, drafts, [5], [18])
     assert np.asarray(state.tokens)[0, :18].tolist() == text[0, 5:23].tolist()
     assert np.asarray(state.accepted)[0, : len(accepted)].tolist() == accepted
 
@@ -221,7 +228,7 @@ def test_each_forward_of_two_emits() -> None:
     never = drafts_agreeing(text, np.zeros_like(text, bool))
     scripted.forwards.clear()
     state, params = start(COUNTED, text, never, [5], [9])
-    state = ahead.two_forward_decode(COUNTED, params, state, scheme=Scheme(K))
+    state = two_forward_decode(COUNTED, params, state, strategy=Strategy("orthrus-2f", K))
     jax.block_until_ready(state)
     jax.effects_barrier()
     assert scripted.forwards == ["ar", *["ar+diffusion", "ar"] * 4]
@@ -235,49 +242,47 @@ def test_a_draft_goes_on_behind_a_pause() -> None:
     whole = run(MODEL, text, drafts, [4, 7, 9], [N] * 3, early=2)
     state, params = start(MODEL, text, drafts, [4, 7, 9], [N] * 3)
     for _ in range(N):
-        state = decode(MODEL, params, state, Scheme(K, early=2), cycles=jnp.int32(1))
+        state = decode(
+            MODEL, params, state, Strategy("orthrus-1f", K, early_blocks=2), max_cycles=jnp.int32(1)
+        )
     np.testing.assert_array_equal(state.tokens, whole.tokens)
     np.testing.assert_array_equal(state.accepted, whole.accepted)
 
 
 @pytest.mark.parametrize(
-    ("blocks", "message"),
+    ("blocks", "early", "fresh"),
     [
-        ({}, "early=0 and fresh=0"),
-        ({"early": K + 1}, "early=5 must be from 0 to 4, the ends"),
-        ({"early": 1, "fresh": 9, "choices": 2}, "fresh=9 must be from 0 to 8, the pairs"),
+        ({"early_blocks": K + 1}, K, 0),
+        ({"early_blocks": 1, "fresh_blocks": 99, "candidates": 2}, 1, 2 * K),
+        ({"early_blocks": 99, "tree_nodes": 6}, 7, 0),
+        ({}, K, 0),
+        ({"fresh_blocks": 3}, 0, 3),
     ],
 )
-def test_no_block_or_more_than_there_are_bets_is_refused(blocks: dict, message: str) -> None:
-    text = plain_text(1, WIDTH)
-    state, params = start(MODEL, text, text, [3], [3])
-    with pytest.raises(ValueError, match=message):
-        decode(MODEL, params, state, Scheme(K, **blocks))
+def test_strategy_resolves_to_blocks_that_a_draft_can_use(blocks, early: int, fresh: int) -> None:
+    strategy = Strategy("orthrus-1f", K, **blocks).resolve(MODEL.config)
+    assert (strategy.early_blocks, strategy.fresh_blocks) == (early, fresh)
+    assert strategy.resolve(MODEL.config) == strategy
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("strategy", "message"),
     [
-        ({"cycle": "half"}, "cycle='half' is not one of paper, two-forward, one-forward"),
-        ({"cycle": "one-forward", "early_blocks": 0}, "early_blocks=0 and .* at least one"),
-        ({"cycle": "one-forward", "fresh_blocks": -1}, "fresh_blocks=-1 must be 0 or more"),
-        ({"cycle": "paper", "tree_nodes": 8}, "tree_nodes=8 needs cycle='two-forward' or"),
+        ("half", "method='half' is not one of ar, orthrus, orthrus-2f, orthrus-1f"),
+        (Strategy("orthrus-1f", early_blocks=0), "early_blocks=0 and .* at least one"),
+        (Strategy("orthrus-1f", fresh_blocks=-1), "fresh_blocks=-1 must be 0 or more"),
+        (Strategy(tree_nodes=8), "tree_nodes=8 needs method='orthrus-2f' or"),
+        (Strategy(accept="always"), "accept='always' is not one of rejection, coupled"),
+        (Strategy("orthrus-1f", draft_temperature=-1.0), "draft_temperature=-1.0 must be above 0"),
     ],
 )
-def test_an_impossible_cycle_is_refused(options, message) -> None:
+def test_strategy_that_cannot_be_is_refused(strategy, message) -> None:
     with pytest.raises(UserError, match=message):
-        Generator(tiny_config(), {}).complete([[1, 2]], **options)
+        LLM(tiny_config(), {}).complete([[1, 2]], strategy=strategy)
 
 
-def test_a_draw_from_q_is_not_drafted_ahead() -> None:
-    engine = Generator(tiny_config(), {}).engine
-    plan = Plan(cycle="one-forward", proposal=Proposal.DRAW)
-    with pytest.raises(UserError, match="proposal=draw needs cycle='paper'"):
-        engine.check([Request([1], SamplingParams(temperature=1.0))], plan)
-
-
-def test_drafting_ahead_without_a_mask_token_is_refused() -> None:
+def test_drafting_without_a_mask_token_is_refused() -> None:
     model = scripted.ScriptedModel(tiny_config(block_size=K, mask_token_id=None))
     text = plain_text(1, WIDTH)
-    with pytest.raises(AssertionError, match="mask_token_id"):
+    with pytest.raises(UserError, match="mask_token_id"):
         run(model, text, text, [3], [3], early=1)

@@ -6,7 +6,6 @@ chance. What the comparison can see is shown, not claimed: it must refuse rules 
 a verdict that accepts 0.5 % more than it may among them.
 """
 
-import dataclasses
 import functools
 import itertools
 from typing import NamedTuple
@@ -18,24 +17,23 @@ import pytest
 from scipy import stats
 
 from orthrus_jax import decoding
-from orthrus_jax.decoding import overlapped as ahead
-from orthrus_jax.decoding import sampling, speculative
+from orthrus_jax.decoding import AcceptRule, Strategy, sampling, speculative
 from orthrus_jax.decoding.sampling import (
+    Acceptance,
     Drafts,
     Filters,
-    Proposal,
-    Purpose,
-    Rule,
+    NoiseKey,
     Sampler,
-    Verdict,
     accept_rejection,
-    draw,
+    gumbel_sample,
     probabilities,
 )
+from orthrus_jax.drafters import DiffusionDrafter
 from orthrus_jax.engine import SamplingParams
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, ar_segment
 from tests.support.configs import tiny_config
+from tests.support.decoding import DrawingDrafter, orthrus_decode
 from tests.support.fake_models import tabular
 from tests.support.fake_models.tabular import EOS, MASK, VOCAB, Setting, TabularModel, processed
 from tests.support.marks import slow
@@ -54,7 +52,7 @@ def sampler_of(settings: list[Setting], seeds=0, streams=None, *, filtered: bool
     return Sampler(
         temperature=column("temperature", jnp.float32),
         seed=jnp.broadcast_to(jnp.asarray(seeds, jnp.uint32), rows),
-        stream=jnp.asarray(np.arange(rows) if streams is None else streams, jnp.uint32),
+        noise_id=jnp.asarray(np.arange(rows) if streams is None else streams, jnp.uint32),
         filters=filters if filtered else None,
     )
 
@@ -147,8 +145,8 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     sampler = sampler_of(settings)
     probs = probabilities(jnp.asarray(logits), sampler).repeat(times, axis=1)
     positions = jnp.broadcast_to(jnp.arange(times), (len(settings), times))
-    for purpose in (Purpose.TOKEN, Purpose.DRAFT):
-        tokens = np.asarray(draw(probs, sampler, positions, purpose))
+    for purpose in (NoiseKey.TOKEN, NoiseKey.DRAFT):
+        tokens = np.asarray(gumbel_sample(probs, sampler, positions, purpose))
         assert tokens.dtype == np.int32
         for row, setting in enumerate(settings):
             counts = np.bincount(tokens[row], minlength=16)
@@ -162,7 +160,7 @@ def test_rare_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     vocab, each, rows, chunks = 1 << 14, 3e-8, 1 << 10, 8
     probs = jnp.full((1, rows, vocab), each, jnp.float32).at[..., 0].set(1 - each * (vocab - 1))
     sampler = sampler_of([Setting()])
-    some = jax.jit(lambda at: (draw(probs, sampler, at, Purpose.TOKEN) > 0).sum())
+    some = jax.jit(lambda at: (gumbel_sample(probs, sampler, at, NoiseKey.TOKEN) > 0).sum())
     found = sum(int(some(jnp.arange(rows)[None] + i * rows)) for i in range(chunks))
     assert 2 <= found <= 9, found
 
@@ -170,10 +168,10 @@ def test_rare_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 def test_the_noise_is_keyed_by_seed_stream_position_and_purpose_alone() -> None:
     probs = jnp.ones((2, 64, 256)) / 256
 
-    def text(seeds, streams, first=0, purpose=Purpose.TOKEN):
+    def text(seeds, streams, first=0, purpose=NoiseKey.TOKEN):
         sampler = sampler_of([Setting()] * 2, np.array(seeds), streams)
         positions = first + jnp.tile(jnp.arange(64), (2, 1))
-        return np.asarray(draw(probs, sampler, positions, purpose))
+        return np.asarray(gumbel_sample(probs, sampler, positions, purpose))
 
     base = text([5, 5], [1, 1])
     np.testing.assert_array_equal(base[0], base[1])
@@ -185,8 +183,8 @@ def test_the_noise_is_keyed_by_seed_stream_position_and_purpose_alone() -> None:
         "stream": text([5, 5], [2, 2**32 - 1]),
         "position": text([5, 5], [1, 1], first=100),
         "seed and stream exchanged": text([1, 1], [5, 5]),
-        "purpose": text([5, 5], [1, 1], purpose=Purpose.DRAFT),
-        "the other purpose": text([5, 5], [1, 1], purpose=Purpose.ACCEPT),
+        "purpose": text([5, 5], [1, 1], purpose=NoiseKey.DRAFT),
+        "the other purpose": text([5, 5], [1, 1], purpose=NoiseKey.ACCEPT),
     }
     for name, other in others.items():
         assert (other == base).mean() < 0.05, name
@@ -243,7 +241,9 @@ FAULTS = (
 )
 
 
-def plain_rule(drafts: Drafts, target, sampler: Sampler, positions, *, fault: str = "") -> Verdict:
+def plain_rule(
+    drafts: Drafts, target, sampler: Sampler, positions, *, fault: str = ""
+) -> Acceptance:
     """`accept_rejection` told plainly, and with one fault if named."""
     tokens, q = drafts
     index = jnp.arange(target.shape[1])
@@ -253,7 +253,7 @@ def plain_rule(drafts: Drafts, target, sampler: Sampler, positions, *, fault: st
     p_token, q_token = pick(target[:, :-1]), pick(q)
     if fault == HALF_PERCENT:  # of the tokens that p can say at all
         p_token = jnp.where(p_token > 0, p_token + 0.005 * q_token, 0)
-    purpose = Purpose.DRAFT if fault == "one noise for draft and verdict" else Purpose.ACCEPT
+    purpose = NoiseKey.DRAFT if fault == "one noise for draft and verdict" else NoiseKey.ACCEPT
     keys = sampling._keys(sampler, positions[:, :-1], purpose)
     refused = jax.vmap(jax.vmap(jax.random.uniform))(keys) * q_token >= p_token
     accepted = jnp.where(refused.any(1), refused.argmax(1), tokens.shape[1])
@@ -264,17 +264,17 @@ def plain_rule(drafts: Drafts, target, sampler: Sampler, positions, *, fault: st
     if fault == "replaces from p":
         left = target
     left = jnp.where(left.sum(-1, keepdims=True) > 0, left, target)
-    purpose = Purpose.DRAFT if fault == "one noise for draft and replacement" else Purpose.TOKEN
+    purpose = NoiseKey.DRAFT if fault == "one noise for draft and replacement" else NoiseKey.TOKEN
     if fault == "one noise for all replacements":
         positions = jnp.zeros_like(positions)
-    own = draw(left, sampler, positions, purpose)
+    own = gumbel_sample(left, sampler, positions, purpose)
     own = jnp.where(index == accepted[:, None], own, -1)
     padded = jnp.pad(tokens, ((0, 0), (0, 1)))
-    return Verdict(jnp.where(index < accepted[:, None], padded, own), accepted)
+    return Acceptance(jnp.where(index < accepted[:, None], padded, own), accepted)
 
 
-@pytest.mark.parametrize("proposal", [Proposal.ARGMAX, *slow(Proposal.DRAW)])
-def test_the_rule_of_rejection_is_the_plain_one_s(proposal: Proposal) -> None:
+@pytest.mark.parametrize("drafter", [DiffusionDrafter, *slow(DrawingDrafter)])
+def test_the_rule_of_rejection_is_the_plain_one_s(drafter: type) -> None:
     """The same tokens from the same noise, for p near q, far from it and equal to it."""
     rows, rng = 3000, np.random.default_rng(0)
     settings = [Setting(t, **f) for t in (0.0, 0.6, 1.4) for f in ({}, {"top_k": 3})]
@@ -287,8 +287,8 @@ def test_the_rule_of_rejection_is_the_plain_one_s(proposal: Proposal) -> None:
         for x in (p_logits, (p_logits + apart)[:, :-1])
     )
     positions = jnp.asarray(rng.integers(0, 50, (rows, 1)) + np.arange(K))
-    if proposal is Proposal.DRAW:
-        drafts = Drafts(draw(q, sampler, positions[:, :-1], Purpose.DRAFT), q)
+    if drafter is DrawingDrafter:
+        drafts = Drafts(gumbel_sample(q, sampler, positions[:, :-1], NoiseKey.DRAFT), q)
     else:
         drafts = Drafts(q.argmax(-1).astype(jnp.int32))
     ours, plain = (
@@ -369,7 +369,7 @@ def sampled(
     """Decode one batch of `rows` texts of each setting; row r is of setting r % len(settings).
 
     `loop` is "ar", "orthrus", "two" or "ahead", `how` what its function is told beside, or fields
-    of a Scheme. Returns the final state's small arrays in numpy, its tokens padded with MASK.
+    of a Strategy. Returns the final state's small arrays in numpy, its tokens padded with MASK.
     """
     settings, model = settings * rows, model or TabularModel()
     batch, seeds = len(settings), first_seed + np.arange(rows).repeat(len(settings) // rows)
@@ -388,22 +388,22 @@ def sampled(
         max_new_tokens=N,
         sampler=sampler_of(settings, seeds, streams, filtered=filtered),
         min_tokens=early if early.any() else None,
-        reach=REACH,
+        lookahead=REACH,
     )
     loops = {
         "ar": decoding.ar_decode,
-        "orthrus": decoding.orthrus_decode,
-        "two": ahead.two_forward_decode,
-        "ahead": ahead.one_forward_decode,
+        "orthrus": orthrus_decode,
+        "two": decoding.two_forward_decode,
+        "ahead": decoding.one_forward_decode,
     }
     if loop in ("two", "ahead"):
-        fields = {f.name for f in dataclasses.fields(ahead.Scheme)} & how.keys()
-        scheme = {"block_size": K, "choices": 3} | {name: how.pop(name) for name in fields}
-        how["scheme"] = ahead.Scheme(**scheme)
+        method = "orthrus-2f" if loop == "two" else "orthrus-1f"
+        strategy = Strategy(method, how.pop("block_size", K), candidates=3, **how)
+        how = {"strategy": strategy.resolve(model.config)}
         if loop == "ahead":
-            state = state.replace(ahead=how["scheme"].nothing(batch))
+            state = state.replace(drafter=decoding.no_draft(how["strategy"], batch))
     state = loops[loop](model, tables, state, **how)
-    state = state.replace(cache=None, sampler=None, ahead=None)
+    state = state.replace(cache=None, sampler=None, drafter=None)
     state = jax.tree.map(np.asarray, state)
     written = np.arange(N) < state.count[:, None]
     return state.replace(tokens=np.where(written, state.tokens, MASK))
@@ -432,20 +432,22 @@ def assert_exact(state, settings: list[Setting]) -> None:
 MIXTURE = [*SETTINGS, GREEDY]  # rows of every temperature, filter and prompt length in one batch
 RULES = {
     "ar": {"loop": "ar"},
-    "a draw from q": {"loop": "orthrus", "proposal": Proposal.DRAW},
-    "the likeliest of q": {"loop": "orthrus", "proposal": Proposal.ARGMAX},
-    "coupled": {"loop": "orthrus", "rule": Rule.COUPLED},
-    "ahead": {"loop": "ahead", "early": 2},
-    "ahead, all ends": {"loop": "ahead", "early": 3},
-    "ahead, fresh": {"loop": "ahead", "early": 1, "fresh": 3},
-    "ahead, fresh alone": {"loop": "ahead", "early": 0, "fresh": 3},
-    "ahead, a tree": {"loop": "ahead", "early": 2, "nodes": 5},
-    "ahead, a tree, fresh": {"loop": "ahead", "early": 2, "fresh": 2, "nodes": 5},
+    "a draw from q": {"loop": "orthrus", "drafter": DrawingDrafter},
+    "the likeliest of q": {"loop": "orthrus", "drafter": DiffusionDrafter},
+    "coupled": {"loop": "orthrus", "rule": AcceptRule.COUPLED},
+    "ahead": {"loop": "ahead", "early_blocks": 2},
+    "ahead, all ends": {"loop": "ahead", "early_blocks": 3},
+    "ahead, fresh": {"loop": "ahead", "early_blocks": 1, "fresh_blocks": 3},
+    "ahead, fresh alone": {"loop": "ahead", "early_blocks": 0, "fresh_blocks": 3},
+    "ahead, a tree": {"loop": "ahead", "early_blocks": 2, "tree_nodes": 5},
+    "ahead, a tree, fresh": {
+        "loop": "ahead",
+        "early_blocks": 2,
+        "fresh_blocks": 2,
+        "tree_nodes": 5,
+    },
     "two forwards": {"loop": "two"},
-    "two forwards, a tree": {"loop": "two", "nodes": 5},
-    "ahead, coupled": {"loop": "ahead", "early": 2, "rule": Rule.COUPLED},
-    "ahead, a tree, coupled": {"loop": "ahead", "early": 3, "nodes": 5, "rule": Rule.COUPLED},
-    "two forwards, a tree, coupled": {"loop": "two", "nodes": 5, "rule": Rule.COUPLED},
+    "two forwards, a tree": {"loop": "two", "tree_nodes": 5},
 }
 SIZES = [K, K - 1]
 
@@ -494,7 +496,6 @@ DRAWN = ["ahead", "ahead, a tree, fresh", "ahead, a tree", "two forwards", "two 
     "rule",
     [
         *DRAWN[:2],
-        *slow("ahead, coupled", "ahead, a tree, coupled", "two forwards, a tree, coupled"),
         *slow(*DRAWN[2:]),
     ],
 )
@@ -516,7 +517,7 @@ def test_coupled_texts_are_the_ar_texts(block_size: int) -> None:
 def test_drafts_distributed_as_p_are_all_accepted(filtered: bool) -> None:
     settings = MIXTURE if filtered else [Setting(0.7), Setting(1.3), Setting(0.0)]
     agreeing = tabular.agreeing(TABLES)
-    how = {"proposal": Proposal.DRAW, "filtered": filtered}
+    how = {"drafter": DrawingDrafter, "filtered": filtered}
     state = sampled("orthrus", settings, 1 << 10, tables=agreeing, **how)
     np.testing.assert_array_equal(state.cycles, -(-(state.count - 1) // K))
     whole = np.arange(N) < state.cycles[:, None] - 1
@@ -531,7 +532,7 @@ def test_a_planted_fault_shows_in_the_law_of_whole_texts(fault: str, monkeypatch
     """At the settings and the number of texts of the tests above."""
     monkeypatch.setattr(speculative, "accept_rejection", functools.partial(plain_rule, fault=fault))
     model = TabularModel(name=fault)
-    state = sampled("orthrus", MIXTURE, model=model, proposal=Proposal.DRAW)
+    state = sampled("orthrus", MIXTURE, model=model, drafter=DrawingDrafter)
     result = together(fits(state, MIXTURE))
     assert result.p < 1e-12, result
 
@@ -539,7 +540,7 @@ def test_a_planted_fault_shows_in_the_law_of_whole_texts(fault: str, monkeypatch
 def rejection_fit(
     setting: Setting,
     texts: int,
-    proposal: Proposal,
+    drafter: type,
     monkeypatch,
     *,
     fault: str = "",
@@ -548,7 +549,7 @@ def rejection_fit(
 ) -> Fit:
     """The fit of `texts` texts of one setting, with a fault planted if one is named."""
     filtered, counts = setting._replace(temperature=1.0, prompt=()) != Setting(prompt=()), 0
-    how = {"proposal": proposal, "block_size": block_size, "filtered": filtered}
+    how = {"drafter": drafter, "block_size": block_size, "filtered": filtered}
     with monkeypatch.context() as patch:
         if fault:
             rule = functools.partial(plain_rule, fault=fault)
@@ -562,19 +563,19 @@ def rejection_fit(
     return fit(counts, law_of(setting))
 
 
-@pytest.mark.parametrize("proposal", [Proposal.ARGMAX, *slow(Proposal.DRAW)])
-def test_half_a_percent_accepted_in_excess_shows(proposal: Proposal, monkeypatch) -> None:
+@pytest.mark.parametrize("drafter", [DiffusionDrafter, *slow(DrawingDrafter)])
+def test_half_a_percent_accepted_in_excess_shows(drafter: type, monkeypatch) -> None:
     """The power of the chi-square: 2^17 texts, and a verdict that errs by 0.005."""
-    args = (Setting(0.7), CHUNK, proposal, monkeypatch)
+    args = (Setting(0.7), CHUNK, drafter, monkeypatch)
     assert rejection_fit(*args, tables=CONTRARY).p > 1e-3
     assert rejection_fit(*args, tables=CONTRARY, fault=HALF_PERCENT).p < 1e-6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("proposal", Proposal)
+@pytest.mark.parametrize("drafter", [DiffusionDrafter, DrawingDrafter])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_million_texts_of_each_setting(setting: Setting, proposal: Proposal, monkeypatch) -> None:
-    args = (setting, 1 << 20, proposal, monkeypatch)
+def test_a_million_texts_of_each_setting(setting: Setting, drafter: type, monkeypatch) -> None:
+    args = (setting, 1 << 20, drafter, monkeypatch)
     assert rejection_fit(*args, block_size=K - 1).p > 1e-3
     assert rejection_fit(*args, tables=CONTRARY).p > 1e-3
     assert rejection_fit(*args, tables=CONTRARY, fault=HALF_PERCENT).p < 1e-6
@@ -624,10 +625,10 @@ def spoken(
 ):
     """The final state of these rows in one batch, in numpy; `cycles` at a time if given."""
     at = np.array(rows)
-    how = {"cycles": None if cycles is None else jnp.int32(cycles)} | RULES[rule]
+    how = {"max_cycles": None if cycles is None else jnp.int32(cycles)} | RULES[rule]
     if block_size:
         how["block_size"] = block_size
-    run = {"ar": decoding.ar_decode, "orthrus": decoding.orthrus_decode}[how.pop("loop")]
+    run = {"ar": decoding.ar_decode, "orthrus": orthrus_decode}[how.pop("loop")]
     state = decoding.prefill(
         REAL,
         WEIGHTS,

@@ -18,6 +18,7 @@ from tests.support.decoding import (
     K,
     N,
     check,
+    orthrus_decode,
     script_of,
     start,
 )
@@ -35,7 +36,7 @@ def run(loop, model, *args, block_size=None, **kwargs):
     state, params = start(model, *args, **kwargs)
     if loop == "ar":
         return decoding.ar_decode(model, params, state)
-    return decoding.orthrus_decode(model, params, state, block_size=block_size)
+    return orthrus_decode(model, params, state, block_size=block_size)
 
 
 def check_all(loop, model, text, drafts, lengths, budgets, eos=(), *, block_size=K, **kwargs):
@@ -189,9 +190,9 @@ def test_a_batch_runs_as_many_cycles_as_its_slowest_row() -> None:
 def test_a_second_call_on_a_finished_state_changes_nothing() -> None:
     text = plain_text(1, WIDTH, seed=12)
     state, params = start(MODEL, text, text, [5], [9])
-    state = decoding.orthrus_decode(MODEL, params, state)
+    state = orthrus_decode(MODEL, params, state)
     before = jax.tree.map(np.asarray, state)
-    after = decoding.orthrus_decode(MODEL, params, state)
+    after = orthrus_decode(MODEL, params, state)
     jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, after))
 
 
@@ -202,7 +203,9 @@ def test_accept_takes_the_longest_agreeing_prefix_and_one_token_more() -> None:
     first = np.asarray(state.tokens)[:, 0]
     drafts = jnp.array([[7, 3, 9, 4], [7, 3, 5, 8], [1, 3, 5, 8], [7, 3, 5, 9]])
     predicted = jnp.array([[7, 3, 5, 8, 2]] * 4)
-    state = decoding.accept(state, accept_equal(drafts, predicted), jnp.zeros((4, 5, VOCAB)))
+    verdict = accept_equal(drafts, predicted)
+    state, kept = decoding.accept(state, verdict, jnp.zeros((4, 5, VOCAB)))
+    assert kept.tolist() == [2, 4, 0, 3]
     assert np.asarray(state.accepted)[:, 0].tolist() == [2, 4, 0, 3]
     assert np.asarray(state.count).tolist() == [4, 6, 2, 5]
     assert np.asarray(state.tokens)[0, :4].tolist() == [first[0], 7, 3, 5]

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 
 from orthrus_jax.decoding import tree as trees
-from orthrus_jax.decoding.tree import Guesses
+from orthrus_jax.decoding.tree import TopK
 
 ANCHOR = 99
 SIZES = [(4, 3, 9), (7, 1, 5), (6, 4, 16), (5, 3, 2), (3, 2, 30), (31, 8, 64)]  # D, M, nodes
 
 
-def random_guesses(seed: int, rows: int, positions: int, choices: int) -> Guesses:
+def random_guesses(seed: int, rows: int, positions: int, choices: int) -> TopK:
     """Distinct tokens a position, and probabilities of which no two products are equal."""
     rng = np.random.default_rng(seed)
     probs = rng.dirichlet(np.full(choices + 3, 0.6), (rows, positions))
     probs = -np.sort(-probs, axis=-1)[..., :choices]
     tokens = rng.random((rows, positions, 50)).argsort(-1)[..., :choices]
-    return Guesses(jnp.asarray(tokens, jnp.int32), jnp.asarray(probs, jnp.float32))
+    return TopK(jnp.asarray(tokens, jnp.int32), jnp.asarray(probs, jnp.float32))
 
 
 def best_prefixes(tokens, probs, nodes: int) -> dict[tuple, float]:
@@ -46,7 +46,7 @@ def grown(request):
     guesses = random_guesses(nodes, 3, positions, choices)
     return (
         guesses,
-        jax.jit(trees.grow, static_argnums=2)(jnp.full(3, ANCHOR), guesses, nodes),
+        jax.jit(trees.build_tree, static_argnums=2)(jnp.full(3, ANCHOR), guesses, nodes),
         nodes,
     )
 
@@ -59,7 +59,7 @@ def test_the_likeliest_prefixes_are_chosen(grown) -> None:
         found = prefixes_of(tree, row)
         assert found.keys() == best.keys()
         for prefix, at in found.items():
-            assert float(tree.reach[row, at]) == pytest.approx(best[prefix], rel=1e-4)
+            assert float(tree.path_prob[row, at]) == pytest.approx(best[prefix], rel=1e-4)
 
 
 def test_rows_are_laid_out_as_a_tree(grown) -> None:
@@ -68,7 +68,7 @@ def test_rows_are_laid_out_as_a_tree(grown) -> None:
         tokens, parent, depth = (np.asarray(x[row]) for x in (tree.tokens, tree.parent, tree.depth))
         found = prefixes_of(tree, row)
         assert tokens[0] == ANCHOR
-        assert (depth[0], parent[0], float(tree.reach[row, 0])) == (0, 0, 1)
+        assert (depth[0], parent[0], float(tree.path_prob[row, 0])) == (0, 0, 1)
         for prefix, at in found.items():
             assert parent[at] < at
             assert parent[at] == (found[prefix[:-1]] if len(prefix) > 1 else 0)
@@ -88,7 +88,7 @@ def test_the_walk_follows_what_is_said(grown) -> None:
         rank = rng.choice(guesses.tokens.shape[2], (3, rows))
         behind = np.asarray(guesses.tokens)[np.arange(3)[:, None], at, rank]
         said = np.where(rng.random((3, rows)) < 0.85, behind, 55)
-        accepted, way = jax.jit(trees.walk)(tree, jnp.asarray(said))
+        accepted, way = jax.jit(trees.accepted_path)(tree, jnp.asarray(said))
         for row in range(3):
             found, prefix, path = prefixes_of(tree, row), (), [0]
             while (*prefix, int(said[row, path[-1]])) in found:
@@ -101,7 +101,7 @@ def test_the_walk_follows_what_is_said(grown) -> None:
 def test_the_odds_of_the_ends(grown) -> None:
     """What reaches a row and none of its children; over all rows, something certainly happens."""
     guesses, tree, _ = grown
-    ends, odds = np.asarray(trees.ends(tree)), np.asarray(trees.corrections(tree, guesses))
+    ends, odds = np.asarray(trees.stop_probs(tree)), np.asarray(trees.bonus_probs(tree, guesses))
     np.testing.assert_allclose(ends.sum(axis=1), 1, atol=1e-5)
     tokens, probs = (np.asarray(x, np.float64) for x in jax.tree.leaves(guesses))
     for row in range(3):
@@ -122,15 +122,15 @@ def test_the_odds_of_the_ends(grown) -> None:
 def test_a_chain_is_the_tree_of_one_choice() -> None:
     guesses = random_guesses(3, 4, 6, 1)
     anchor = jnp.arange(4)
-    chain, tree = trees.chain(anchor, guesses), trees.grow(anchor, guesses, 6)
+    chain, tree = trees.chain(anchor, guesses), trees.build_tree(anchor, guesses, 6)
     for name in ("tokens", "parent", "depth", "rank", "path"):
         np.testing.assert_array_equal(getattr(chain, name), getattr(tree, name), err_msg=name)
-    np.testing.assert_allclose(chain.reach, tree.reach, rtol=1e-5)
+    np.testing.assert_allclose(chain.path_prob, tree.path_prob, rtol=1e-5)
 
 
 def test_a_chain_ends_where_the_first_draft_is_wrong() -> None:
     guesses = random_guesses(4, 5, 5, 1)
-    ends = np.asarray(trees.ends(trees.chain(jnp.arange(5), guesses)))
+    ends = np.asarray(trees.stop_probs(trees.chain(jnp.arange(5), guesses)))
     for row, p in zip(ends, np.asarray(guesses.probs)[..., 0], strict=True):
         expected = [np.prod(p[:n]) * (1 - p[n] if n < 5 else 1) for n in range(6)]
         np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-7)
@@ -138,17 +138,15 @@ def test_a_chain_ends_where_the_first_draft_is_wrong() -> None:
 
 @pytest.mark.parametrize("nodes", [0, 6])
 def test_without_guesses_the_walk_ends_at_the_anchor(nodes: int) -> None:
-    none = trees.nothing(2, 3, 4)
+    none = trees.empty(2, 3, 4)
     anchor = jnp.array([5, 6])
-    tree = trees.grow(anchor, none, nodes) if nodes else trees.chain(anchor, none)
-    assert np.asarray(trees.ends(tree).argmax(1)).tolist() == [0, 0]
+    tree = trees.build_tree(anchor, none, nodes) if nodes else trees.chain(anchor, none)
+    assert np.asarray(trees.stop_probs(tree).argmax(1)).tolist() == [0, 0]
 
 
 def test_what_is_left_of_guesses_moves_up() -> None:
-    old = Guesses(
-        jnp.array([[[1], [2], [3], [4]]] * 4), jnp.array([[[0.9], [0.8], [0.7], [0.6]]] * 4)
-    )
-    left = trees.shifted(old, jnp.array([1, 2, 4, 5]))
+    old = TopK(jnp.array([[[1], [2], [3], [4]]] * 4), jnp.array([[[0.9], [0.8], [0.7], [0.6]]] * 4))
+    left = trees.shift(old, jnp.array([1, 2, 4, 5]))
     assert np.asarray(left.tokens)[..., 0].tolist() == [
         [2, 3, 4, 0], [3, 4, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0],
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from orthrus_jax.model import Layer, Model, ar_segment
 from orthrus_jax.model.layers import AttentionProjections, RMSNorm, SwiGLU
 from tests.support.compare import flat, relative_error
 from tests.support.configs import NO_EOS, tiny_config
+from tests.support.decoding import orthrus_decode
 from tests.support.weights import random_params
 
 torch = pytest.importorskip("torch")
@@ -262,7 +263,7 @@ def test_greedy_text_is_token_identical_to_transformers_generate(tied: bool) -> 
     assert theirs.shape == (rows, new)
     assert np.unique(theirs).size > 50, "a text of few tokens compares little"
 
-    for loop in (decoding.ar_decode, decoding.orthrus_decode):
+    for loop in (decoding.ar_decode, orthrus_decode):
         state = decoding.prefill(
             model,
             params,

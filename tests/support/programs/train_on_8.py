@@ -8,6 +8,7 @@ import os
 import sys
 
 from tests.support import fast_compile
+from tests.support.decoding import orthrus_decode
 
 os.environ["XLA_FLAGS"] = fast_compile.on_devices(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -90,7 +91,7 @@ def main():
     summed, summed_weights = curve(None, micro=4)
     found = {"one": losses, "unstacked": plain, "accumulated": summed, "meshes": {}}
     found["accumulated_weights"] = float(np.abs(summed_weights - weights).max())
-    ar, orthrus = text(None, decoding.ar_decode), text(None, decoding.orthrus_decode)
+    ar, orthrus = text(None, decoding.ar_decode), text(None, orthrus_decode)
     found["ar"] = ar == orthrus
     for name in sys.argv[1:]:
         mesh = sharding.make_mesh(*MESHES[name])
@@ -99,7 +100,7 @@ def main():
             "losses": losses,
             "weights": float(np.abs(theirs - weights).max()),
             "again": bool((curve(mesh)[1] == theirs).all()),
-            "text": text(mesh, decoding.orthrus_decode) == ar == text(mesh, decoding.ar_decode),
+            "text": text(mesh, orthrus_decode) == ar == text(mesh, decoding.ar_decode),
         }
     json.dump(found, sys.stdout)
 

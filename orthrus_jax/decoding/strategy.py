@@ -1,0 +1,163 @@
+"""Strategy: how to decode, said once. Which forwards a cycle has, and what their rows are spent on.
+
+No choice here changes a greedy or coupled text; each changes how soon it is there. The loops are
+speculative.py's and overlapped.py's, and planner.py chooses by measurement.
+"""
+
+import dataclasses
+from typing import Any
+
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.decoding.sampling import AcceptRule
+from orthrus_jax.errors import UserError
+
+FORWARDS = {"ar": 1, "orthrus": 2, "orthrus-2f": 2, "orthrus-1f": 1}  # of each method, per cycle
+METHODS = tuple(FORWARDS)
+CYCLES = {"paper": "orthrus", "two-forward": "orthrus-2f", "one-forward": "orthrus-1f"}
+LENGTH_BLOCKS = 4  # of orthrus-1f, where a strategy names none
+CANDIDATES = 8  # the AR view's token after a rejection is among so many nine times in ten
+
+
+@dataclasses.dataclass(frozen=True)
+class Strategy:
+    """How to decode. Hashable: a static argument of the compiled loops.
+
+    Attributes:
+      method: "ar", one token per forward, the baseline; "orthrus", draft and verify in turn, the
+        paper's cycle; "orthrus-2f", the same with a draft forward that emits too; "orthrus-1f",
+        which drafts while it verifies. See docs/decoding.md.
+      draft_length: rows of a draft block, the anchor included; None is the trained K.
+      tree_nodes: of the last two methods, the drafts of a tree to verify; 0 is a chain.
+      early_blocks: of "orthrus-1f", blocks per forward that assume how many drafts are accepted;
+        None is LENGTH_BLOCKS, or 0 beside `fresh_blocks`.
+      fresh_blocks: of "orthrus-1f", blocks that assume the next token as well.
+      accept: "rejection" or "coupled", when "orthrus" accepts a sampled draft; see AcceptRule.
+      draft_temperature: the temperature at which the drafter's probabilities are believed where
+        they decide between nodes and blocks; None is the model's calibrated one, or 1.
+      candidates: tokens kept per guessed position, where more than the likeliest can be of use.
+    """
+
+    method: str = "orthrus"
+    draft_length: int | None = None
+    tree_nodes: int = 0
+    early_blocks: int | None = None
+    fresh_blocks: int = 0
+    accept: str = AcceptRule.REJECTION
+    draft_temperature: float | None = None
+    candidates: int = CANDIDATES
+
+    def resolve(self, config: ModelConfig, draft_temperature: float = 1.0) -> "Strategy":
+        """Fill in what is None and cut blocks to what a draft of this size can use.
+
+        Raises:
+          UserError: naming the field, for what this model cannot run.
+        """
+        self._check(config)
+        block = 1 if self.method == "ar" else self.draft_length or config.block_size
+        whole = dataclasses.replace(
+            self,
+            draft_length=block,
+            draft_temperature=self.draft_temperature or draft_temperature,
+            candidates=min(self.candidates, config.vocab_size),
+        )
+        if self.method != "orthrus-1f":
+            return dataclasses.replace(whole, early_blocks=0, fresh_blocks=0)
+        early = self.early_blocks
+        if early is None:
+            early = 0 if self.fresh_blocks else LENGTH_BLOCKS
+        ends = whole.drafts + 1
+        return dataclasses.replace(
+            whole,
+            early_blocks=min(early, ends),
+            fresh_blocks=min(self.fresh_blocks, ends * whole.candidates),
+        )
+
+    def _check(self, config: ModelConfig) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method={self.method!r} is not one of {', '.join(METHODS)}")
+        rules = [rule.value for rule in AcceptRule]
+        if self.accept not in rules:
+            raise UserError(f"accept={self.accept!r} is not one of {', '.join(rules)}")
+        if self.method == "ar":
+            return
+        if config.mask_token_id is None:
+            raise UserError(
+                "config.json names no mask_token_id, which drafting needs: use mode ar "
+                "(strategy='ar')"
+            )
+        if self.draft_length is not None and not 2 <= self.draft_length <= config.block_size:
+            raise UserError(
+                f"draft_length={self.draft_length} must be from 2 to {config.block_size}"
+            )
+        for name in ("tree_nodes", "early_blocks", "fresh_blocks"):
+            if (getattr(self, name) or 0) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.method == "orthrus" and self.tree_nodes:
+            raise UserError(
+                f"tree_nodes={self.tree_nodes} needs method='orthrus-2f' or 'orthrus-1f'"
+            )
+        if self.method == "orthrus-1f" and self.early_blocks == 0 and not self.fresh_blocks:
+            raise UserError(
+                "early_blocks=0 and fresh_blocks=0: method='orthrus-1f' drafts by at least one"
+            )
+        if self.draft_temperature is not None and not self.draft_temperature > 0:
+            raise UserError(f"draft_temperature={self.draft_temperature} must be above 0")
+
+    # What follows is of a resolved strategy.
+
+    @property
+    def block_size(self) -> int:
+        """Rows of a draft block, K."""
+        assert self.draft_length is not None, "resolve() first"
+        return self.draft_length
+
+    @property
+    def drafts(self) -> int:
+        """Rows verified after the anchor: slots that a cycle writes after it."""
+        return self.tree_nodes or self.block_size - 1
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that one forward drafts while it verifies."""
+        return (self.early_blocks or 0) + self.fresh_blocks
+
+    @property
+    def positions(self) -> int:
+        """Positions after the anchor for which guesses are kept.
+
+        An outcome block that is right guesses one more than a chain verifies: the token that comes
+        if all of it is accepted, which the next outcome blocks can assume.
+        """
+        return self.block_size - (not self.fresh_blocks)
+
+    @property
+    def top_k(self) -> int:
+        """Guesses kept per position."""
+        return self.candidates if self.tree_nodes or self.fresh_blocks else 1
+
+    @property
+    def forward_rows(self) -> tuple[int, ...]:
+        """Rows of each forward of a cycle, of one sequence."""
+        verified = 1 + self.drafts + self.block_size * self.blocks
+        if FORWARDS[self.method] == 1:
+            return (verified,)
+        return (self.block_size + (self.method == "orthrus-2f"), verified)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the largest forward: what a token budget limits."""
+        return max(self.forward_rows)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards per cycle."""
+        return FORWARDS[self.method]
+
+    def flags(self) -> dict[str, Any]:
+        """The strategy as command lines and JSON files spell it: mode, cycle and the row counts."""
+        if self.method == "ar":
+            return {"mode": "ar"}
+        cycle = next(name for name, method in CYCLES.items() if method == self.method)
+        names = ("draft_length", "early_blocks", "fresh_blocks", "tree_nodes")
+        counts = {name: getattr(self, name) for name in names}
+        return {"mode": "orthrus", "cycle": cycle} | counts
