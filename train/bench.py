@@ -27,8 +27,7 @@ from orthrus_jax.model import Model, Params, Segment, View
 from train import command, flops, pretrain, trainer
 from train.data import Rows
 from train.divergence import head_of, to_teacher
-from train.main import objective_of
-from train.objective import Blocks, Objective, both_views, sample_blocks
+from train.objective import Blocks, Objective, both_views, objective_of, sample_blocks
 
 REPEATS = 5
 PRODUCT = {"cpu": 2048}  # side of the matrices whose product sets the floor; elsewhere 8192

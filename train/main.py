@@ -26,9 +26,8 @@ from orthrus_jax.tokenizer import encode_messages, load_tokenizer
 from train import card, command, distill, hosts, trainer
 from train.checkpoints import Checkpoints
 from train.data import Loader, Rows, write_rows
-from train.divergence import Divergence
 from train.log import Log
-from train.objective import Objective
+from train.objective import check_choice, objective_of
 from train.prompts import Mix
 from train.responses import read_responses
 
@@ -45,7 +44,8 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     if overwrite:
         hosts.once(lambda: _forget(run))
     checkpoint.check_target(run / "model", overwrite=overwrite)
-    objective, remat = objective_of(config.train), _known(config.train.remat, "train.remat", REMAT)
+    objective = objective_of(config.train)
+    remat = check_choice("train.remat", config.train.remat, REMAT)
     mesh = _mesh(config.mesh)
     trainer.check_batch(config.train, mesh)
     hosts.in_turn(lambda: _same_recipe(run, config, change_recipe))
@@ -103,20 +103,6 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     (run / "train.json").write_text(json.dumps(stages, indent=2) + "\n")
     card.write(run / "model" / "README.md", config, run)
     print(f"Orthrus checkpoint written to {run / 'model'}")
-
-
-def objective_of(t: Any) -> Objective:
-    """Make the objective that `config.train` asks for."""
-    names = [d.value for d in Divergence]
-    return Objective(
-        t.anchors, Divergence(_known(t.divergence, "train.divergence", names)), t.gamma or None
-    )
-
-
-def _known(value: str, name: str, known: Any) -> str:
-    if value not in known:
-        raise UserError(f"{name}={value!r} is not one of {', '.join(known)}")
-    return value
 
 
 def _mesh(sizes: Any) -> Any:

@@ -9,7 +9,8 @@ Source: arXiv 2605.12825, training recipe. Nothing here knows of optimizers, fil
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,28 @@ class Objective:
         """float32[K], by position in the block."""
         position = jnp.arange(block, dtype=jnp.float32)
         return jnp.ones(block) if self.gamma is None else jnp.exp(-position / self.gamma)
+
+
+def objective_of(t: Any) -> Objective:
+    """Read the objective of a configuration's `train`.
+
+    Raises:
+      UserError: for an unknown divergence or a value out of range.
+    """
+    names = [divergence.value for divergence in Divergence]
+    divergence = Divergence(check_choice("train.divergence", t.divergence, names))
+    return Objective(t.anchors, divergence, t.gamma or None)
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> str:
+    """Return a configuration's value if it is one of `choices`.
+
+    Raises:
+      UserError: otherwise, naming the choices.
+    """
+    if value not in choices:
+        raise UserError(f"{name}={value!r} is not one of {', '.join(choices)}")
+    return value
 
 
 class Blocks(NamedTuple):

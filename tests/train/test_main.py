@@ -22,6 +22,7 @@ from orthrus_jax.model import REMAT
 from train import distill, pretrain
 from train import main as train_main
 from train.log import Log
+from train.objective import objective_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -179,7 +180,7 @@ def test_layers_that_are_stacked_train_decode_and_export_alike(run, tmp_path):
 )
 def test_every_configuration_is_one_that_training_takes(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    train_main.objective_of(config.train)
+    objective_of(config.train)
     assert distill.Recipe.of(config).prompts > 0
     t = config.train
     assert t.batch_size % t.accumulate == 0
