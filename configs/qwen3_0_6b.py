@@ -2,7 +2,7 @@
 
 Global batch 128 rows of 2,048 tokens; fsdp over all devices. Whether it fits, and in what:
 
-    python -m orthrus_jax.aot --config configs/qwen3_0_6b.py --topology v5e:1x1 --program train
+    python -m train.aot --config configs/qwen3_0_6b.py --topology v5e:1x1
 
 The step needs 6.1 GiB of a v5e chip. On several devices give each micro-batch at least one row
 a device, with `--config.train.accumulate`.

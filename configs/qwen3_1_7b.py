@@ -2,7 +2,7 @@
 
 Global batch 128 rows of 2,048 tokens; fsdp over all devices. Whether it fits, and in what:
 
-    python -m orthrus_jax.aot --config configs/qwen3_1_7b.py --topology v5e:2x2 --program train
+    python -m train.aot --config configs/qwen3_1_7b.py --topology v5e:2x2
 
 The step needs 5.4 GiB of each of four v5e chips; of a single one, with train.accumulate=128, 12.8.
 """

@@ -2,7 +2,7 @@
 
 Global batch 128 rows of 2,048 tokens; fsdp over all devices. Whether it fits, and in what:
 
-    python -m orthrus_jax.aot --config configs/qwen3_4b.py --topology v5e:2x4 --program train
+    python -m train.aot --config configs/qwen3_4b.py --topology v5e:2x4
 
 The step needs 6.8 GiB of each of eight v5e chips.
 """

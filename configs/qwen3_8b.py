@@ -2,7 +2,7 @@
 
 Global batch 128 rows of 2,048 tokens; fsdp over all devices. Whether it fits, and in what:
 
-    python -m orthrus_jax.aot --config configs/qwen3_8b.py --topology v6e:2x4 --program train
+    python -m train.aot --config configs/qwen3_8b.py --topology v6e:2x4
 
 The step needs 13.1 GiB of each of eight v6e chips.
 """

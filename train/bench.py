@@ -235,4 +235,9 @@ def main(config: Any, overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, default="configs/small.py", description=__doc__ or "")
+    command.run(
+        main,
+        default="configs/small.py",
+        description=__doc__ or "",
+        switches=command.OVERWRITE,
+    )

@@ -249,5 +249,6 @@ if __name__ == "__main__":
         main,
         default="configs/tiny.py",
         description=__doc__ or "",
-        switches={"change_recipe": "go on with a run although its configuration has changed"},
+        switches=command.OVERWRITE
+        | {"change_recipe": "continue a run although its configuration has changed"},
     )

@@ -195,4 +195,9 @@ def main(config: Any, overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, default="configs/tiny.py", description=__doc__ or "")
+    command.run(
+        main,
+        default="configs/tiny.py",
+        description=__doc__ or "",
+        switches=command.OVERWRITE,
+    )

@@ -45,7 +45,9 @@ def test_jsonl_lines_end_at_newlines_only(tmp_path, separator) -> None:
     assert list(read_jsonl(path)) == [(1, {"text": text}), (3, {"text": "three"})]
 
 
-@pytest.mark.parametrize("line", [b'{"torn": ', b'"\xff"', b"[" * 100_000], ids=lambda b: str(b[:9]))
+@pytest.mark.parametrize(
+    "line", [b'{"torn": ', b'"\xff"', b"[" * 100_000], ids=lambda b: str(b[:9])
+)
 def test_jsonl_names_the_file_and_line_of_what_is_not_json(tmp_path, line) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"whole": 1}\r\n\n' + line)
