@@ -10,7 +10,6 @@ def recipe() -> ConfigDict:
     c.base = ""  # directory or hub id of the frozen Qwen3
     c.seed = 0
     c.responses = ""  # a directory or file of responses that are there already; "" makes them
-    c.wandb_project = ""
     c.distributed = False  # several hosts: call jax.distributed.initialize() first
 
     c.distill = ConfigDict()  # see train.distill.Recipe
@@ -62,4 +61,30 @@ def recipe() -> ConfigDict:
     # Decoded every eval_every steps, and what the best checkpoint is the best on: prompts that are
     # neither trained on nor a test set.
     c.train.eval_sources = (("openai/gsm8k?config=main&split=train", 1.0),)
+    return c
+
+
+def small_model() -> ConfigDict:
+    """The recipe for a small base that train.pretrain makes: one device, float32, no remat.
+
+    `model` and the rest of `pretrain` are the configuration's own.
+    """
+    c = recipe()
+    c.model = (
+        ConfigDict()
+    )  # of the base; train.main reads the sizes of the base's directory instead
+
+    c.pretrain = ConfigDict()
+    c.pretrain.warmup = 0.05
+    c.pretrain.significant_bits = 0  # of each weight that are kept; 0 keeps all
+
+    c.distill.dtype = "float32"
+    c.distill.batch_size = 64
+
+    c.train.dtype = "float32"
+    c.train.log_every = 20
+    c.train.save_every = 200
+    c.train.eval_prompts = 32
+    c.train.remat = "none"
+    c.train.stack_layers = False
     return c

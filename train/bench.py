@@ -23,6 +23,7 @@ from tqdm import tqdm
 from orthrus_jax import params
 from orthrus_jax.config import ModelConfig, preset_of
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import write_atomic
 from orthrus_jax.model import Model, Params, Segment, View
 from train import command, flops, pretrain, trainer
 from train.data import Rows
@@ -231,7 +232,7 @@ def main(config: Any, overwrite: bool) -> None:
     found = measure(config)
     print(table(found))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    write_atomic(path, json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The model card of an exported checkpoint: what it is, how it was trained, what was measured."""
 
-import json
 import pathlib
 from typing import Any
 
+from orthrus_jax.files import read_jsonl, write_atomic
 from train.responses import MANIFEST
 
 CARD = """---
@@ -36,8 +36,7 @@ the text is the base's own: in float32 token for token, in bfloat16 up to near-t
 
 def write(path: pathlib.Path, config: Any, run: pathlib.Path) -> None:
     """Write the card from the run's configuration, log and data manifest."""
-    records = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
-    last = records[-1]
+    *_, (_, last) = read_jsonl(run / "train.jsonl")
     lines = [f"- training loss at step {last['step']}: {last['loss']:.4f}"]
     if "acceptance_length" in last:
         lines.append(
@@ -52,7 +51,8 @@ def write(path: pathlib.Path, config: Any, run: pathlib.Path) -> None:
     if manifest.exists():
         data = "    " + manifest.read_text().strip().replace("\n", "\n    ")
     recipe = "    " + config.train.to_json(indent=2).replace("\n", "\n    ")
-    path.write_text(
+    write_atomic(
+        path,
         CARD.format(
             base=config.base,
             name=path.parent.name,
@@ -61,5 +61,4 @@ def write(path: pathlib.Path, config: Any, run: pathlib.Path) -> None:
             recipe=recipe,
             data=data,
         ),
-        encoding="utf-8",
     )

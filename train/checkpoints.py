@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import first_line
 from train.trainer import TrainState
 
 
@@ -72,9 +73,9 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # whatever a damaged file makes the library raise
-                why = next(iter(str(error).splitlines()), type(error).__name__)
                 warnings.warn(
-                    f"checkpoint {step} in {self.last.directory} cannot be read ({why:.200}); "
+                    f"checkpoint {step} in {self.last.directory} cannot be read "
+                    f"({first_line(error):.200}); "
                     "going back to the one before",
                     stacklevel=2,
                 )

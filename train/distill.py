@@ -10,7 +10,6 @@ several hosts share them out. Which prompts are asked is prompts.py; responses.p
 """
 
 import collections
-import contextlib
 import dataclasses
 import gc
 import importlib.metadata
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from orthrus_jax import checkpoint, engine, sharding
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import write_atomic
 from orthrus_jax.generate import Generator, load
 from orthrus_jax.sampling import SamplingParams
 from orthrus_jax.tokenizer import decode
@@ -321,8 +321,7 @@ class Job:
             "complete": names == self.recipe.shard_names(),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         }
-        with _renamed(self.out / MANIFEST) as path:
-            path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_atomic(self.out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def _answered(
@@ -377,22 +376,16 @@ def _in_tables(prompts: Iterable[Prompt], size: int) -> Iterator[pa.Table]:
         yield pa.table(columns, PROMPT_SCHEMA)
 
 
-@contextlib.contextmanager
-def _renamed(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a temporary name; what was written there gets its own once it is on the disk."""
+def _write_parquet(target: pathlib.Path, tables: Iterable[pa.Table]) -> None:
+    """Write each table as one row group, under a temporary name until all are on the disk."""
     path = target.with_name(f"{target.name}.tmp")  # what a killed run left is written over
-    yield path
+    first, rest = next(iterator := iter(tables)), iterator
+    with pq.ParquetWriter(path, first.schema) as writer:
+        for table in itertools.chain([first], rest):
+            writer.write_table(table)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     path.replace(target)
-
-
-def _write_parquet(target: pathlib.Path, tables: Iterable[pa.Table]) -> None:
-    """Write each table as one row group."""
-    first, rest = next(iterator := iter(tables)), iterator
-    with _renamed(target) as path, pq.ParquetWriter(path, first.schema) as writer:
-        for table in itertools.chain([first], rest):
-            writer.write_table(table)
 
 
 def _stats(path: pathlib.Path) -> dict[str, Any]:

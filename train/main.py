@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 
 from orthrus_jax import checkpoint, params, sharding
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import write_atomic
 from orthrus_jax.generate import Generator
 from orthrus_jax.model import REMAT, Model
 from orthrus_jax.tokenizer import encode_messages, load_tokenizer
@@ -34,7 +35,7 @@ from train.responses import read_responses
 RECIPE = "recipe.json"
 # What may differ when a run goes on: where it runs and what it reports, not what it computes.
 FREE = ("run", "mesh", "log_every", "eval_every", "save_every", "keep", "eval_prompts", "remat",
-        "stack_layers", "tensor", "wandb_project")  # fmt: skip
+        "stack_layers", "tensor")  # fmt: skip
 
 
 def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
@@ -78,7 +79,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
         state, place = found
         loader.restore(place)
         print(f"going on from step {int(state.step)} in {run / 'checkpoints'}")
-    with hosts.stop_on_signal() as stopping, Log(run, int(state.step), config) as log:
+    with hosts.stop_on_signal() as stopping, Log(run, int(state.step)) as log:
         try:
             state = trainer.fit(
                 t, objective, model, frozen, state, optimizer, loader, log.write, evaluate,
@@ -100,7 +101,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
         "trained_parameters": params.count(state.diffusion),
         "seconds": clock.seconds,
     }
-    (run / "train.json").write_text(json.dumps(stages, indent=2) + "\n")
+    write_atomic(run / "train.json", json.dumps(stages, indent=2) + "\n")
     card.write(run / "model" / "README.md", config, run)
     print(f"Orthrus checkpoint written to {run / 'model'}")
 
@@ -128,7 +129,7 @@ def _same_recipe(run: pathlib.Path, config: Any, change: bool) -> None:
                 )
     run.mkdir(parents=True, exist_ok=True)
     if hosts.is_first():
-        path.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
+        write_atomic(path, json.dumps(now, indent=2, sort_keys=True) + "\n")
 
 
 def _flat(tree: dict[str, Any], at: str = "") -> dict[str, Any]:

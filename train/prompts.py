@@ -24,6 +24,7 @@ import pyarrow
 import pyarrow.parquet
 
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import first_line
 from train.problems import problems
 
 TEXTS = ("prompt", "question", "problem")  # columns that may hold the user's words
@@ -136,8 +137,8 @@ def file_rows(path: pathlib.Path, columns: Sequence[str] = COLUMNS) -> Iterator[
         with opened(path, "rb") as lines:
             yield from (_parse(line) for line in lines if line.strip())
     except (OSError, EOFError, pyarrow.ArrowException) as error:
-        told = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
-        raise UserError(f"{path} cannot be read ({told:.120}): truncated or damaged") from None
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} cannot be read ({why:.120}): truncated or damaged") from None
 
 
 def _parse(line: bytes) -> Any:
@@ -162,10 +163,9 @@ def _hub_rows(name: str, options: Mapping[str, str]) -> Iterator[Any]:
             streaming=True,
         )
     except Exception as error:  # offline, no such set or split, gated: the library raises anything
-        told = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
-            f"{name} cannot be had from the hub ({told:.160}): go online (with HF_TOKEN where it "
-            f"is gated), or give its rows as local files, {', '.join(SUFFIXES)}"
+            f"{name} cannot be had from the hub ({first_line(error):.160}): go online (with "
+            f"HF_TOKEN where it is gated), or give its rows as local files, {', '.join(SUFFIXES)}"
         ) from None
 
 

@@ -18,6 +18,7 @@ from configs.tiny import get_config
 from eval import demo
 from orthrus_jax import params
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import read_jsonl
 from orthrus_jax.model import REMAT
 from train import distill, pretrain
 from train import main as train_main
@@ -39,6 +40,10 @@ def miniature(run):
     c.train.update(save_every=3)
     c.train.update(eval_prompts=4)
     return c
+
+
+def records(run):
+    return [record for _, record in read_jsonl(run / "train.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,7 @@ def test_responses_are_the_bases_own_greedy_answers(run):
 
 
 def test_the_log_holds_loss_and_real_acceptance(run):
-    log = [json.loads(x) for x in (run / "train.jsonl").read_text().splitlines()]
+    log = records(run)
     assert [record["step"] for record in log] == [1, 2, 4, 6, 8]
     assert [record["step"] for record in log if "acceptance_length" in record] == [4, 8]
 
@@ -150,8 +155,7 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_bytes(run, tmp_path, mon
     assert "going on from step 5" in capsys.readouterr().out
     weights = [path / "model" / "model.safetensors" for path in (run, tmp_path)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    log = [json.loads(x) for x in (tmp_path / "train.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in log] == [1, 2, 4, 5, 6, 8]
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 4, 5, 6, 8]
     card = (tmp_path / "model" / "README.md").read_text()
     assert "acceptance length" in card
     assert '"anchors": 6' in card
@@ -168,7 +172,7 @@ def test_layers_that_are_stacked_train_decode_and_export_alike(run, tmp_path):
         assert (ours_leaf == theirs_leaf).all()
     for ours_leaf, theirs_leaf in zip(*map(jax.tree.leaves, (ours[1], theirs[1])), strict=True):
         np.testing.assert_allclose(ours_leaf, theirs_leaf, atol=1e-4)
-    logs = [[json.loads(x) for x in (d / "train.jsonl").open()] for d in (tmp_path, run)]
+    logs = [records(directory) for directory in (tmp_path, run)]
     # A KL is a difference of log-probabilities of order one: its rounding does not shrink with it.
     for name, tolerance in ("loss", 16 * np.finfo(np.float32).eps), ("acceptance_length", 0):
         found, expected = ([r[name] for r in log if name in r] for log in logs)
