@@ -19,7 +19,7 @@ from orthrus_jax.aot import Program, chip_gib, finish, grow, on_mesh, report, tp
 from orthrus_jax.config import ModelConfig, preset_of
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model
-from train import command, trainer
+from train import cli, trainer
 from train.data import Rows
 from train.objective import objective_of
 
@@ -104,7 +104,7 @@ def main(
 
 
 if __name__ == "__main__":
-    command.run(
+    cli.run(
         main,
         default="configs/qwen3_0_6b.py",
         description=__doc__ or "",

@@ -25,7 +25,7 @@ from orthrus_jax.config import ModelConfig, preset_of
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import write_atomic
 from orthrus_jax.model import Model, Params, Segment, View
-from train import command, flops, pretrain, trainer
+from train import cli, flops, pretrain, trainer
 from train.data import Rows
 from train.divergence import head_of, to_teacher
 from train.objective import Blocks, Objective, both_views, objective_of, sample_blocks
@@ -236,9 +236,9 @@ def main(config: Any, overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
-    command.run(
+    cli.run(
         main,
         default="configs/small.py",
         description=__doc__ or "",
-        switches=command.OVERWRITE,
+        switches=cli.OVERWRITE,
     )

@@ -34,7 +34,7 @@ from orthrus_jax.files import write_atomic
 from orthrus_jax.generate import Generator, load
 from orthrus_jax.sampling import SamplingParams
 from orthrus_jax.tokenizer import decode
-from train import command, hosts
+from train import cli, hosts
 from train.prompts import Mix, Prompt
 from train.responses import MANIFEST, digest, prompt_encoder, read_manifest, tokenizer_identity
 
@@ -419,9 +419,9 @@ def main(config: Any, overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
-    command.run(
+    cli.run(
         main,
         default="configs/tiny.py",
         description=__doc__ or "",
-        switches=command.OVERWRITE,
+        switches=cli.OVERWRITE,
     )

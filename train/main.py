@@ -24,7 +24,7 @@ from orthrus_jax.files import write_atomic
 from orthrus_jax.generate import Generator
 from orthrus_jax.model import REMAT, Model
 from orthrus_jax.tokenizer import encode_messages, load_tokenizer
-from train import card, command, distill, hosts, trainer
+from train import cli, distill, hosts, model_card, trainer
 from train.checkpoints import Checkpoints
 from train.data import Loader, Rows, write_rows
 from train.log import Log
@@ -102,7 +102,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
         "seconds": clock.seconds,
     }
     write_atomic(run / "train.json", json.dumps(stages, indent=2) + "\n")
-    card.write(run / "model" / "README.md", config, run)
+    model_card.write(run / "model" / "README.md", config, run)
     print(f"Orthrus checkpoint written to {run / 'model'}")
 
 
@@ -246,10 +246,10 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    command.run(
+    cli.run(
         main,
         default="configs/tiny.py",
         description=__doc__ or "",
-        switches=command.OVERWRITE
+        switches=cli.OVERWRITE
         | {"change_recipe": "continue a run although its configuration has changed"},
     )

@@ -21,7 +21,7 @@ from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View
 from orthrus_jax.tokenizer import Tokenizer, encode
-from train import command
+from train import cli
 from train.data import Conversation, Rows, pack, stack
 from train.problems import Problem, problems
 from train.prompts import COLUMNS, file_rows, local_files
@@ -195,9 +195,9 @@ def main(config: Any, overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
-    command.run(
+    cli.run(
         main,
         default="configs/tiny.py",
         description=__doc__ or "",
-        switches=command.OVERWRITE,
+        switches=cli.OVERWRITE,
     )

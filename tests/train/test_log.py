@@ -6,7 +6,7 @@ import pytest
 
 from configs import tiny
 from orthrus_jax.files import read_jsonl
-from train import card
+from train import model_card
 from train.log import Log
 
 # str.splitlines splits at all three; JSON does not, and they may stand in a decoded sample.
@@ -49,7 +49,7 @@ def test_model_card_reads_the_last_record(run):
     with Log(run, 4) as log:
         log.write(record(5) | {"acceptance_length": 3.25, "tokens_per_forward": 2.125})
     config = tiny.get_config()
-    card.write(run / "README.md", config, run)
+    model_card.write(run / "README.md", config, run)
     text = (run / "README.md").read_text(encoding="utf-8")
     assert "training loss at step 5: 0.2000" in text
     assert "acceptance length 3.25 of 7 drafts" in text
