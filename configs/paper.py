@@ -12,7 +12,7 @@ def recipe() -> ConfigDict:
     c.responses = ""  # a directory or file of responses that are there already; "" makes them
     c.distributed = False  # several hosts: call jax.distributed.initialize() first
 
-    c.distill = ConfigDict()  # see train.distill.Recipe
+    c.distill = ConfigDict()  # see train.distill.DistillConfig
     c.distill.sources = (
         ("nvidia/Nemotron-Post-Training-Dataset-v2?split=math", 1.0),
         ("nvidia/Nemotron-Post-Training-Dataset-v2?split=code", 1.0),

@@ -27,7 +27,7 @@ from orthrus_jax.files import write_atomic
 from orthrus_jax.model import Model, Params, Segment, View
 from train import cli, flops, pretrain, trainer
 from train.data import Rows
-from train.divergence import head_of, to_teacher
+from train.divergence import head_of, score_against_teacher
 from train.objective import Blocks, Objective, both_views, objective_of, sample_blocks
 
 REPEATS = 5
@@ -149,7 +149,7 @@ def _vocabulary(
 
     def total(student: Any) -> Any:
         rows = source.reshape(student.shape[:2])
-        scores = to_teacher(model, objective.divergence, head, student, teacher, rows)
+        scores = score_against_teacher(model, objective.divergence, head, student, teacher, rows)
         return scores.loss.sum()
 
     return jax.value_and_grad(total)(student)

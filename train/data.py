@@ -25,7 +25,7 @@ Ids = Sequence[int] | np.ndarray
 ABOUT = "rows.json"  # beside the arrays of packed rows: how they were made, and how many
 
 
-class Conversation:
+class TokenizedDialogue:
     """Ids in turn: a prompt, its answer, the next prompt, its answer, ...
 
     An answer ends with the end-of-turn token, unless it was cut off.
@@ -77,7 +77,7 @@ class ChatEncoder:
             for thinking in (True, False)
         )
 
-    def __call__(self, messages: Messages) -> Conversation:
+    def __call__(self, messages: Messages) -> TokenizedDialogue:
         """Encode a dialogue up to its last answer.
 
         Raises:
@@ -104,14 +104,18 @@ class ChatEncoder:
             segments += [prompt, answer + self._end]
             prompt = behind
         encoded = self._tokenizer(segments, add_special_tokens=False)["input_ids"]
-        return Conversation(*encoded)
+        return TokenizedDialogue(*encoded)
 
     def _render(self, messages: Messages, **options: Any) -> str:
         return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 def pack(
-    conversations: Iterable[Conversation], length: int, pad: int, *, document_masks: bool = True
+    conversations: Iterable[TokenizedDialogue],
+    length: int,
+    pad: int,
+    *,
+    document_masks: bool = True,
 ) -> Iterator[Rows]:
     """Yield packed rows [1, length] in order; a conversation longer than a row is cut at its end.
 
@@ -138,7 +142,9 @@ def pack(
         yield _row(row, length, pad)
 
 
-def _pack_stream(conversations: Iterable[Conversation], length: int, pad: int) -> Iterator[Rows]:
+def _pack_stream(
+    conversations: Iterable[TokenizedDialogue], length: int, pad: int
+) -> Iterator[Rows]:
     whole = lambda part: _row([part], length, pad)._replace(start=np.zeros((1, length), np.int32))
     ids, answer = np.zeros(0, np.int32), np.zeros(0, bool)
     for conversation in conversations:
@@ -170,7 +176,7 @@ def stack(rows: Iterable[Rows]) -> Rows:
 
 def write_rows(
     directory: str | pathlib.Path,
-    conversations: Iterable[Conversation],
+    conversations: Iterable[TokenizedDialogue],
     *,
     length: int,
     pad: int,
@@ -233,13 +239,17 @@ def open_rows(directory: str | pathlib.Path) -> Rows:
 
 
 def _write(
-    folder: pathlib.Path, conversations: Iterable[Conversation], length: int, pad: int, masks: bool
+    folder: pathlib.Path,
+    conversations: Iterable[TokenizedDialogue],
+    length: int,
+    pad: int,
+    masks: bool,
 ) -> dict[str, int]:
     """Write the arrays; return how many rows, conversations, tokens and answer tokens there are."""
     names = ("rows", "conversations", "longer_than_a_row", "tokens", "answer_tokens")
     counts = dict.fromkeys(names, 0)
 
-    def counted() -> Iterator[Conversation]:
+    def counted() -> Iterator[TokenizedDialogue]:
         for conversation in tqdm(conversations, "pack", unit="conversation"):
             size = sum(map(len, conversation.segments))
             counts["conversations"] += 1

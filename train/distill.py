@@ -59,7 +59,7 @@ SCHEMA = pa.schema(
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class DistillConfig:
     """What is asked, and how it is answered: `config.distill`.
 
     Attributes:
@@ -110,7 +110,7 @@ class Recipe:
         _ = self.sampling  # checks its own fields
 
     @classmethod
-    def of(cls, config: Any) -> "Recipe":
+    def of(cls, config: Any) -> "DistillConfig":
         """Read `config.distill` and `config.seed`.
 
         Raises:
@@ -147,21 +147,22 @@ def ensure_responses(config: Any, *, overwrite: bool = False) -> pathlib.Path:
     The model is loaded if it is needed, and let go of again.
 
     Args:
-      config: `base`, `run`, `seed` and `distill`, see Recipe; responses go to `run`/responses.
-      overwrite: delete what is there and start anew.
+      config: `base`, `run`, `seed` and `distill`, see DistillConfig; responses go to
+        `run`/responses.
+      overwrite: delete existing responses and start anew.
 
     Raises:
       UserError: for a bad recipe or model, a source that cannot be had or falls short, and
         responses that another recipe or model has left.
     """
-    recipe, out = Recipe.of(config), pathlib.Path(config.run) / "responses"
+    recipe, out = DistillConfig.of(config), pathlib.Path(config.run) / "responses"
     directory = checkpoint.resolve(config.base)
     # A snapshot of the hub lies in a folder that is named for its commit.
     revision = directory.name if directory.parent.name == "snapshots" else None
     origin = {"id": str(config.base), "revision": revision}
-    job = Job(recipe, model_identity(directory, recipe.dtype), out, origin)
+    job = DistillJob(recipe, model_identity(directory, recipe.dtype), out, origin)
     if overwrite:
-        hosts.once(job.delete)
+        hosts.on_first_host(job.delete)
     missing = job.missing()
     hosts.wait()  # all have looked before one writes
     if missing:
@@ -171,18 +172,18 @@ def ensure_responses(config: Any, *, overwrite: bool = False) -> pathlib.Path:
     return out
 
 
-def _run(job: "Job", model: Generator) -> None:
+def _run(job: "DistillJob", model: Generator) -> None:
     """Draw the prompts, and answer them: each host its own shards, on its own devices."""
-    hosts.once(lambda: job.draw(model))
-    hosts.see(job.drawn, job.out / PROMPTS)
+    hosts.on_first_host(lambda: job.draw(model))
+    hosts.wait_until_visible(job.drawn, job.out / PROMPTS)
     job.answer(model, jax.process_index(), jax.process_count())
     hosts.wait()
-    hosts.see(lambda: not job.missing(), job.out)
-    hosts.once(job.write_manifest)
-    hosts.see(lambda: read_manifest(job.out)["complete"], job.out / MANIFEST)
+    hosts.wait_until_visible(lambda: not job.missing(), job.out)
+    hosts.on_first_host(job.write_manifest)
+    hosts.wait_until_visible(lambda: read_manifest(job.out)["complete"], job.out / MANIFEST)
 
 
-def _mesh(recipe: Recipe) -> Mesh | None:
+def _mesh(recipe: DistillConfig) -> Mesh | None:
     """All devices of this host; None for one, which needs no mesh."""
     devices = jax.local_devices()
     mesh = sharding.make_mesh(tensor=recipe.tensor, devices=devices)
@@ -204,7 +205,7 @@ def model_identity(directory: pathlib.Path, dtype: str | None = None) -> dict[st
     }
 
 
-class Job:
+class DistillJob:
     """The responses of one recipe and model in one directory, as far as they are there.
 
     manifest.json says what was asked, and refuses a run that asks something else.
@@ -212,7 +213,7 @@ class Job:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: DistillConfig,
         model: Mapping[str, str],
         out: pathlib.Path,
         origin: Mapping[str, str | None],
@@ -325,7 +326,7 @@ class Job:
 
 
 def _answered(
-    generator: Generator, recipe: Recipe, asked: Sequence[Mapping[str, Any]], bar: tqdm
+    generator: Generator, recipe: DistillConfig, asked: Sequence[Mapping[str, Any]], bar: tqdm
 ) -> pa.Table:
     """Answer the prompts of a shard, in their order, the longest first in time."""
     begin, compiled = time.perf_counter(), generator.engine.compile_seconds

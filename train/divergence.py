@@ -41,17 +41,17 @@ class RowScores(NamedTuple):
       loss: the divergence trained on; the only one with a gradient.
       kl: KL(p || q).
       agreement: 1 where both views' likeliest token is the same, else 0.
-      overlap: sum min(p, q), the probability that sampling accepts the row's draft.
+      accept_prob: sum min(p, q), the probability that sampling accepts the row's draft.
     """
 
     loss: Array
     kl: Array
     agreement: Array
-    overlap: Array
+    accept_prob: Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def to_teacher(
+def score_against_teacher(
     model: Model,
     divergence: Divergence,
     head: Params,
@@ -121,7 +121,7 @@ def _backward(
     return None, scaled, None, None
 
 
-to_teacher.defvjp(_score_all, _backward)
+score_against_teacher.defvjp(_score_all, _backward)
 
 
 class _Vocabulary(NamedTuple):
@@ -213,7 +213,7 @@ def _compare(
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     best = vocabulary.argmax(log_p)
     kl = vocabulary.sum(p * (log_p - log_q))
-    overlap = vocabulary.sum(jnp.minimum(p, q))
+    accept_prob = vocabulary.sum(jnp.minimum(p, q))
     if divergence is Divergence.KL:
         loss, gradient = kl, q - p
     elif divergence is Divergence.CE:
@@ -221,6 +221,6 @@ def _compare(
         loss, gradient = -vocabulary.sum(is_best * log_q), q - is_best
     else:
         side = jnp.sign(q - p) / 2
-        loss, gradient = 1 - overlap, q * (side - vocabulary.sum(q * side))
+        loss, gradient = 1 - accept_prob, q * (side - vocabulary.sum(q * side))
     agreement = (best == vocabulary.argmax(log_q)).astype(jnp.float32)
-    return RowScores(*(x[:, 0] for x in (loss, kl, agreement, overlap))), gradient
+    return RowScores(*(x[:, 0] for x in (loss, kl, agreement, accept_prob))), gradient

@@ -38,7 +38,7 @@ def wait() -> None:
         multihost.get_barrier_sync_fn()(key=f"orthrus_{next(_turns)}", timeout_ms=WEEK)
 
 
-def see(ready: Callable[[], bool], what: object) -> None:
+def wait_until_visible(ready: Callable[[], bool], what: object) -> None:
     """Wait until this host sees what another has written: a network's disk may be late.
 
     Raises:
@@ -54,14 +54,14 @@ def see(ready: Callable[[], bool], what: object) -> None:
     )
 
 
-def once(work: Callable[[], object]) -> None:
+def on_first_host(work: Callable[[], object]) -> None:
     """Let the first host do it, while the others wait."""
     if is_first():
         work()
     wait()
 
 
-def in_turn(work: Callable[[], Any]) -> Any:
+def first_host_then_rest(work: Callable[[], Any]) -> Any:
     """Let the first host write files, which the others, who then do the same, find there."""
     if is_first():
         found = work()

@@ -33,9 +33,10 @@ from train.prompts import Mix
 from train.responses import read_responses
 
 RECIPE = "recipe.json"
-# What may differ when a run goes on: where it runs and what it reports, not what it computes.
-FREE = ("run", "mesh", "log_every", "eval_every", "save_every", "keep", "eval_prompts", "remat",
-        "stack_layers", "tensor")  # fmt: skip
+# Values that may differ when a run is resumed: they set where it runs and what it reports, not what
+# it computes.
+MAY_CHANGE = ("run", "mesh", "log_every", "eval_every", "save_every", "keep", "eval_prompts",
+              "remat", "stack_layers", "tensor")  # fmt: skip
 
 
 def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
@@ -43,13 +44,13 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     hosts.begin(config.distributed)
     run = pathlib.Path(config.run)
     if overwrite:
-        hosts.once(lambda: _forget(run))
+        hosts.on_first_host(lambda: _delete_outputs(run))
     checkpoint.check_target(run / "model", overwrite=overwrite)
     objective = objective_of(config.train)
     remat = check_choice("train.remat", config.train.remat, REMAT)
     mesh = _mesh(config.mesh)
     trainer.check_batch(config.train, mesh)
-    hosts.in_turn(lambda: _same_recipe(run, config, change_recipe))
+    hosts.first_host_then_rest(lambda: _check_recipe(run, config, change_recipe))
 
     clock = _Clock()
     responses = pathlib.Path(config.responses or distill.ensure_responses(config))
@@ -61,7 +62,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     frozen, diffusion = params.split(base.params, freeze=freeze)
     source, base_parameters = base.directory, params.count(params.split(base.params)[0])
     del base  # what follows holds each weight once
-    rows = hosts.in_turn(lambda: _rows(config, responses, tokenizer, overwrite))
+    rows = hosts.first_host_then_rest(lambda: _rows(config, responses, tokenizer, overwrite))
     clock.lap("pack")
 
     model = Model(sizes, mesh, remat)
@@ -73,9 +74,9 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     del diffusion
     loader = Loader(rows, t.batch_size, config.seed, jax.process_index(), jax.process_count())
     identity = {"base": distill.model_identity(source)["weights"]}
-    keeper = Checkpoints(run, identity, keep=t.keep)
+    saver = Checkpoints(run, identity, keep=t.keep)
     evaluate = _held_out(Generator(sizes, frozen, tokenizer, mesh=mesh), tokenizer, frozen, config)
-    if found := keeper.restore(state):
+    if found := saver.restore(state):
         state, place = found
         loader.restore(place)
         print(f"going on from step {int(state.step)} in {run / 'checkpoints'}")
@@ -83,16 +84,16 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
         try:
             state = trainer.fit(
                 t, objective, model, frozen, state, optimizer, loader, log.write, evaluate,
-                keeper=keeper, stop=stopping,
+                saver=saver, stop=stopping,
             )  # fmt: skip
         except trainer.Interrupted:
-            keeper.close()
+            saver.close()
             print(f"stopped; the same command goes on from {run / 'checkpoints'}")
             return
     clock.lap("train")
-    keeper.wait()
+    saver.wait()
     _export(config, source, sizes, frozen, state.diffusion, overwrite)
-    keeper.close()
+    saver.close()
     clock.lap("export")
     if not hosts.is_first():
         return
@@ -112,14 +113,14 @@ def _mesh(sizes: Any) -> Any:
     return mesh if mesh.size > 1 else None
 
 
-def _same_recipe(run: pathlib.Path, config: Any, change: bool) -> None:
+def _check_recipe(run: pathlib.Path, config: Any, change: bool) -> None:
     """Keep the recipe beside the run, and refuse another one unless told."""
     now = _flat(json.loads(config.to_json_best_effort()))
     path = run / RECIPE
     if path.exists() and not change:
         before = json.loads(path.read_text())
         for name in sorted(before.keys() | now.keys()):
-            if name.split(".")[-1] in FREE or name.split(".")[0] in FREE:
+            if name.split(".")[-1] in MAY_CHANGE or name.split(".")[0] in MAY_CHANGE:
                 continue
             if before.get(name) != now.get(name):
                 raise UserError(
@@ -223,7 +224,7 @@ def _export(
     )
 
 
-def _forget(run: pathlib.Path) -> None:
+def _delete_outputs(run: pathlib.Path) -> None:
     """Delete what an earlier run wrote, but for its model: the export replaces that."""
     for name in ("responses", "rows", "checkpoints", "best", RECIPE, "train.jsonl"):
         path = run / name

@@ -19,7 +19,7 @@ from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params, Segment, View
 from orthrus_jax.params import merge
 from train.data import Rows
-from train.divergence import Divergence, RowScores, head_of, to_teacher
+from train.divergence import Divergence, RowScores, head_of, score_against_teacher
 
 Array = jax.Array
 
@@ -86,16 +86,16 @@ class Blocks(NamedTuple):
     supervised: Array
 
 
-class Sums(NamedTuple):
-    """Sums over the supervised rows of a batch; batches add up, `means` divides.
+class LossSums(NamedTuple):
+    """LossSums over the supervised rows of a batch; batches add up, `means` divides.
 
     Attributes:
       weight: float32[], of all rows.
       blocks: float32[], with at least one supervised row.
       rows: float32[K], supervised rows by position in the block.
-      kl, agreement, overlap: float32[K], of RowScores.
-      chain: float32[K], blocks whose guesses up to this position are all the teacher's own: greedy
-        decoding from these anchors would accept them.
+      kl, agreement, accept_prob: float32[K], of RowScores.
+      prefix_agreement: float32[K], blocks whose guesses up to this position all equal the teacher's
+        greedy tokens: greedy decoding from these anchors would accept them.
     """
 
     weight: Array
@@ -103,16 +103,22 @@ class Sums(NamedTuple):
     rows: Array
     kl: Array
     agreement: Array
-    overlap: Array
-    chain: Array
+    accept_prob: Array
+    prefix_agreement: Array
 
     def means(self) -> dict[str, Array]:
         """Metrics by position in the block, and the accepted drafts a block would have had."""
         by_position = {
-            name: getattr(self, name) / jnp.maximum(self.rows, 1)
-            for name in ("kl", "agreement", "overlap")
+            name: total / jnp.maximum(self.rows, 1)
+            for name, total in (
+                ("kl", self.kl),
+                ("agreement", self.agreement),
+                ("overlap", self.accept_prob),  # the logs' name
+            )
         }
-        accepted = self.chain[:-1].sum() / jnp.maximum(self.blocks, 1)  # the last row is no draft
+        accepted = self.prefix_agreement[:-1].sum() / jnp.maximum(
+            self.blocks, 1
+        )  # the last row is no draft
         return by_position | {"expected_acceptance": accepted}
 
 
@@ -149,10 +155,10 @@ def distillation_loss(
     rows: Rows,
     blocks: Blocks,
     objective: Objective,
-) -> tuple[Array, Sums]:
+) -> tuple[Array, LossSums]:
     """Sum the divergence over supervised block rows; differentiate for `diffusion` alone.
 
-    The mean, which is what a step minimises, is this over `Sums.weight`.
+    The mean, which is what a step minimises, is this over `LossSums.weight`.
 
     Args:
       diffusion, frozen: the two subtrees of the parameters, stacked or not.
@@ -164,7 +170,7 @@ def distillation_loss(
     block = model.config.block_size
     student, teacher = both_views(diffusion, frozen, model, rows, blocks)
     source = blocks.anchors[..., None] + jnp.arange(block)  # same token, same position
-    scores = to_teacher(
+    scores = score_against_teacher(
         model,
         objective.divergence,
         head_of(frozen),
@@ -177,14 +183,14 @@ def distillation_loss(
     weight = objective.weights(block) * on
     holds = jnp.cumprod(jnp.where(on, scores.agreement, 0.0), axis=-1)
     by_position = lambda part: jnp.where(on, part, 0.0).sum(axis=(0, 1))
-    sums = Sums(
+    sums = LossSums(
         weight=weight.sum(),
         blocks=on.any(-1).sum(dtype=jnp.float32),
         rows=on.sum(axis=(0, 1), dtype=jnp.float32),
         kl=by_position(scores.kl),
         agreement=by_position(scores.agreement),
-        overlap=by_position(scores.overlap),
-        chain=holds.sum(axis=(0, 1)),
+        accept_prob=by_position(scores.accept_prob),
+        prefix_agreement=holds.sum(axis=(0, 1)),
     )
     return (weight * jnp.where(on, scores.loss, 0.0)).sum(), sums
 

@@ -22,8 +22,8 @@ from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View
 from orthrus_jax.tokenizer import Tokenizer, encode
 from train import cli
-from train.data import Conversation, Rows, pack, stack
-from train.problems import Problem, problems
+from train.data import Rows, TokenizedDialogue, pack, stack
+from train.problems import WordProblem, problems
 from train.prompts import COLUMNS, file_rows, local_files
 from train.responses import ANSWERS, Responses
 
@@ -70,11 +70,11 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     )
 
 
-def conversation(tokenizer: Tokenizer, problem: Problem) -> Conversation:
+def conversation(tokenizer: Tokenizer, problem: WordProblem) -> TokenizedDialogue:
     """Encode a problem the way generation will ask it, with its worked answer."""
     answer = tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    return Conversation(encode(tokenizer, problem.question, chat=True), [*answer, end])
+    return TokenizedDialogue(encode(tokenizer, problem.question, chat=True), [*answer, end])
 
 
 def next_token_loss(
@@ -159,7 +159,7 @@ def texts(config: Any) -> list[str]:
     return [text for text in found if text]
 
 
-def conversations(config: Any, tokenizer: Tokenizer) -> Iterator[Conversation]:
+def conversations(config: Any, tokenizer: Tokenizer) -> Iterator[TokenizedDialogue]:
     """What the base learns, without end: made problems, or a file's rows in a new order each time.
 
     Raises:

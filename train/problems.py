@@ -163,7 +163,7 @@ end <: {s} has {n} minutes. How many are left over? -> Out of {n}, {s} keeps {eq
 
 
 @dataclass(frozen=True)
-class Problem:
+class WordProblem:
     """A word problem, its worked answer ending in a boxed number, and that number."""
 
     question: str
@@ -314,7 +314,7 @@ def _answer(parts: Sequence[Part], numbers: Sequence[dict[str, str]], told: Sequ
     return f"Let us solve this step by step.\n\n{body}\n\nSo this is the answer: {parts[-1].final}"
 
 
-def _tell(story: Story, rng: random.Random) -> Problem:
+def _tell(story: Story, rng: random.Random) -> WordProblem:
     """One problem of this story; _NoFitError where the numbers drawn do not work out."""
     parts = _draw_parts(story, rng)
     value = rng.randint(*FIRST[parts[0].op])
@@ -328,10 +328,10 @@ def _tell(story: Story, rng: random.Random) -> Problem:
     told = _draw_told(parts, numbers, rng)
     question = _fill(_question(told, rng), words)
     answer = _fill(_answer(parts, numbers, told), words)
-    return Problem(_polish(question, words["name"]), _polish(answer, words["name"]), value)
+    return WordProblem(_polish(question, words["name"]), _polish(answer, words["name"]), value)
 
 
-def make_problem(rng: random.Random) -> Problem:
+def make_problem(rng: random.Random) -> WordProblem:
     """Draw one problem of 2 to 4 operations, all values within SMALLEST..LARGEST."""
     story = rng.choice(STORIES)
     while True:
@@ -345,7 +345,7 @@ def split_of(question: str) -> str:
     return "train" if int.from_bytes(digest, "big") % HELD_OUT_ONE_IN else "held-out"
 
 
-def _draw_split(split: str, seed: int) -> Iterator[Problem]:
+def _draw_split(split: str, seed: int) -> Iterator[WordProblem]:
     rng = random.Random(f"{split} {seed}")  # seeded by text: the splits draw unlike streams
     seen: set[str] = set()
     while True:
@@ -355,7 +355,7 @@ def _draw_split(split: str, seed: int) -> Iterator[Problem]:
             yield problem
 
 
-def problems(split: str, seed: int, count: int | None = None) -> Iterator[Problem]:
+def problems(split: str, seed: int, count: int | None = None) -> Iterator[WordProblem]:
     """Draw `count` problems of a split, or without end, no question twice; the same every time.
 
     Raises ValueError for a split that is not in SPLITS and for a negative count.
@@ -378,7 +378,7 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def is_correct(text: str, problem: Problem) -> bool:
+def is_correct(text: str, problem: WordProblem) -> bool:
     """Whether the last box of `text` holds exactly the result, give or take outer spaces."""
     found = boxed(text)
     return found is not None and found.strip() == str(problem.result)

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from orthrus_jax import checkpoint
 from orthrus_jax.errors import UserError
 from orthrus_jax.tokenizer import Tokenizer, encode_messages
-from train.data import ChatEncoder, Conversation
+from train.data import ChatEncoder, TokenizedDialogue
 from train.prompts import COLUMNS, Messages, Skip, dialogue_of, file_rows, local_files, opening
 
 MANIFEST = "manifest.json"
@@ -41,7 +41,7 @@ class Responses:
         self.identity = digest(self._files)
         self.read, self.skipped = 0, collections.Counter[str]()
 
-    def __iter__(self) -> Iterator[Conversation]:
+    def __iter__(self) -> Iterator[TokenizedDialogue]:
         self.read, self.skipped = 0, collections.Counter()
         for path in self._files:
             yield from self._ids(path) if self._own else self._texts(path)
@@ -57,19 +57,19 @@ class Responses:
                 raise UserError(f"{path} holds ids of another tokenizer than that of {directory}")
         return [path / name for name in manifest["shards"]]
 
-    def _ids(self, path: pathlib.Path) -> Iterator[Conversation]:
+    def _ids(self, path: pathlib.Path) -> Iterator[TokenizedDialogue]:
         """Read a shard of ours, without making Python lists of the ids."""
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(1024, columns=["prompt_ids", "answer_ids"]):
                     self.read += len(batch)
-                    yield from map(Conversation, *(map(_slices, batch.columns)))
+                    yield from map(TokenizedDialogue, *(map(_slices, batch.columns)))
         except (OSError, pa.ArrowException):
             raise UserError(
                 f"{path} is damaged: delete it and run python -m train.distill"
             ) from None
 
-    def _texts(self, path: pathlib.Path) -> Iterator[Conversation]:
+    def _texts(self, path: pathlib.Path) -> Iterator[TokenizedDialogue]:
         for row in file_rows(path, (*COLUMNS, *ANSWERS, "truncated", "finish_reason")):
             self.read += 1
             try:
@@ -77,7 +77,7 @@ class Responses:
             except Skip as reason:
                 self.skipped[str(reason)] += 1
 
-    def _conversation(self, row: Any) -> Conversation:
+    def _conversation(self, row: Any) -> TokenizedDialogue:
         """Encode a row of another engine: messages with answers, or a prompt and an answer."""
         dialogue = dialogue_of(row)
         opening(dialogue)  # the user says something
@@ -96,7 +96,9 @@ class Responses:
         prompt = prompt_encoder(self._tokenizer, thinking)(dialogue)
         answer = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         whole = row.get("truncated") is not True and row.get("finish_reason") != "length"
-        return Conversation(prompt, [*answer, self._tokenizer.eos_token_id] if whole else answer)
+        return TokenizedDialogue(
+            prompt, [*answer, self._tokenizer.eos_token_id] if whole else answer
+        )
 
 
 def _slices(column: pa.ListArray) -> list[np.ndarray]:

@@ -22,7 +22,7 @@ from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params
 from train import flops
 from train.data import Rows
-from train.objective import Blocks, Objective, Sums, distillation_loss, sample_blocks
+from train.objective import Blocks, LossSums, Objective, distillation_loss, sample_blocks
 
 IN_FLIGHT = 2  # steps given to the device and not waited for
 
@@ -43,7 +43,7 @@ class Batches(Protocol):
     def state(self) -> dict[str, Any]: ...
 
 
-class Keeper(Protocol):
+class CheckpointSaver(Protocol):
     """Where checkpoints go; see checkpoints.py."""
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None: ...
@@ -125,7 +125,7 @@ def train_step(
     blocks = jax.tree.map(lambda x: x.reshape(micro, batch, *x.shape[1:]), blocks)
     gradient_of = jax.value_and_grad(distillation_loss, has_aux=True)
 
-    def one(rows: Rows, blocks: Blocks) -> tuple[jax.Array, Sums, Params]:
+    def one(rows: Rows, blocks: Blocks) -> tuple[jax.Array, LossSums, Params]:
         rows, blocks = _over_devices(model, (rows, blocks))
         (loss, sums), gradient = gradient_of(
             state.diffusion, frozen, model, rows, blocks, objective
@@ -184,7 +184,7 @@ def fit(
     log: Callable[[dict[str, Any]], None],
     evaluate: Callable[[Params], dict[str, Any]],
     *,
-    keeper: Keeper | None = None,
+    saver: CheckpointSaver | None = None,
     stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Train from `state` to `recipe.steps` steps.
@@ -200,7 +200,7 @@ def fit(
       evaluate: measures real decoding with a diffusion subtree; called every `eval_every` steps and
         at the end. Its "acceptance_length", if it gives one, decides which checkpoint is best,
         otherwise the loss's expected acceptance.
-      keeper: where to save every `save_every` steps and at the end; None saves nothing.
+      saver: where to save every `save_every` steps and at the end; None saves nothing.
       stop: asked after every step, on every host, and given its number.
 
     Raises:
@@ -231,15 +231,15 @@ def fit(
                     record |= evaluate(state.diffusion)
                     accepted = record.get("acceptance_length", record["expected_acceptance"])
                     bar.set_description(f"train, acceptance {accepted:.2f}")
-                    if keeper is not None:
-                        keeper.save_best(state, accepted)
+                    if saver is not None:
+                        saver.save_best(state, accepted)
                     work.lap()
                 bar.set_postfix(loss=f"{record['loss']:.3f}")
                 log(record)
                 if not math.isfinite(record["loss"]):
                     raise FloatingPointError(f"the loss is {record['loss']} at step {i}")
-            if keeper is not None and (last or stopping or i % recipe.save_every == 0):
-                keeper.save(state, batches.state())
+            if saver is not None and (last or stopping or i % recipe.save_every == 0):
+                saver.save(state, batches.state())
             if stopping and not last:
                 raise Interrupted
     return state

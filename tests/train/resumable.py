@@ -47,16 +47,16 @@ def train(run, devices=1, log=lambda record: None):
     optimizer = trainer.adamw(3e-3, RECIPE.steps, 0.1)
     state = trainer.init_state(diffusion, optimizer, mesh)
     loader = Loader(made_rows(rows=24), 8, 0)
-    keeper = Checkpoints(run, {"base": "tiny"})
-    if found := keeper.restore(state):
+    saver = Checkpoints(run, {"base": "tiny"})
+    if found := saver.restore(state):
         state, place_in_data = found
         loader.restore(place_in_data)
     first = int(state.step)
     state = trainer.fit(
         RECIPE, Objective(5), Model(CONFIG, mesh), frozen, state, optimizer, loader, log,
-        lambda diffusion: {}, keeper=keeper,
+        lambda diffusion: {}, saver=saver,
     )  # fmt: skip
-    keeper.close()
+    saver.close()
     return state, first
 
 

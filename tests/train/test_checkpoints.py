@@ -65,9 +65,9 @@ def fresh(run, identity="tiny"):
 
 
 def test_the_last_two_stay_and_hold_the_bits(trained, copied):
-    keeper, like = fresh(copied)
-    assert sorted(keeper.last.all_steps()) == [9, 12]
-    state, place = keeper.restore(like)
+    saver, like = fresh(copied)
+    assert sorted(saver.last.all_steps()) == [9, 12]
+    state, place = saver.restore(like)
     assert resumable.checksum(state) == resumable.checksum(trained[1])
     assert int(state.step) == 12
     assert place["batch_size"] == 8
@@ -84,49 +84,49 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(trained, copie
         path.write_bytes(
             b"" if damage == "empty" else path.read_bytes()[: path.stat().st_size // 2]
         )
-    keeper, like = fresh(copied)
+    saver, like = fresh(copied)
     with pytest.warns(UserWarning, match="checkpoint 12 .* cannot be read"):
-        state, _ = keeper.restore(like)
+        state, _ = saver.restore(like)
     assert int(state.step) == 9
-    keeper.close()
+    saver.close()
     again, _ = resumable.train(copied)  # and the run goes on from there
     assert resumable.checksum(again) == resumable.checksum(trained[1])
 
 
 def test_a_newest_checkpoint_that_is_gone_is_no_matter(trained, copied):
     shutil.rmtree(copied / "checkpoints" / "12")
-    keeper, like = fresh(copied)
-    assert int(keeper.restore(like)[0].step) == 9
+    saver, like = fresh(copied)
+    assert int(saver.restore(like)[0].step) == 9
 
 
 def test_nothing_readable_is_an_error_and_nothing_at_all_is_not(copied, tmp_path):
     for path in (copied / "checkpoints").rglob("*"):
         if path.is_file() and "state" in path.parts:
             path.write_bytes(b"")
-    keeper, like = fresh(copied)
+    saver, like = fresh(copied)
     with (
         pytest.warns(UserWarning, match="cannot be read"),
         pytest.raises(UserError, match="delete"),
     ):
-        keeper.restore(like)
+        saver.restore(like)
     assert fresh(tmp_path / "new")[0].restore(like) is None
 
 
 def test_another_base_is_refused(copied):
-    keeper, like = fresh(copied, "other")
+    saver, like = fresh(copied, "other")
     with pytest.raises(UserError, match="base=tiny, and this is base=other"):
-        keeper.restore(like)
+        saver.restore(like)
 
 
 def test_the_best_is_kept_whatever_comes_later(tmp_path):
-    keeper, state = fresh(tmp_path)
+    saver, state = fresh(tmp_path)
     at = lambda step: state._replace(step=jax.numpy.int32(step))
     for step, value in enumerate([1.0, 3.0, 2.0], start=1):
-        keeper.save_best(at(step), value)
-        keeper.save(at(step), {"place": step})
-    keeper.close()
-    keeper, _ = fresh(tmp_path)
-    assert keeper.best.all_steps() == [2]
-    assert keeper.best_value == 3.0
-    keeper.save_best(at(7), 2.5)
-    assert keeper.best.all_steps() == [2]
+        saver.save_best(at(step), value)
+        saver.save(at(step), {"place": step})
+    saver.close()
+    saver, _ = fresh(tmp_path)
+    assert saver.best.all_steps() == [2]
+    assert saver.best_value == 3.0
+    saver.save_best(at(7), 2.5)
+    assert saver.best.all_steps() == [2]

@@ -11,8 +11,8 @@ from orthrus_jax.tokenizer import encode_messages, load_tokenizer
 from tests.helpers import DATA
 from train.data import (
     ChatEncoder,
-    Conversation,
     Loader,
+    TokenizedDialogue,
     open_rows,
     pack,
     stack,
@@ -24,7 +24,7 @@ QWEN3 = DATA / "qwen3_tokenizer"
 
 
 def test_whole_conversations_fill_a_row_and_the_rest_is_padding():
-    talk = [Conversation([1, 2], [3, 4, 5]), Conversation([6], [7, 8])]
+    talk = [TokenizedDialogue([1, 2], [3, 4, 5]), TokenizedDialogue([6], [7, 8])]
     (row,) = pack(talk, 10, pad=0)
     assert row.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 0, 0]]
     assert row.start.tolist() == [[0, 0, 0, 0, 0, 5, 5, 5, 8, 9]]
@@ -33,12 +33,12 @@ def test_whole_conversations_fill_a_row_and_the_rest_is_padding():
 
 
 def test_a_conversation_that_does_not_fit_opens_the_next_row():
-    rows = list(pack([Conversation([1], [2, 3]), Conversation([4], [5, 6])], 5, pad=9))
+    rows = list(pack([TokenizedDialogue([1], [2, 3]), TokenizedDialogue([4], [5, 6])], 5, pad=9))
     assert [r.tokens[0].tolist() for r in rows] == [[1, 2, 3, 9, 9], [4, 5, 6, 9, 9]]
 
 
 def test_a_conversation_longer_than_a_row_is_cut_at_its_end():
-    (row,) = pack([Conversation([1, 2], [3, 4, 5, 6])], 4, pad=9)
+    (row,) = pack([TokenizedDialogue([1, 2], [3, 4, 5, 6])], 4, pad=9)
     assert row.tokens.tolist() == [[1, 2, 3, 4]]
     assert row.answer.tolist() == [[False, False, True, True]]
 
@@ -48,20 +48,24 @@ def test_packing_nothing_gives_no_row():
 
 
 def test_every_answer_of_a_dialogue_is_answer_and_it_is_one_document():
-    (row,) = pack([Conversation([1, 2], [3], [4, 5], [6, 7])], 8, pad=0)
+    (row,) = pack([TokenizedDialogue([1, 2], [3], [4, 5], [6, 7])], 8, pad=0)
     assert row.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 0]]
     assert row.answer.astype(int).tolist() == [[0, 0, 1, 0, 0, 1, 1, 0]]
     assert row.start.tolist() == [[0] * 7 + [7]]
 
 
 def test_without_document_masks_one_stream_is_cut_into_rows():
-    talk = [Conversation([1, 2], [3, 4, 5]), Conversation([6], [7, 8]), Conversation([9], [9])]
+    talk = [
+        TokenizedDialogue([1, 2], [3, 4, 5]),
+        TokenizedDialogue([6], [7, 8]),
+        TokenizedDialogue([9], [9]),
+    ]
     rows = stack(pack(talk, 4, pad=0, document_masks=False))
     assert rows.tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 0, 0]]
     assert rows.answer.astype(int).tolist() == [[0, 0, 1, 1], [1, 0, 1, 1], [0, 1, 0, 0]]
     assert rows.used.astype(int).tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
     assert rows.start.tolist() == [[0] * 4] * 3
-    long = Conversation(list(range(1, 8)), [8, 9])  # over more than two rows
+    long = TokenizedDialogue(list(range(1, 8)), [8, 9])  # over more than two rows
     cut = stack(pack([long], 4, pad=0, document_masks=False))
     assert cut.tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 0, 0, 0]]
 
@@ -124,7 +128,7 @@ def test_a_dialogue_whose_answers_are_not_certain_is_skipped(qwen3, messages, re
 
 
 def numbered(count):
-    return stack(pack([Conversation([i], [i, i]) for i in range(count)], 3, pad=0))
+    return stack(pack([TokenizedDialogue([i], [i, i]) for i in range(count)], 3, pad=0))
 
 
 def first_tokens(loader, count):
@@ -200,7 +204,7 @@ def test_the_slices_of_the_hosts_are_disjoint_and_make_up_the_batch():
 def random_talk(count):
     rng = np.random.default_rng(0)
     ids = lambda: rng.integers(1, 99, rng.integers(1, 12)).tolist()
-    return [Conversation(ids(), ids()) for _ in range(count)]
+    return [TokenizedDialogue(ids(), ids()) for _ in range(count)]
 
 
 @pytest.mark.parametrize("masks", [True, False])

@@ -151,8 +151,8 @@ def test_a_run_that_was_killed_goes_on_with_the_same_answers(
 
 def test_hosts_share_out_the_shards_and_write_the_same(tmp_path, whole, base, source):
     """Of three shards the first host has two. The one that begins is not the one that ends."""
-    recipe = distill.Recipe.of(config_of(tmp_path, base, source))
-    job = distill.Job(recipe, distill.model_identity(base), tmp_path, {})
+    recipe = distill.DistillConfig.of(config_of(tmp_path, base, source))
+    job = distill.DistillJob(recipe, distill.model_identity(base), tmp_path, {})
     model = orthrus_jax.load(base)
     job.draw(model)
     job.answer(model, 1, 2)
@@ -170,10 +170,10 @@ def test_hosts_share_out_the_shards_and_write_the_same(tmp_path, whole, base, so
 def test_what_another_host_wrote_is_waited_for_and_missed_by_name(monkeypatch):
     looks, slept = iter([False, False, True]), []
     monkeypatch.setattr(hosts.time, "sleep", slept.append)
-    hosts.see(lambda: next(looks), "here")
+    hosts.wait_until_visible(lambda: next(looks), "here")
     assert slept == [1, 1]
     with pytest.raises(UserError, match=r"prompts\.parquet is not seen here.*disk that all hosts"):
-        hosts.see(lambda: False, "prompts.parquet")
+        hosts.wait_until_visible(lambda: False, "prompts.parquet")
     assert sum(slept) == 2 + hosts.SECONDS
 
 

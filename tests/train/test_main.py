@@ -185,7 +185,7 @@ def test_layers_that_are_stacked_train_decode_and_export_alike(run, tmp_path):
 def test_every_configuration_is_one_that_training_takes(name):
     config = importlib.import_module(f"configs.{name}").get_config()
     objective_of(config.train)
-    assert distill.Recipe.of(config).prompts > 0
+    assert distill.DistillConfig.of(config).prompts > 0
     t = config.train
     assert t.batch_size % t.accumulate == 0
     assert t.remat in REMAT

@@ -14,8 +14,8 @@ from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View
 from tests.helpers import random_params
 from train import objective
-from train.data import Conversation, pack, stack
-from train.divergence import Divergence, RowScores, head_of, to_teacher
+from train.data import TokenizedDialogue, pack, stack
+from train.divergence import Divergence, RowScores, head_of, score_against_teacher
 from train.objective import Blocks, Objective, distillation_loss, sample_blocks
 
 K, LENGTH, VOCAB = 4, 24, 47  # 47: no other size here, so shapes tell
@@ -36,7 +36,7 @@ CONFIG = ModelConfig(
 def made_rows(seed=0, rows=3, length=LENGTH):
     rng = np.random.default_rng(seed)
     ids = lambda n: rng.integers(0, VOCAB - 1, n).tolist()
-    talk = [Conversation(ids(rng.integers(1, 5)), ids(rng.integers(3, 9))) for _ in range(40)]
+    talk = [TokenizedDialogue(ids(rng.integers(1, 5)), ids(rng.integers(3, 9))) for _ in range(40)]
     return stack(list(pack(talk, length, pad=0))[:rows])
 
 
@@ -142,7 +142,7 @@ def test_anchors_are_distinct_answer_tokens_that_leave_room_for_a_block():
 
 
 def test_too_few_candidates_repeat_an_anchor_and_train_nothing_there():
-    rows = stack(pack([Conversation([1] * 5, [2] * 3)], LENGTH, pad=0))
+    rows = stack(pack([TokenizedDialogue([1] * 5, [2] * 3)], LENGTH, pad=0))
     blocks = draw_blocks(jax.random.key(0), rows, 6, K)
     anchors, supervised = np.asarray(blocks.anchors[0]), np.asarray(blocks.supervised[0])
     assert set(anchors) == {5, 6, 7}
@@ -156,7 +156,7 @@ def test_too_few_candidates_repeat_an_anchor_and_train_nothing_there():
 
 
 def test_a_row_without_answers_trains_nothing():
-    rows = stack(pack([Conversation([1] * 9, [])], LENGTH, pad=0))
+    rows = stack(pack([TokenizedDialogue([1] * 9, [])], LENGTH, pad=0))
     blocks = draw_blocks(jax.random.key(0), rows, 3, K)
     assert not np.asarray(blocks.supervised).any()
     model, frozen, diffusion = random_trees()
@@ -166,7 +166,9 @@ def test_a_row_without_answers_trains_nothing():
 
 
 def test_no_block_is_trained_on_the_next_conversation():
-    rows = stack(pack([Conversation([1], [2, 2]), Conversation([3], [4] * 8)], LENGTH, pad=0))
+    rows = stack(
+        pack([TokenizedDialogue([1], [2, 2]), TokenizedDialogue([3], [4] * 8)], LENGTH, pad=0)
+    )
     blocks = draw_blocks(jax.random.key(0), rows, 8, K)
     first = np.asarray(blocks.anchors[0]) == 2  # the first conversation's last token
     assert first.any()
@@ -179,14 +181,16 @@ def test_a_student_equal_to_its_teacher_has_zero_loss_and_by_kl_zero_gradient(di
     teacher = jax.random.normal(jax.random.key(0), (2, 9, CONFIG.hidden_size))
     source = jnp.array([[0, 3, 3, 8], [1, 2, 7, 7]])
     student = jnp.take_along_axis(teacher, source[..., None], axis=1)
-    scores_of = lambda s: to_teacher(model, divergence, head_of(frozen), s, teacher, source)
+    scores_of = lambda s: score_against_teacher(
+        model, divergence, head_of(frozen), s, teacher, source
+    )
     value, gradient = jax.value_and_grad(lambda s: scores_of(s).loss.sum())(student)
     np.testing.assert_allclose(value, 0.0, atol=1e-5)
     if divergence is Divergence.KL:  # |p - q| has a kink there: its slope is that of rounding
         np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
     scores = scores_of(student)
     np.testing.assert_array_equal(scores.agreement, 1.0)
-    np.testing.assert_allclose(scores.overlap, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(scores.accept_prob, 1.0, rtol=1e-5)
 
 
 def test_nothing_of_vocabulary_size_is_kept_for_the_backward_pass():
@@ -227,7 +231,7 @@ def test_the_expected_acceptance_is_the_mean_agreeing_prefix(monkeypatch):
         ones = jnp.ones(source.shape)
         return RowScores(ones, ones, agrees(source).astype(jnp.float32), ones)
 
-    monkeypatch.setattr(objective, "to_teacher", scripted)
+    monkeypatch.setattr(objective, "score_against_teacher", scripted)
     _, sums = total_loss(diffusion, frozen, model, rows, blocks, Objective(6))
     prefixes = []
     for b, i in np.ndindex(blocks.anchors.shape):

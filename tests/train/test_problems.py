@@ -18,7 +18,7 @@ SLOT_WORDS = {word for story in wp.STORIES for values in story.slots.values() fo
 
 
 @pytest.fixture(scope="module")
-def drawn() -> list[wp.Problem]:
+def drawn() -> list[wp.WordProblem]:
     rng = random.Random(7)
     return [wp.make_problem(rng) for _ in range(6000)]
 
@@ -34,7 +34,7 @@ def told_apart(record: wp.Part) -> list[set[str]]:
     return [set(SLOT.findall(told)) for told in record.told]
 
 
-def test_every_equation_is_true_and_in_range(drawn: list[wp.Problem]) -> None:
+def test_every_equation_is_true_and_in_range(drawn: list[wp.WordProblem]) -> None:
     for problem in drawn:
         equations = EQUATION.findall(problem.answer)
         assert len(equations) == problem.answer.count("=")
@@ -45,7 +45,7 @@ def test_every_equation_is_true_and_in_range(drawn: list[wp.Problem]) -> None:
             assert all(2 <= number <= 150 for number in (a, b, c)), problem
 
 
-def test_the_box_ends_the_answer_with_the_last_value(drawn: list[wp.Problem]) -> None:
+def test_the_box_ends_the_answer_with_the_last_value(drawn: list[wp.WordProblem]) -> None:
     for problem in drawn:
         last = EQUATION.findall(problem.answer)[-1][3]
         assert last == str(problem.result) == wp.boxed(problem.answer)
@@ -54,13 +54,13 @@ def test_the_box_ends_the_answer_with_the_last_value(drawn: list[wp.Problem]) ->
         assert r"\boxed{" in problem.answer.split("\n\n")[-1]
 
 
-def test_most_numbers_computed_have_two_digits(drawn: list[wp.Problem]) -> None:
+def test_most_numbers_computed_have_two_digits(drawn: list[wp.WordProblem]) -> None:
     digits = Counter(len(e[3]) for p in drawn for e in EQUATION.findall(p.answer))
     assert digits[2] > 0.75 * digits.total()
     assert max(Counter(p.result for p in drawn).values()) < 0.05 * len(drawn)
 
 
-def test_every_operation_and_every_count_of_steps_is_common(drawn: list[wp.Problem]) -> None:
+def test_every_operation_and_every_count_of_steps_is_common(drawn: list[wp.WordProblem]) -> None:
     signs = Counter(e[1] for p in drawn for e in EQUATION.findall(p.answer))
     steps = Counter(len(EQUATION.findall(p.answer)) for p in drawn)
     assert min(signs[sign] for sign in "+-x/") > 0.08 * signs.total(), signs
@@ -68,7 +68,7 @@ def test_every_operation_and_every_count_of_steps_is_common(drawn: list[wp.Probl
     assert min(steps.values()) > 0.12 * len(drawn), steps
 
 
-def test_operands_are_those_of_the_question(drawn: list[wp.Problem]) -> None:
+def test_operands_are_those_of_the_question(drawn: list[wp.WordProblem]) -> None:
     said_in_words = re.compile(r"half|doubl|tripl|as many again|twice|the whole way", re.IGNORECASE)
     for problem in drawn:
         told = Counter(re.findall(r"\d+", problem.question))
@@ -81,7 +81,7 @@ def test_operands_are_those_of_the_question(drawn: list[wp.Problem]) -> None:
         assert set(unexplained) <= {"2", "3"}, problem
 
 
-def test_text_is_plain_filled_and_well_formed(drawn: list[wp.Problem]) -> None:
+def test_text_is_plain_filled_and_well_formed(drawn: list[wp.WordProblem]) -> None:
     for problem in drawn:
         for text in (problem.question, problem.answer.replace(r"\boxed{", "").replace("}", "")):
             assert text.isascii()
@@ -89,7 +89,7 @@ def test_text_is_plain_filled_and_well_formed(drawn: list[wp.Problem]) -> None:
             assert text[-1] in ".?"
 
 
-def test_variety_of_question_skeletons(drawn: list[wp.Problem]) -> None:
+def test_variety_of_question_skeletons(drawn: list[wp.WordProblem]) -> None:
     skeletons = Counter(skeleton(problem.question) for problem in drawn)
     assert len(skeletons) > 0.7 * len(drawn), len(skeletons)
     assert skeletons.most_common(1)[0][1] < 0.005 * len(drawn), skeletons.most_common(3)
@@ -108,7 +108,7 @@ def test_worked_texts_use_only_what_the_question_tells(story: wp.Story) -> None:
         assert len(told_texts) == len(set(told_texts))
 
 
-def test_names_in_the_answer_stand_in_the_question(drawn: list[wp.Problem]) -> None:
+def test_names_in_the_answer_stand_in_the_question(drawn: list[wp.WordProblem]) -> None:
     for problem in drawn:
         names = {w for w in re.findall(r"\w+", problem.answer) if w in wp.PRONOUNS}
         assert names <= set(re.findall(r"\w+", problem.question)), problem
@@ -151,7 +151,7 @@ def test_splits_are_disjoint_and_distinct() -> None:
 
 def test_a_question_drawn_again_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        wp, "make_problem", lambda rng: wp.Problem(f"question {rng.randrange(54)}", "", 0)
+        wp, "make_problem", lambda rng: wp.WordProblem(f"question {rng.randrange(54)}", "", 0)
     )
     held_out = [p.question for p in wp.problems("held-out", 0, 6)]
     assert sorted(held_out) == sorted(f"question {n}" for n in (3, 21, 36, 42, 49, 53))
@@ -163,7 +163,7 @@ def test_the_split_of_a_question_never_moves() -> None:
     assert wp.split_of("question 0") == "train"
 
 
-def test_one_question_in_sixteen_is_held_out(drawn: list[wp.Problem]) -> None:
+def test_one_question_in_sixteen_is_held_out(drawn: list[wp.WordProblem]) -> None:
     share = Counter(wp.split_of(p.question) for p in drawn)["held-out"] / len(drawn)
     assert 1 / 20 < share < 1 / 12
 
@@ -194,7 +194,7 @@ def test_boxed(text: str, content: str | None) -> None:
 
 
 def test_is_correct_wants_the_exact_number_in_the_last_box() -> None:
-    problem = wp.Problem("?", r"\boxed{12}", 12)
+    problem = wp.WordProblem("?", r"\boxed{12}", 12)
     assert wp.is_correct(r"It is \boxed{ 12 }.", problem)
     for wrong in (r"\boxed{13}", r"\boxed{012}", r"\boxed{12} no, \boxed{3}", "12", r"\boxed{12"):
         assert not wp.is_correct(wrong, problem)

@@ -148,7 +148,7 @@ def test_a_view_without_its_output_projection_trained_keeps_it():
 
 
 class Kept:
-    """A keeper that notes what it was given."""
+    """A saver that notes what it was given."""
 
     def __init__(self):
         self.steps, self.places, self.best = [], [], []
@@ -162,15 +162,15 @@ class Kept:
 
 
 def test_the_state_is_saved_every_so_often_and_when_told_to_stop():
-    keeper = Kept()
-    run(keeper=keeper)
-    assert keeper.steps == [10, 20, 30]
-    assert [step for step, _ in keeper.best] == [20, 30]
-    asked, keeper = itertools.count(1), Kept()
+    saver = Kept()
+    run(saver=saver)
+    assert saver.steps == [10, 20, 30]
+    assert [step for step, _ in saver.best] == [20, 30]
+    asked, saver = itertools.count(1), Kept()
     with pytest.raises(Interrupted):
-        run(keeper=keeper, stop=lambda step: next(asked) == 7)
-    assert keeper.steps == [7]
-    assert keeper.places[0] != Loader(made_rows(rows=8), 4, 0).state()
+        run(saver=saver, stop=lambda step: next(asked) == 7)
+    assert saver.steps == [7]
+    assert saver.places[0] != Loader(made_rows(rows=8), 4, 0).state()
 
 
 def test_a_loss_that_is_no_number_ends_the_run(monkeypatch):
