@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint: what it is, how it was trained, what was measured."""
+"""The model card of an exported checkpoint: its base, recipe, data and measurements."""
 
 import pathlib
 from typing import Any
@@ -15,8 +15,8 @@ tags: [orthrus, speculative-decoding, jax]
 # {name}: an Orthrus of {base}
 
 The base's weights, unchanged, with a diffusion attention view beside each attention layer (arXiv
-2605.12825). The view drafts {drafts} tokens in one pass; the base verifies them in a second, and
-the text is the base's own: in float32 token for token, in bfloat16 up to near-ties.
+2605.12825). The view drafts {drafts} tokens in one pass, and the base verifies them in a second.
+The text equals the base's: in float32 token for token, in bfloat16 up to near-ties.
 
     python -m orthrus_jax.generate --model {name} --prompt "..."
 
@@ -41,8 +41,8 @@ def write(path: pathlib.Path, config: Any, run: pathlib.Path) -> None:
     if "acceptance_length" in last:
         lines.append(
             f"- decoding {config.train.eval_prompts} held-out prompts greedily: acceptance length "
-            f"{last['acceptance_length']:.2f} of {config.train.block_size - 1} drafts a cycle, "
-            f"{last['tokens_per_forward']:.2f} tokens a forward (mean over prompts)"
+            f"{last['acceptance_length']:.2f} of {config.train.block_size - 1} drafts per cycle, "
+            f"{last['tokens_per_forward']:.2f} tokens per forward (mean over prompts)"
         )
     if "tokens_per_second" in last:
         lines.append(f"- {last['tokens_per_second']:.0f} training tokens/s")

@@ -1,11 +1,11 @@
-"""The objective of Orthrus: teach the diffusion view to guess what the frozen AR view will say.
+"""The objective of Orthrus: train the diffusion view to predict the frozen AR view's distribution.
 
-On a clean row the AR view is the teacher. Anchors are drawn on its answers; from each, a block
-[anchor, MASK, ...] runs through the diffusion view in the same forward, seeing the clean row below
-its anchor and itself. Every block row is pulled towards the teacher's distribution of the same
-token by forward KL, in float32.
+On a clean row the AR view is the teacher. Anchors are drawn among its answer tokens. From each, a
+block [anchor, MASK, ...] runs through the diffusion view in the same forward; it sees the clean
+tokens before its anchor, and itself. The loss of every block token is the forward KL from the
+teacher's distribution of the same next token, in float32.
 
-Source: arXiv 2605.12825, training recipe. Nothing here knows of optimizers, files or steps.
+Source: arXiv 2605.12825, training recipe. Knows no optimizer, no files and no steps.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised; the defaults are the paper's.
+    """The loss to minimise; the defaults are the paper's.
 
     Attributes:
-      anchors: A, blocks a row.
-      divergence: between the teacher's distribution and the guess.
-      gamma: weigh block position i by exp(-i / gamma): a guess counts only if those before it hold.
-        None weighs all alike.
+      anchors: A, blocks per packed row.
+      divergence: from the teacher's distribution to the student's.
+      gamma: weigh block position i by exp(-i / gamma), because a draft is accepted only if all
+        before it are. None weighs all positions equally.
     """
 
     anchors: int = 256
@@ -74,12 +74,12 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> str:
 
 
 class Blocks(NamedTuple):
-    """The diffusion blocks of a batch. A anchors a row, K rows a block.
+    """The diffusion blocks of a batch: A anchors per packed row, K tokens per block.
 
     Attributes:
-      anchors: int32[B, A], position of each block's first row, ascending.
-      supervised: bool[B, A, K]: block row i stands at anchor + i, guesses the token after it, and
-        is trained iff that token belongs to the same answer.
+      anchors: int32[B, A], position of each block's first token, ascending.
+      supervised: bool[B, A, K]: block token i has position anchor + i, predicts the token after it,
+        and is trained iff that token is an answer token of the same conversation.
     """
 
     anchors: Array
@@ -87,14 +87,14 @@ class Blocks(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """LossSums over the supervised rows of a batch; batches add up, `means` divides.
+    """Sums over the supervised block tokens of a batch; batches add up, `means` divides.
 
     Attributes:
-      weight: float32[], of all rows.
-      blocks: float32[], with at least one supervised row.
-      rows: float32[K], supervised rows by position in the block.
-      kl, agreement, accept_prob: float32[K], of RowScores.
-      prefix_agreement: float32[K], blocks whose guesses up to this position all equal the teacher's
+      weight: float32[], total weight.
+      blocks: float32[], blocks with at least one supervised token.
+      rows: float32[K], supervised tokens by position in the block.
+      kl, agreement, accept_prob: float32[K], sums of the fields of RowScores.
+      prefix_agreement: float32[K], blocks whose tokens up to this position all equal the teacher's
         greedy tokens: greedy decoding from these anchors would accept them.
     """
 
@@ -107,7 +107,7 @@ class LossSums(NamedTuple):
     prefix_agreement: Array
 
     def means(self) -> dict[str, Array]:
-        """Metrics by position in the block, and the accepted drafts a block would have had."""
+        """Means by position in the block, and the mean number of drafts accepted per block."""
         by_position = {
             name: total / jnp.maximum(self.rows, 1)
             for name, total in (
@@ -118,15 +118,15 @@ class LossSums(NamedTuple):
         }
         accepted = self.prefix_agreement[:-1].sum() / jnp.maximum(
             self.blocks, 1
-        )  # the last row is no draft
+        )  # the last token is no draft
         return by_position | {"expected_acceptance": accepted}
 
 
 def sample_blocks(key: Array, rows: Rows, anchors: int, block: int) -> Blocks:
     """Draw anchors without replacement among answer tokens a with 1 <= a <= L - K.
 
-    A row with too few candidates repeats one of them, or position 1, and trains nothing there. What
-    is drawn for a row depends on the key and its place in the batch alone.
+    A packed row with too few candidates repeats one of them, or position 1, without supervision
+    there. The anchors of a row depend only on the key and the row's index in the batch.
     """
     batch, length = rows.tokens.shape
     position = jnp.arange(length)
@@ -136,7 +136,7 @@ def sample_blocks(key: Array, rows: Rows, anchors: int, block: int) -> Blocks:
     score, anchor = jax.lax.top_k(jnp.where(candidate, noise, -1.0), anchors)
     valid = score >= 0
     anchor = jnp.where(valid, anchor, jnp.where(valid[:, :1], anchor[:, :1], 1))
-    # In order: attention then visits few slots beyond those a tile of blocks sees.
+    # Sorted, so that the blocks of an attention tile see nearly the same slots.
     order = jnp.argsort(anchor, axis=1)
     anchor, valid = (jnp.take_along_axis(x, order, axis=1) for x in (anchor, valid))
 
@@ -156,9 +156,9 @@ def distillation_loss(
     blocks: Blocks,
     objective: Objective,
 ) -> tuple[Array, LossSums]:
-    """Sum the divergence over supervised block rows; differentiate for `diffusion` alone.
+    """Sum the divergence over supervised block tokens; differentiate for `diffusion` alone.
 
-    The mean, which is what a step minimises, is this over `LossSums.weight`.
+    A step minimises the mean: this sum over `LossSums.weight`.
 
     Args:
       diffusion, frozen: the two subtrees of the parameters, stacked or not.
@@ -166,6 +166,9 @@ def distillation_loss(
       rows: packed batch, arrays [B, L].
       blocks: from `sample_blocks`.
       objective: static.
+
+    Returns:
+      The weighted sum float32[], and the sums behind the logged metrics.
     """
     block = model.config.block_size
     student, teacher = both_views(diffusion, frozen, model, rows, blocks)
@@ -181,7 +184,7 @@ def distillation_loss(
     on = blocks.supervised
     scores = RowScores(*(part.reshape(on.shape) for part in scores))
     weight = objective.weights(block) * on
-    holds = jnp.cumprod(jnp.where(on, scores.agreement, 0.0), axis=-1)
+    agreeing = jnp.cumprod(jnp.where(on, scores.agreement, 0.0), axis=-1)
     by_position = lambda part: jnp.where(on, part, 0.0).sum(axis=(0, 1))
     sums = LossSums(
         weight=weight.sum(),
@@ -190,7 +193,7 @@ def distillation_loss(
         kl=by_position(scores.kl),
         agreement=by_position(scores.agreement),
         accept_prob=by_position(scores.accept_prob),
-        prefix_agreement=holds.sum(axis=(0, 1)),
+        prefix_agreement=agreeing.sum(axis=(0, 1)),
     )
     return (weight * jnp.where(on, scores.loss, 0.0)).sum(), sums
 
@@ -198,7 +201,7 @@ def distillation_loss(
 def both_views(
     diffusion: Params, frozen: Params, model: Model, rows: Rows, blocks: Blocks
 ) -> tuple[Array, Array]:
-    """Run the clean rows (AR) and all blocks (diffusion) in one lockstep forward.
+    """Run the clean rows (AR view) and all blocks (diffusion view) in one forward.
 
     Returns:
       student hidden states [B, A * K, E] and teacher hidden states [B, L, E].
@@ -229,6 +232,6 @@ def both_views(
 
 
 def _at(values: Array, index: Array) -> Array:
-    """values [B, L] at index [B, ...] -> [B, ...]."""
+    """Gather values [B, L] at index [B, ...] -> [B, ...]."""
     batch = values.shape[0]
     return jnp.take_along_axis(values, index.reshape(batch, -1), axis=1).reshape(index.shape)

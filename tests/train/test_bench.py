@@ -30,7 +30,7 @@ def test_the_parts_are_the_step_and_the_floor_is_its_arithmetic(config, monkeypa
     assert found["over_floor"] == pytest.approx(found["step_ms"] / found["floor_ms"])
     assert found["mfu"] is None  # this CPU's peak is in no table
     assert "| teacher |" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"step\.json is there"):
+    with pytest.raises(UserError, match=r"step\.json exists"):
         bench.main(config, overwrite=False)
 
 

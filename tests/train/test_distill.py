@@ -172,7 +172,9 @@ def test_what_another_host_wrote_is_waited_for_and_missed_by_name(monkeypatch):
     monkeypatch.setattr(hosts.time, "sleep", slept.append)
     hosts.wait_until_visible(lambda: next(looks), "here")
     assert slept == [1, 1]
-    with pytest.raises(UserError, match=r"prompts\.parquet is not seen here.*disk that all hosts"):
+    with pytest.raises(
+        UserError, match=r"prompts\.parquet is not visible here.*disk that all hosts"
+    ):
         hosts.wait_until_visible(lambda: False, "prompts.parquet")
     assert sum(slept) == 2 + hosts.SECONDS
 
