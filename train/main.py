@@ -1,7 +1,7 @@
 """Train the diffusion view of a frozen base: `python -m train.main --config configs/qwen3_4b.py`.
 
 Self-distils responses from the base, trains the view on them, exports an Orthrus checkpoint. The
-same command goes on with a run that was interrupted, from whatever it left.
+same command resumes an interrupted run.
 """
 
 import dataclasses
@@ -40,7 +40,16 @@ MAY_CHANGE = ("run", "mesh", "log_every", "eval_every", "save_every", "keep", "e
 
 
 def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
-    """Run the stages; leave responses/, rows/, checkpoints/, best/, model/ and logs in the run."""
+    """Run the stages; write responses/, rows/, checkpoints/, best/, model/ and logs to the run.
+
+    Args:
+      config: see configs/paper.py.
+      overwrite: delete the outputs of an earlier run first.
+      change_recipe: resume a run although its configuration has changed.
+
+    Raises:
+      UserError: for a bad configuration, base or source, or a run of another recipe.
+    """
     hosts.begin(config.distributed)
     run = pathlib.Path(config.run)
     if overwrite:
@@ -61,7 +70,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     freeze = () if config.train.train_o_proj else ("o_proj",)
     frozen, diffusion = params.split(base.params, freeze=freeze)
     source, base_parameters = base.directory, params.count(params.split(base.params)[0])
-    del base  # what follows holds each weight once
+    del base  # from here on each weight is in memory once
     rows = hosts.first_host_then_rest(lambda: _rows(config, responses, tokenizer, overwrite))
     clock.lap("pack")
 
@@ -76,9 +85,9 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     identity = {"base": distill.model_identity(source)["weights"]}
     saver = Checkpoints(run, identity, keep=t.keep)
     evaluate = _held_out(Generator(sizes, frozen, tokenizer, mesh=mesh), tokenizer, frozen, config)
-    if found := saver.restore(state):
-        state, place = found
-        loader.restore(place)
+    if restored := saver.restore(state):
+        state, position = restored
+        loader.restore(position)
         print(f"going on from step {int(state.step)} in {run / 'checkpoints'}")
     with hosts.stop_on_signal() as stopping, Log(run, int(state.step)) as log:
         try:
@@ -114,7 +123,7 @@ def _mesh(sizes: Any) -> Any:
 
 
 def _check_recipe(run: pathlib.Path, config: Any, change: bool) -> None:
-    """Keep the recipe beside the run, and refuse another one unless told."""
+    """Write the recipe to the run, or refuse a changed one unless `change`."""
     now = _flat(json.loads(config.to_json_best_effort()))
     path = run / RECIPE
     if path.exists() and not change:
@@ -144,20 +153,20 @@ def _flat(tree: dict[str, Any], at: str = "") -> dict[str, Any]:
 
 
 def _rows(config: Any, responses: pathlib.Path, tokenizer: Any, overwrite: bool) -> Rows:
-    found = read_responses(responses, tokenizer)
+    dialogues = read_responses(responses, tokenizer)
     return write_rows(
         pathlib.Path(config.run) / "rows",
-        found,
+        dialogues,
         length=config.train.row_length,
         pad=tokenizer.pad_token_id,
         document_masks=config.train.document_masks,
-        recipe={"responses": found.identity},
+        recipe={"responses": dialogues.identity},
         overwrite=overwrite,
     )
 
 
 def _stacked(tree: params.Params, mesh: Any) -> params.Params:
-    """Stack the layers on the devices, one weight at a time; the single ones are freed."""
+    """Stack the layers on the devices, one weight at a time; free each layer's own copy."""
 
     def join(path: Any, leaves: Any) -> jax.Array:
         where = None
@@ -187,7 +196,7 @@ def _held_out(
     prompts = [prompt.ids for prompt in mix]
 
     def evaluate(diffusion: params.Params) -> dict[str, Any]:
-        # Stacked layers stay so: the frozen ones, already in this dtype, are not copied.
+        # Layers stay stacked, and the frozen weights, already in this dtype, are not copied.
         whole = params.merge(frozen, diffusion)
         generator.params = jax.tree.map(lambda x: x.astype(generator.config.dtype), whole)
         completions = generator.complete(
@@ -195,10 +204,10 @@ def _held_out(
             max_new_tokens=config.distill.max_new_tokens,
             batch_size=min(len(prompts), config.distill.batch_size),
         )
-        generator.params = frozen  # let go of the copy
-        cycles = list(itertools.chain.from_iterable(c.accepted for c in completions))
+        generator.params = frozen  # free the copy
+        accepted = list(itertools.chain.from_iterable(c.accepted for c in completions))
         return {
-            "acceptance_length": float(np.mean(cycles)),
+            "acceptance_length": float(np.mean(accepted)),
             "tokens_per_forward": float(np.mean([c.tokens_per_forward for c in completions])),
             "sample": completions[0].text[:400],
         }
@@ -209,7 +218,7 @@ def _held_out(
 def _export(
     config: Any, source: pathlib.Path, sizes: Any, frozen: Any, diffusion: Any, overwrite: bool
 ) -> None:
-    # In the host's memory: a device may have no room for all weights layer by layer.
+    # Unstacked in host memory: a device may have no room for a second copy of the weights.
     whole = sharding.to_host(params.merge(frozen, diffusion))
     if not hosts.is_first():
         return
@@ -225,7 +234,7 @@ def _export(
 
 
 def _delete_outputs(run: pathlib.Path) -> None:
-    """Delete what an earlier run wrote, but for its model: the export replaces that."""
+    """Delete an earlier run's outputs, except its model: the export replaces that."""
     for name in ("responses", "rows", "checkpoints", "best", RECIPE, "train.jsonl"):
         path = run / name
         if path.is_dir():

@@ -238,7 +238,7 @@ def test_both_modes_give_the_same_answers(tmp_path, base, whole, source):
         ({"mode": "fast"}, "'fast' is not one of"),
         ({"sources": ()}, r"pairs \(source, weight\)"),
         ({"sources": (("none.parquet", 1),)}, "none.parquet is not there"),
-        ({"prompts": 500}, "of the 400 asked of it"),
+        ({"prompts": 500}, "of the 400 requested"),
     ],
 )
 def test_a_bad_recipe_is_refused_in_one_line(tmp_path, base, source, changes, message):
@@ -287,7 +287,7 @@ BAD = {
     "empty prompt": {"prompt": "", "response": "1"},
     "empty answer": {"prompt": "One?", "response": " \n"},
     "answer of wrong type": {"prompt": "One?", "response": ["1"]},
-    "an answer among the messages, and another beside them": {
+    "an answer among the messages, and another in its own column": {
         "messages": TALK[:2],
         "response": "2",
     },

@@ -27,7 +27,7 @@ def config(tmp_path):
 
 def test_each_row_is_learnt_once_an_epoch_in_another_order(config):
     tokenizer = pretrain.train_tokenizer(pretrain.texts(config), config.model.vocab_size)
-    endless = pretrain.conversations(config, tokenizer)
+    endless = pretrain.dialogues(config, tokenizer)
     epochs = [list(itertools.islice(endless, len(ROWS))) for _ in range(2)]
     told = [[decode(tokenizer, talk.segments[1]) for talk in epoch] for epoch in epochs]
     for answers in told:
@@ -44,7 +44,7 @@ def test_a_file_without_answers_is_refused_with_the_reasons(config, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "no answer"}\n')
     tokenizer = pretrain.train_tokenizer(["a few words"], 300)
     with pytest.raises(UserError, match=r"rows.jsonl: \{'no answer': 1\}"):
-        next(pretrain.conversations(config, tokenizer))
+        next(pretrain.dialogues(config, tokenizer))
 
 
 def test_a_file_that_is_not_there_is_named(config, tmp_path):

@@ -1,5 +1,5 @@
-"""What every word problem promises: true arithmetic, answers that follow from the question,
-splits that never share a question, and wordings that vary. Draws a few thousand, seeded."""
+"""Properties of every word problem: true arithmetic, answers that follow from the question,
+splits that share no question, and varied texts. Draws a few thousand, seeded."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ from train import problems as wp
 
 EQUATION = re.compile(r"(\d+) ([-+x/]) (\d+) = (\d+)")
 SLOT = re.compile(r"\{(\w+)\}")
-COMPUTED = {"eq", "mul", "s", "him", "name", "box"}  # need no telling; {name}: see below
+COMPUTED = {"eq", "mul", "s", "him", "name", "box"}  # need not occur in the question; {name}: see below
 SLOT_WORDS = {word for story in wp.STORIES for values in story.slots.values() for word in values}
 
 
@@ -30,8 +30,8 @@ def skeleton(question: str) -> str:
     return re.sub(r"\d+", "#", re.sub(r"\b(he|she|him|her)\b", "_", blanked, flags=re.IGNORECASE))
 
 
-def told_apart(record: wp.Part) -> list[set[str]]:
-    return [set(SLOT.findall(told)) for told in record.told]
+def slots_of_texts(record: wp.Part) -> list[set[str]]:
+    return [set(SLOT.findall(text)) for text in record.texts]
 
 
 def test_every_equation_is_true_and_in_range(drawn: list[wp.WordProblem]) -> None:
@@ -69,14 +69,14 @@ def test_every_operation_and_every_count_of_steps_is_common(drawn: list[wp.WordP
 
 
 def test_operands_are_those_of_the_question(drawn: list[wp.WordProblem]) -> None:
-    said_in_words = re.compile(r"half|doubl|tripl|as many again|twice|the whole way", re.IGNORECASE)
+    number_words = re.compile(r"half|doubl|tripl|as many again|twice|the whole way", re.IGNORECASE)
     for problem in drawn:
-        told = Counter(re.findall(r"\d+", problem.question))
+        given = Counter(re.findall(r"\d+", problem.question))
         equations = EQUATION.findall(problem.answer)
         used = Counter(number for e in equations for number in (e[0], e[2]))
         computed = Counter(e[3] for e in equations)
-        unexplained = used - told - computed
-        spoken = 2 * len(said_in_words.findall(problem.question))
+        unexplained = used - given - computed
+        spoken = 2 * len(number_words.findall(problem.question))
         assert unexplained.total() <= spoken, problem
         assert set(unexplained) <= {"2", "3"}, problem
 
@@ -98,14 +98,14 @@ def test_variety_of_question_skeletons(drawn: list[wp.WordProblem]) -> None:
 
 @pytest.mark.parametrize("story", wp.STORIES, ids=lambda story: str(story.slots)[:40])
 def test_worked_texts_use_only_what_the_question_tells(story: wp.Story) -> None:
-    in_every_start = set.intersection(*itertools.chain(*map(told_apart, story.starts)))
+    in_every_start = set.intersection(*itertools.chain(*map(slots_of_texts, story.starts)))
     for part in (*story.starts, *story.steps, *story.ends):
         needed = set(SLOT.findall(part.worked + part.final)) - COMPUTED - in_every_start
-        for told in told_apart(part):
-            assert needed <= told, part
-    for wordings in (story.starts, story.steps, story.ends):
-        told_texts = [told for part in wordings for told in part.told]
-        assert len(told_texts) == len(set(told_texts))
+        for slots in slots_of_texts(part):
+            assert needed <= slots, part
+    for parts in (story.starts, story.steps, story.ends):
+        texts = [text for part in parts for text in part.texts]
+        assert len(texts) == len(set(texts))
 
 
 def test_names_in_the_answer_stand_in_the_question(drawn: list[wp.WordProblem]) -> None:

@@ -174,7 +174,7 @@ def test_a_source_that_falls_short_is_told_with_what_was_skipped(tmp_path):
     with pytest.raises(UserError) as found:
         list(mix([(path, 1)], 3))
     told = str(found.value)
-    assert "has 1 prompts of the 3 asked of it (skipped: 1 empty prompt)" in told
+    assert "has 1 prompts of the 3 requested (skipped: 1 empty prompt)" in told
     assert "\n" not in told
 
 
