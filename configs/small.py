@@ -1,8 +1,8 @@
-"""A 40 M-parameter base on GSM8K's training questions, and its diffusion view: one GPU or TPU core.
+"""A 40 M-parameter base on GSM8K's training questions and its diffusion view, for one accelerator.
 
-A step up from tiny.py, on text that people wrote. From the data set's train.jsonl, 7,473 rows of
-"question" and "answer", keep some to watch training on; train the base, then the view on what the
-base answers; measure on the test rows:
+Larger than tiny.py, on human-written text. Hold out some of the data set's train.jsonl (7,473 rows
+of "question" and "answer") to evaluate during training; train the base, then the view on the base's
+answers; measure on the test rows:
 
     mkdir -p data && head -n 7000 train.jsonl > data/train.jsonl
     tail -n +7001 train.jsonl > data/held_out.jsonl
@@ -17,7 +17,7 @@ from configs.paper import small_model
 
 
 def get_config() -> ConfigDict:
-    """Everything `train.pretrain`, `train.main` and `train.bench` need."""
+    """The configuration of `train.pretrain`, `train.main` and `train.bench`."""
     c = small_model()
     c.run = "runs/small"
     c.base = "runs/small/base"

@@ -107,7 +107,7 @@ def test_help_names_the_flags_and_exits_with_0() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install libtpu")
-def test_the_0_6b_step_fits_one_v5e() -> None:
+def test_0_6b_step_fits_one_v5e() -> None:
     config = ("--config", "configs/qwen3_0_6b.py", "--topology", "v5e:1x1", "--json")
     process = run_alone(*config)
     assert process.returncode == 0, process.stderr[-2000:]
