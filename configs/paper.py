@@ -61,8 +61,8 @@ def recipe() -> ConfigDict:
     c.train.save_every = 250
     c.train.keep = 2  # recent checkpoints kept in addition to the best
     c.train.eval_prompts = 64
-    # Prompts decoded every eval_every steps to choose the best checkpoint: neither training data nor
-    # a test set.
+    # Prompts decoded every eval_every steps to choose the best checkpoint: no training data and no
+    # test data.
     c.train.eval_sources = (("openai/gsm8k?config=main&split=train", 1.0),)
     return c
 
@@ -73,9 +73,7 @@ def small_model() -> ConfigDict:
     `model` and the rest of `pretrain` are the configuration's own.
     """
     c = recipe()
-    c.model = (
-        ConfigDict()
-    )  # of the base; train.main reads the sizes of the base's directory instead
+    c.model = ConfigDict()  # sizes of the base; train.main reads its config.json instead
 
     c.pretrain = ConfigDict()
     c.pretrain.warmup = 0.05
