@@ -1,25 +1,27 @@
-"""The paper's recipe (arXiv 2605.12825): what every configuration starts from and then changes."""
+"""The paper's recipe (arXiv 2605.12825), which every configuration changes.
+
+Knows no size and no base of its own.
+"""
 
 from ml_collections import ConfigDict
 
 
 def recipe() -> ConfigDict:
-    """Everything `train.main` reads, with the paper's values where it names them."""
+    """Every value that `train.main` reads; the paper's where it gives one."""
     c = ConfigDict()
     c.run = ""  # the run's directory
     c.base = ""  # directory or hub id of the frozen Qwen3
     c.seed = 0
-    c.responses = ""  # a directory or file of responses that are there already; "" makes them
-    c.wandb_project = ""
+    c.responses = ""  # a directory or file of existing responses; "" generates them
     c.distributed = False  # several hosts: call jax.distributed.initialize() first
 
-    c.distill = ConfigDict()  # see train.distill.Recipe
+    c.distill = ConfigDict()  # see train.distill.DistillConfig
     c.distill.sources = (
         ("nvidia/Nemotron-Post-Training-Dataset-v2?split=math", 1.0),
         ("nvidia/Nemotron-Post-Training-Dataset-v2?split=code", 1.0),
         ("nvidia/Nemotron-Post-Training-Dataset-v2?split=chat", 1.0),
     )
-    c.distill.prompts = 510_000  # 1:1:1 ends where `code` does: 175,000 rows, some are skipped
+    c.distill.prompts = 510_000  # 1:1:1, limited by `code`: 175,000 rows, of which some are skipped
     c.distill.max_new_tokens = 2048
     c.distill.max_prompt_tokens = 1024
     c.distill.thinking = False
@@ -28,11 +30,11 @@ def recipe() -> ConfigDict:
     c.distill.top_k = 0
     c.distill.top_p = 1.0
     c.distill.dtype = "bfloat16"
-    c.distill.batch_size = 16  # rows decoded together, over all devices; each has its own cache
-    c.distill.tensor = 1  # devices that share one copy of the base
+    c.distill.batch_size = 16  # answers decoded together, over all devices of a host
+    c.distill.tensor = 1  # devices per copy of the base
     c.distill.shard_size = 4096
 
-    c.mesh = ConfigDict()  # devices by axis; -1 is what is left
+    c.mesh = ConfigDict()  # devices by axis; -1 takes the remaining ones
     c.mesh.data = 1
     c.mesh.fsdp = -1
     c.mesh.tensor = 1
@@ -42,10 +44,10 @@ def recipe() -> ConfigDict:
     c.train.dtype = "bfloat16"  # of compute and frozen weights; the trained ones are float32
     c.train.block_size = 32
     c.train.row_length = 2048
-    c.train.document_masks = True  # False packs as the authors' code does
-    c.train.anchors = 256  # blocks a row
-    c.train.batch_size = 128  # rows a step, over all devices
-    c.train.accumulate = 1  # micro-batches a step
+    c.train.document_masks = True  # False packs like the authors' code
+    c.train.anchors = 256  # blocks per row
+    c.train.batch_size = 128  # rows per step, over all devices
+    c.train.accumulate = 1  # micro-batches per step
     c.train.steps = 7400  # two epochs of the paper's data
     c.train.learning_rate = 2e-4
     c.train.warmup = 0.05
@@ -53,13 +55,37 @@ def recipe() -> ConfigDict:
     c.train.gamma = 0.0  # above 0: weigh position i by exp(-i / gamma)
     c.train.train_o_proj = True
     c.train.remat = "full"  # none, dots or full: what the backward pass recomputes
-    c.train.stack_layers = True  # scan over layers: minutes less to compile
+    c.train.stack_layers = True  # scan over layers: saves minutes of compilation
     c.train.log_every = 10
     c.train.eval_every = 500
     c.train.save_every = 250
-    c.train.keep = 2  # checkpoints, beside the best
+    c.train.keep = 2  # recent checkpoints kept in addition to the best
     c.train.eval_prompts = 64
-    # Decoded every eval_every steps, and what the best checkpoint is the best on: prompts that are
-    # neither trained on nor a test set.
+    # Prompts decoded every eval_every steps to choose the best checkpoint: no training data and no
+    # test data.
     c.train.eval_sources = (("openai/gsm8k?config=main&split=train", 1.0),)
+    return c
+
+
+def small_model() -> ConfigDict:
+    """The recipe for a small base that train.pretrain makes: one device, float32, no remat.
+
+    `model` and the rest of `pretrain` are the configuration's own.
+    """
+    c = recipe()
+    c.model = ConfigDict()  # sizes of the base; train.main reads its config.json instead
+
+    c.pretrain = ConfigDict()
+    c.pretrain.warmup = 0.05
+    c.pretrain.significant_bits = 0  # of each weight that are kept; 0 keeps all
+
+    c.distill.dtype = "float32"
+    c.distill.batch_size = 64
+
+    c.train.dtype = "float32"
+    c.train.log_every = 20
+    c.train.save_every = 200
+    c.train.eval_prompts = 32
+    c.train.remat = "none"
+    c.train.stack_layers = False
     return c

@@ -1,10 +1,11 @@
 """Qwen3-4B on up to eight devices: micro-batches of eight rows.
 
-Global batch 128 rows of 2,048 tokens; fsdp over all devices. Whether it fits, and in what:
+Global batch 128 rows of 2,048 tokens; fsdp over all devices. This compiles the step and
+reports its memory:
 
-    python -m orthrus_jax.aot --config configs/qwen3_4b.py --topology v5e:2x4 --program train
+    python -m train.aot --config configs/qwen3_4b.py --topology v5e:2x4
 
-The step needs 6.8 GiB of each of eight v5e chips.
+The step needs 6.8 GiB on each of eight v5e chips.
 """
 
 from ml_collections import ConfigDict

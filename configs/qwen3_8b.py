@@ -1,10 +1,11 @@
 """Qwen3-8B on up to eight devices: micro-batches of eight rows.
 
-Global batch 128 rows of 2,048 tokens; fsdp over all devices. Whether it fits, and in what:
+Global batch 128 rows of 2,048 tokens; fsdp over all devices. This compiles the step and
+reports its memory:
 
-    python -m orthrus_jax.aot --config configs/qwen3_8b.py --topology v6e:2x4 --program train
+    python -m train.aot --config configs/qwen3_8b.py --topology v6e:2x4
 
-The step needs 13.1 GiB of each of eight v6e chips.
+The step needs 13.1 GiB on each of eight v6e chips.
 """
 
 from ml_collections import ConfigDict

@@ -1,8 +1,8 @@
-"""A 40 M-parameter base on GSM8K's training questions, and its diffusion view: one GPU or TPU core.
+"""A 40 M-parameter base on GSM8K's training questions and its diffusion view, for one accelerator.
 
-A step up from tiny.py, on text that people wrote. From the data set's train.jsonl, 7,473 rows of
-"question" and "answer", keep some to watch training on; train the base, then the view on what the
-base answers; measure on the test rows:
+Larger than tiny.py, on human-written text. Hold out some of the data set's train.jsonl (7,473 rows
+of "question" and "answer") to evaluate during training; train the base, then the view on the base's
+answers; measure on the test rows:
 
     mkdir -p data && head -n 7000 train.jsonl > data/train.jsonl
     tail -n +7001 train.jsonl > data/held_out.jsonl
@@ -13,16 +13,15 @@ base answers; measure on the test rows:
 
 from ml_collections import ConfigDict
 
-from configs.paper import recipe
+from configs.paper import small_model
 
 
 def get_config() -> ConfigDict:
-    """Everything `train.pretrain`, `train.main` and `train.bench` need."""
-    c = recipe()
+    """The configuration of `train.pretrain`, `train.main` and `train.bench`."""
+    c = small_model()
     c.run = "runs/small"
     c.base = "runs/small/base"
 
-    c.model = ConfigDict()
     c.model.vocab_size = 4096
     c.model.hidden_size = 640
     c.model.intermediate_size = 1920
@@ -31,34 +30,23 @@ def get_config() -> ConfigDict:
     c.model.num_key_value_heads = 5
     c.model.head_dim = 64
 
-    c.pretrain = ConfigDict()
     c.pretrain.data = "data/train.jsonl"
     c.pretrain.steps = 1200  # of 4,096 tokens: about three epochs
     c.pretrain.batch_size = 8
     c.pretrain.row_length = 512
     c.pretrain.learning_rate = 1e-3
-    c.pretrain.warmup = 0.05
     c.pretrain.question_weight = 0.3
-    c.pretrain.significant_bits = 0
 
     c.distill.sources = (("data/train.jsonl", 1.0),)
     c.distill.prompts = 7000
     c.distill.max_new_tokens = 256
-    c.distill.batch_size = 64
-    c.distill.dtype = "float32"
 
-    c.train.dtype = "float32"
     c.train.block_size = 16
     c.train.row_length = 512
     c.train.anchors = 32
     c.train.batch_size = 8
     c.train.steps = 2000
     c.train.learning_rate = 1e-3
-    c.train.log_every = 20
     c.train.eval_every = 400
-    c.train.save_every = 200
-    c.train.eval_prompts = 32
     c.train.eval_sources = (("data/held_out.jsonl", 1.0),)
-    c.train.remat = "none"
-    c.train.stack_layers = False
     return c

@@ -1,12 +1,11 @@
-"""Compile the real programs for a TPU that is not here: `python -m orthrus_jax.aot --help`.
+"""Compile prefill and decoding for a TPU that is not attached: `python -m orthrus_jax.aot --help`.
 
-XLA's TPU compiler is a library (`pip install libtpu`) that runs on any Linux host. It says what a
-person wants to know before renting a slice: whether a program fits, how many GiB each device needs,
-and what it takes to compile. No weights are loaded and nothing is run.
+XLA's TPU compiler is a library (`pip install libtpu`) that runs on any Linux host. It reports what
+one wants to know before renting a slice: whether a program fits, how many GiB each device needs,
+and how long compilation takes. No weights are loaded and nothing is run.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import json
 import math
@@ -20,28 +19,28 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from orthrus_jax import decoding, sharding
-from orthrus_jax.cli import add_blocks
-from orthrus_jax.config import PRESETS, ModelConfig, preset_of
-from orthrus_jax.decoding import overlapped as ahead
-from orthrus_jax.engine import BLOCKS, CYCLES, Plan
+from orthrus_jax.cli import add_blocks, strategy_of
+from orthrus_jax.config import PRESETS, ModelConfig
+from orthrus_jax.decoding import Strategy
+from orthrus_jax.drafters import first_carry, loop_of
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.model import REMAT, Model, params
+from orthrus_jax.files import first_line
+from orthrus_jax.model import Model
 
-CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB of memory a chip
-LOOPS: dict[str, Any] = {
-    "ar": decoding.ar_decode,
-    "orthrus": decoding.orthrus_decode,  # the paper's cycle
-    "two-forward": ahead.two_forward_decode,
-    "one-forward": ahead.one_forward_decode,
+CHIPS = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB of memory per chip
+METHODS = {
+    "ar": "ar",
+    "orthrus": "orthrus",
+    "two-forward": "orthrus-2f",
+    "one-forward": "orthrus-1f",
 }
-PROGRAMS = ("prefill", *LOOPS, "train")
+PROGRAMS = ("prefill", *METHODS)
 MOST = {"context": 40_960, "batch": 1024}  # where --largest stops: Qwen3's own limit; enough
-DECODING_MESH = {"data": 1, "fsdp": 1, "tensor": -1}
-PROMPT, ANSWER = 1024, 2048  # rows that prefill reads, tokens that a loop may emit
+MESH = {"data": 1, "fsdp": 1, "tensor": -1}  # defaults; -1 takes the remaining devices
+PROMPT, ANSWER = 1024, 2048  # prompt tokens that prefill reads, tokens that a loop may emit
 
 
 def tpu_devices(topology: str) -> list[Any]:
@@ -67,11 +66,16 @@ def tpu_devices(topology: str) -> list[Any]:
         )
     one = {"chips_per_host_bounds": [1, 1, 1]} if shape == "1x1" else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one)
-    except Exception as error:  # the library's own word on what it knows
-        why = next(iter(str(error).splitlines()), type(error).__name__)
+        slice_ = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one)
+    except Exception as error:  # libtpu raises its own types for an unknown topology
+        why = first_line(error)
         raise UserError(f"--topology {topology} is refused by libtpu: {why:.200}") from None
-    return list(found.devices)
+    return list(slice_.devices)
+
+
+def chip_gib(topology: str) -> int:
+    """GiB of memory of one chip of a topology that `tpu_devices` accepts."""
+    return CHIPS[topology.partition(":")[0]]
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
@@ -109,9 +113,9 @@ def lower_decoding(
     *,
     batch: int,
     context: int,
-    blocks: Plan | None = None,
+    strategy: Strategy | None = None,
 ) -> Program:
-    """Prefill or a loop for `batch` rows of `context` positions; `blocks` as a cycle needs."""
+    """Prefill, or a loop, for `batch` rows of `context` positions; the loop is `strategy`'s."""
     model, tree = Model(config, mesh), weights(config, mesh)
     place = lambda x: _placed(x, sharding.of_rows(x.shape, mesh))
     prompt = min(context, PROMPT)
@@ -124,95 +128,53 @@ def lower_decoding(
         return Program(lowered, {"weights": tree})
     state = jax.eval_shape(read, tree, *inputs)
     state = jax.tree.map(_placed, state, decoding.shardings(state, mesh))
-    loop, static = LOOPS[program], {}
-    if program in CYCLES:
-        static["scheme"] = scheme = dataclasses.replace(blocks or Plan(), cycle=program).scheme(
-            config
-        )
-        if program == "one-forward":
-            nothing = jax.eval_shape(lambda: scheme.nothing(batch))
-            state = state.replace(ahead=jax.tree.map(place, nothing))
+    strategy = (strategy or Strategy(METHODS[program])).resolve(config)
+    carry = jax.eval_shape(lambda: first_carry(strategy, model, batch, context))
+    state = state.replace(drafter=jax.tree.map(place, carry))
+    loop, static = loop_of(strategy, model)
     lowered = loop.lower(model, tree, state, **static)
     return Program(lowered, {"weights": tree, "cache": state.cache})
 
 
-def lower_training(config: ModelConfig, mesh: Mesh, recipe: Any) -> Program:
-    """The training step of a recipe (`config.train`).
-
-    Raises:
-      UserError: for a batch that does not divide among micro-batches and devices.
-    """
-    # The one place where the library looks at the trainer, and only when asked to compile it.
-    from train import trainer
-    from train.data import Rows
-    from train.main import objective_of
-
-    trainer.check_batch(recipe, mesh)
-    sizes = dataclasses.replace(config, block_size=recipe.block_size, dtype=recipe.dtype)
-    model = Model(sizes, mesh, recipe.remat)
-    freeze = () if recipe.train_o_proj else ("o_proj",)
-    trees = params.split(weights(sizes, mesh), freeze=freeze)
-    if recipe.stack_layers:
-        trees = tuple(jax.eval_shape(params.stack, tree) for tree in trees)
-    frozen, diffusion = (on_mesh(tree, mesh) for tree in trees)
-    optimizer = trainer.adamw(recipe.learning_rate, recipe.steps, recipe.warmup)
-    state = on_mesh(jax.eval_shape(lambda d: trainer.init_state(d, optimizer), diffusion), mesh)
-    micro, each = recipe.accumulate, recipe.batch_size // recipe.accumulate
-    rows = lambda dtype: jax.ShapeDtypeStruct(
-        (micro, each, recipe.row_length), dtype, sharding=sharding.of_batch(mesh, axis=1)
-    )
-    seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=NamedSharding(mesh, P()))
-    lowered = trainer.train_step.lower(
-        state,
-        frozen,
-        Rows(rows(jnp.int32), rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_)),
-        seed,
-        model=model,
-        optimizer=optimizer,
-        objective=objective_of(recipe),
-    )
-    return Program(lowered, {"weights": frozen, "training state": state})
-
-
-def gib_a_device(tree: Any) -> float:
+def gib_per_device(tree: Any) -> float:
     """GiB of a tree of placed shapes on one device, before the device's own padding."""
-    here = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    return sum(map(here, jax.tree.leaves(tree))) / 2**30
+    local = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return sum(map(local, jax.tree.leaves(tree))) / 2**30
 
 
 def report(program: Program, limit: float, text: str | None = None) -> dict[str, Any]:
-    """Compile; GiB a device by part, and whether all of it fits `limit` GiB.
+    """Compile; GiB per device by part, and whether the total fits `limit` GiB.
 
-    A program that the compiler finds too large is reported in the compiler's words. What it made of
-    one that it took is written to the file `text`.
+    A program that the compiler finds too large is reported with the compiler's own message. The
+    compiled text of one that it accepts is written to the file `text`.
     """
-    found: dict[str, Any] = {
-        f"{name.replace(' ', '_')}_gib": gib_a_device(tree) for name, tree in program.parts.items()
+    result: dict[str, Any] = {
+        f"{name.replace(' ', '_')}_gib": gib_per_device(tree)
+        for name, tree in program.parts.items()
     }
-    begin, worked = time.perf_counter(), time.process_time()
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     try:
         compiled = program.lowered.compile()
     except Exception as error:
-        told = str(error)
-        if "RESOURCE_EXHAUSTED" not in told and "Ran out of memory" not in told:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
             raise
-        lines = told.splitlines()
-        first = next((line for line in lines if "hbm" in line.lower()), lines[0])
-        found |= {"fits": False, "why": first.strip()[:200]}
+        lines = message.splitlines()
+        about_memory = next((line for line in lines if "hbm" in line.lower()), lines[0])
+        result |= {"fits": False, "why": about_memory.strip()[:200]}
     else:
         if text is not None:
             pathlib.Path(text).write_text(compiled.as_text() or "", encoding="utf-8")
         memory = compiled.memory_analysis()
         gib = lambda name: getattr(memory, f"{name}_size_in_bytes") / 2**30
-        found["arguments_gib"] = gib("argument")
-        found["results_gib"] = gib("output") - gib("alias")
-        found["temporaries_gib"] = gib("temp")
-        total = found["arguments_gib"] + found["results_gib"] + found["temporaries_gib"]
-        found |= {"total_gib": total, "fits": total <= limit}
-    # Of the two, the processor's time says something on a busy host.
-    return found | {
+        result["arguments_gib"] = gib("argument")
+        result["results_gib"] = gib("output") - gib("alias")
+        result["temporaries_gib"] = gib("temp")
+        total = result["arguments_gib"] + result["results_gib"] + result["temporaries_gib"]
+        result |= {"total_gib": total, "fits": total <= limit}
+    return result | {
         "seconds": time.perf_counter() - begin,
-        "processor_seconds": time.process_time() - worked,
+        "processor_seconds": time.process_time() - begin_cpu,  # meaningful on a busy host too
     }
 
 
@@ -224,127 +186,93 @@ def largest(fits: Callable[[int], bool], first: int, last: int) -> int:
     return best
 
 
+def grow(name: str, lower: Callable[[int], Program], size: int, last: int, limit: float) -> int:
+    """The largest size up to `last` that fits, doubled from a `size` that does.
+
+    Every try takes minutes, so each is printed to stderr.
+
+    Args:
+      name: of the size, for the output.
+      lower: the program of a size.
+      size: known to fit.
+      last: the search stops there.
+      limit: GiB per device.
+    """
+
+    def fits(n: int) -> bool:
+        result = report(lower(n), limit)
+        outcome = f"{result['total_gib']:.2f} GiB" if "total_gib" in result else result["why"]
+        print(f"{name} {n}: {outcome}", file=sys.stderr)
+        return result["fits"]
+
+    return largest(fits, 2 * size, last) or size
+
+
+def finish(
+    options: dict[str, Any], result: dict[str, Any], limit: float, devices: int, *, as_json: bool
+) -> None:
+    """Print a report, as one JSON object with the options or as text; exit with 1 if too large."""
+    if as_json:
+        print(json.dumps(options | result))
+    else:
+        sizes = [(name, size) for name, size in result.items() if name.endswith("_gib")]
+        parts = [f"{name[:-4].replace('_', ' ')} {size:.2f}" for name, size in sizes]
+        verdict = "fits" if result["fits"] else "does not fit"
+        seconds, cpu = result["seconds"], result["processor_seconds"]
+        print(f"{verdict} {limit} GiB per device, {devices} device(s)")
+        print(f"GiB per device: {', '.join(parts)}")
+        print(f"compiled in {seconds:.0f} s, {cpu:.0f} s of processor time")
+        if "why" in result:
+            print(f"the compiler: {result['why']}")
+        for name in result:
+            if name.startswith("largest_"):
+                print(f"largest {name.removeprefix('largest_')} that fits: {result[name]}")
+    if not result["fits"]:
+        sys.exit(1)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m orthrus_jax.aot",
         description=__doc__,
+        epilog="The training step of a configuration: python -m train.aot --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--preset", choices=sorted(PRESETS), help="a Qwen3 size; decoding only")
-    size.add_argument("--config", metavar="FILE", help="a training configuration, and its base")
+    add("--preset", choices=sorted(PRESETS), required=True, help="a Qwen3 size")
     add("--topology", required=True, metavar="KIND:SHAPE", help="e.g. v5e:1x1, v5e:2x2, v6e:2x4")
     add("--program", choices=PROGRAMS, required=True)
-    add("--batch", type=int, default=1, help="rows decoded; default: %(default)s")
-    add("--context", type=int, default=4096, help="cache slots a row; default: %(default)s")
+    add("--batch", type=int, default=1, help="sequences decoded together; default: %(default)s")
+    add("--context", type=int, default=4096, help="cache slots per row; default: %(default)s")
     add_blocks(parser)
-    add("--accumulate", type=int, help="train: micro-batches a step; default: the recipe's")
-    add("--remat", choices=sorted(REMAT), help="train: what is recomputed; default: the recipe's")
-    for axis, default in DECODING_MESH.items():
-        what = "what is left" if default < 0 else default
-        add(f"--{axis}", type=int, help=f"mesh axis; default: the recipe's, {what} when decoding")
-    add(
-        "--largest",
-        choices=("context", "batch"),
-        help="double it, from --context or --batch on, while the program fits; when training, the "
-        "rows of a micro-batch, from --accumulate's on",
-    )
-    add("--text", metavar="FILE", help="write the compiled program there, to read what is copied")
+    for axis, size in MESH.items():
+        default = "the remaining devices" if size < 0 else size
+        add(f"--{axis}", type=int, default=size, help=f"mesh axis; default: {default}")
+    add("--largest", choices=sorted(MOST), help="double it while the program fits")
+    add("--text", metavar="FILE", help="write the compiled program's text to FILE")
     add("--json", action="store_true", help="print one JSON object")
     return parser
-
-
-def _recipe(path: str) -> tuple[ModelConfig, Any]:
-    """The size a training configuration's base is named after, and the configuration."""
-    spec = importlib.util.spec_from_file_location("run_configuration", path)
-    if spec is None or spec.loader is None or not pathlib.Path(path).exists():
-        raise UserError(f"--config {path} is not there, or is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
-    try:
-        return preset_of(config.base), config
-    except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
-
-
-def _lowering(
-    args: argparse.Namespace, devices: Sequence[Any]
-) -> tuple[Callable[..., Program], dict[str, tuple[int, int]]]:
-    """A function of the batch and context; of each, the command's own and where --largest stops.
-
-    In training the batch is a micro-batch: a step of the recipe's rows has the fewer of them.
-    """
-    training = args.program == "train"
-    if training and args.preset:
-        raise UserError("--program train needs --config, which holds the recipe")
-    if training and args.largest == "context":
-        raise UserError("--largest context is of decoding: a recipe's rows are --largest batch")
-    run: Any
-    config, run = (PRESETS[args.preset], None) if args.preset else _recipe(args.config)
-    axes = dict(run.mesh if training else DECODING_MESH)
-    axes |= {axis: size for axis in axes if (size := getattr(args, axis)) is not None}
-    mesh = sharding.make_mesh(**axes, devices=devices)
-    sharding.check(config, mesh)
-    if not training:
-        blocks = Plan(**{name: getattr(args, name) for name in BLOCKS})
-        sizes = {"batch": args.batch, "context": args.context}
-        lower = partial(lower_decoding, args.program, config, mesh, blocks=blocks)
-        ranges = {name: (size, MOST[name]) for name, size in sizes.items()}
-        return lambda **changes: lower(**(sizes | changes)), ranges
-    run.train.accumulate = args.accumulate or run.train.accumulate
-    run.train.remat = args.remat or run.train.remat
-
-    def step(batch: int | None = None) -> Program:
-        if batch is not None:
-            run.train.accumulate = run.train.batch_size // batch
-        return lower_training(config, mesh, run.train)
-
-    rows = run.train.batch_size
-    first = last = rows // run.train.accumulate
-    while rows % (2 * last) == 0:
-        last *= 2
-    return step, {"batch": (first, last)}
-
-
-def _say(found: dict[str, Any], limit: float, devices: int) -> None:
-    parts = [f"{k[:-4].replace('_', ' ')} {v:.2f}" for k, v in found.items() if k.endswith("_gib")]
-    verdict = "fits" if found["fits"] else "does not fit"
-    print(f"{verdict} {limit} GiB a device, {devices} device(s)")
-    print(f"GiB a device: {', '.join(parts)}")
-    print(f"compiled in {found['seconds']:.0f} s, {found['processor_seconds']:.0f} s of processors")
-    if "why" in found:
-        print(f"the compiler: {found['why']}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")  # what is compiled here is not run here
+    jax.config.update("jax_platforms", "cpu")  # nothing compiled here is run here
     devices = tpu_devices(args.topology)
-    lower, ranges = _lowering(args, devices)
-    limit = CHIPS[args.topology.partition(":")[0]]
-    found = report(lower(), limit, args.text)
-    if args.largest:
-        size, last = ranges[args.largest]
-
-        def fits(n: int) -> bool:  # takes minutes: say what came of it
-            tried = report(lower(**{args.largest: n}), limit)
-            told = f"{tried['total_gib']:.2f} GiB" if "total_gib" in tried else tried["why"]
-            print(f"{args.largest} {n}: {told}", file=sys.stderr)
-            return tried["fits"]
-
-        more = largest(fits, 2 * size, last) if found["fits"] else 0
-        found[f"largest_{args.largest}"] = more or (size if found["fits"] else 0)
-    if args.json:
-        print(json.dumps(vars(args) | found))
-    else:
-        _say(found, limit, len(devices))
-        if args.largest:
-            print(f"largest {args.largest} that fits: {found[f'largest_{args.largest}']}")
-    if not found["fits"]:
-        sys.exit(1)
+    limit = chip_gib(args.topology)
+    config = PRESETS[args.preset]
+    mesh = sharding.make_mesh(**{axis: getattr(args, axis) for axis in MESH}, devices=devices)
+    sharding.check(config, mesh)
+    method = METHODS.get(args.program)
+    strategy = strategy_of(args, method, selector="--program") if method else None
+    lower = partial(lower_decoding, args.program, config, mesh, strategy=strategy)
+    sizes = {"batch": args.batch, "context": args.context}
+    result = report(lower(**sizes), limit, args.text)
+    if name := args.largest:
+        resized = lambda n: lower(**(sizes | {name: n}))
+        fitting = result["fits"] and grow(name, resized, sizes[name], MOST[name], limit)
+        result[f"largest_{name}"] = int(fitting)
+    finish(vars(args), result, limit, len(devices), as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -120,28 +120,36 @@ BLOCKS = {  # flags, and the methods that spend rows on them
 }
 
 
-def strategy_of(args: argparse.Namespace) -> Strategy:
+def strategy_of(
+    args: argparse.Namespace, method: str | None = None, selector: str = "--cycle"
+) -> Strategy:
     """The strategy that --mode, --cycle, --draft-length, --accept and `add_blocks` ask for.
+
+    Args:
+      args: parsed; options that a command lacks are as if not given.
+      method: chosen by another flag, `selector`; None follows --mode and --cycle.
+      selector: the flag that chooses.
 
     Raises:
       UserError: for a flag that the others leave without effect.
     """
-    method = "ar" if args.mode == "ar" else CYCLES[args.cycle or "paper"]
-    given = {
-        name: value for name in ("cycle", *BLOCKS) if (value := getattr(args, name)) is not None
-    }
-    flag = lambda name: f"--{name.replace('_', '-')} {given[name]}"
-    for name in given:
-        if args.rows is not None:
-            raise UserError(f"{flag(name)} beside --rows {args.rows}: the planner chooses it")
+    get = functools.partial(getattr, args)
+    if method is None:
+        method = "ar" if get("mode", "") == "ar" else CYCLES[get("cycle", None) or "paper"]
+    names = ("cycle", *BLOCKS)
+    given = {name: value for name in names if (value := get(name, None)) is not None}
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if get("rows", None) is not None:
+            raise UserError(f"{flag} beside --rows {args.rows}: the planner chooses it")
         if method == "ar":
-            raise UserError(f"{flag(name)} beside --mode ar, which drafts nothing: leave one out")
+            raise UserError(f"{flag}: decoding one token per forward (ar) drafts nothing")
         if name in BLOCKS and method not in BLOCKS[name]:
             cycles = [cycle for cycle, method in CYCLES.items() if method in BLOCKS[name]]
-            raise UserError(f"{flag(name)} needs --cycle {' or '.join(cycles)}")
-    counts = {name: given[name] for name in BLOCKS if name in given}
-    draft_length = None if method == "ar" else args.draft_length
-    return Strategy(method, draft_length, accept=args.accept, **counts)
+            raise UserError(f"{flag} needs {selector} {' or '.join(cycles)}")
+    counts: dict[str, Any] = {name: given[name] for name in BLOCKS if name in given}
+    draft_length = None if method == "ar" else get("draft_length", None)
+    return Strategy(method, draft_length, accept=get("accept", AcceptRule.REJECTION), **counts)
 
 
 def chosen_strategy(args: argparse.Namespace, model: LLM, batch: int) -> Strategy:

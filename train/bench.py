@@ -1,9 +1,9 @@
-"""Measure a training step on this device, part by part: `python -m train.bench --config FILE`.
+"""Time a training step on this device, part by part: `python -m train.bench --config FILE`.
 
-Times one step of one micro-batch of the configuration's own shape, with random weights and rows
-that are one answer each (the most there is to see), beside its parts: the forward of the teacher,
-forward and backward of the blocks, vocabulary, optimizer. The floor is the arithmetic of the step
-at the rate that one large matrix product reaches here. Writes step.json into the run directory.
+Times one step of one micro-batch of the configuration's shape, with random weights and rows of one
+answer each (attention then sees the most tokens), and its parts: the teacher's forward, forward and
+backward of the blocks, vocabulary, optimizer. The floor is the time of the step's arithmetic at the
+rate of one large matrix product. Writes step.json into the run directory.
 """
 
 import dataclasses
@@ -22,30 +22,30 @@ from tqdm import tqdm
 
 from orthrus_jax.config import ModelConfig, preset_of
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import write_atomic
 from orthrus_jax.model import Model, Params, Segment, View, params
-from train import command, flops, pretrain, trainer
+from train import cli, flops, pretrain, trainer
 from train.data import Rows
-from train.divergence import head_of, to_teacher
-from train.main import objective_of
-from train.objective import Blocks, Objective, both_views, sample_blocks
+from train.divergence import head_of, score_against_teacher
+from train.objective import Blocks, Objective, both_views, objective_of, sample_blocks
 
 REPEATS = 5
-PRODUCT = {"cpu": 2048}  # side of the matrices whose product sets the floor; elsewhere 8192
+PRODUCT = {"cpu": 2048}  # side of the floor's square matrices; 8192 on other devices
 
 
 def sizes_of(config: Any) -> ModelConfig:
-    """The sizes that a configuration trains: its own `model`, or those its base is named after.
+    """The sizes that a configuration trains: its own `model`, or the preset that its base names.
 
     Raises:
-      UserError: where it gives neither.
+      UserError: for a configuration with neither.
     """
     t = config.train
-    found = pretrain.sizes(config) if "model" in config else preset_of(config.base)
-    return dataclasses.replace(found, block_size=t.block_size, dtype=t.dtype)
+    sizes = pretrain.sizes(config) if "model" in config else preset_of(config.base)
+    return dataclasses.replace(sizes, block_size=t.block_size, dtype=t.dtype)
 
 
 def matmul_rate(dtype: str) -> float:
-    """Operations a second of one large matrix product."""
+    """Operations per second of one large matrix product."""
     side = PRODUCT.get(jax.default_backend(), 8192)
     x = jax.random.normal(jax.random.key(0), (side, side), dtype)
     product = jax.jit(jnp.matmul)
@@ -53,18 +53,18 @@ def matmul_rate(dtype: str) -> float:
 
 
 def _seconds(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Seconds of each call, warm and interleaved: a slow spell of the machine hits all alike."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
+    """Seconds of each call, warm and interleaved, so that a slow spell affects all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in tqdm(range(REPEATS + 1), desc="measure", unit="round"):
         for name, call in calls.items():
             begin = time.perf_counter()
             jax.block_until_ready(call())
-            found[name].append(time.perf_counter() - begin)
-    return {name: seconds[1:] for name, seconds in found.items()}
+            times[name].append(time.perf_counter() - begin)
+    return {name: seconds[1:] for name, seconds in times.items()}
 
 
 class Parts:
-    """One micro-batch on one device, and the programs that a step of it consists of."""
+    """One micro-batch on one device, and the programs that make up its step."""
 
     def __init__(self, config: Any) -> None:
         t = config.train
@@ -88,14 +88,14 @@ class Parts:
         self.blocks = sample_blocks(key, self.rows, self.objective.anchors, sizes.block_size)
 
     def calls(self) -> dict[str, Callable[[], Any]]:
-        """What is timed, by name; each is compiled by its first call."""
+        """The programs to time, by name; the first call of each compiles it."""
         run = {"model": self.model, "objective": self.objective}
         student, teacher = _hidden(self.diffusion, self.frozen, self.rows, self.blocks, self.model)
         state = trainer.init_state(self.diffusion, self.optimizer)
         update = jax.jit(functools.partial(_update, self.optimizer))
 
         def step() -> Any:
-            nonlocal state  # donated
+            nonlocal state  # train_step donates it
             micro = jax.tree.map(lambda x: x[None], self.rows)
             state, metrics = trainer.train_step(
                 state, self.frozen, micro, jnp.uint32(0), optimizer=self.optimizer, **run
@@ -130,7 +130,7 @@ def _hidden(diffusion: Params, frozen: Params, rows: Rows, blocks: Blocks, model
 
 @functools.partial(jax.jit, static_argnames="model")
 def _gradient(diffusion: Params, frozen: Params, rows: Rows, blocks: Blocks, model: Model) -> Any:
-    """Both views forward, and back from every block row."""
+    """Both views forward, and backward from every block token."""
 
     def total(diffusion: Params) -> Any:
         student, teacher = both_views(diffusion, frozen, model, rows, blocks)
@@ -143,12 +143,12 @@ def _gradient(diffusion: Params, frozen: Params, rows: Rows, blocks: Blocks, mod
 def _vocabulary(
     student: Any, teacher: Any, head: Params, blocks: Blocks, *, model: Model, objective: Objective
 ) -> Any:
-    """Every block row's divergence and its gradient."""
+    """The divergence of every block token and its gradient."""
     source = blocks.anchors[..., None] + jnp.arange(model.config.block_size)
 
     def total(student: Any) -> Any:
         rows = source.reshape(student.shape[:2])
-        scores = to_teacher(model, objective.divergence, head, student, teacher, rows)
+        scores = score_against_teacher(model, objective.divergence, head, student, teacher, rows)
         return scores.loss.sum()
 
     return jax.value_and_grad(total)(student)
@@ -160,11 +160,11 @@ def _update(optimizer: Any, gradient: Params, state: Any, weights: Params) -> An
 
 
 def measure(config: Any) -> dict[str, Any]:
-    """All figures of a configuration's step: milliseconds, rates and the floor."""
+    """Measurements of a configuration's step: milliseconds, rates and the floor."""
     parts = Parts(config)
     rows, length = parts.rows.tokens.shape
-    found = _seconds(parts.calls())
-    ms = {name: statistics.median(seconds) * 1e3 for name, seconds in found.items()}
+    times = _seconds(parts.calls())
+    ms = {name: statistics.median(seconds) * 1e3 for name, seconds in times.items()}
     work = {n: rows * f for n, f in flops.per_row(parts.model, parts.objective, length).items()}
     rate = matmul_rate(config.train.dtype)
     floor = sum(work.values()) / rate * 1e3
@@ -184,7 +184,7 @@ def measure(config: Any) -> dict[str, Any]:
         "anchors": parts.objective.anchors,
         "block_size": parts.model.config.block_size,
         "step_ms": ms["step"],
-        "step_ms_range": [min(found["step"]) * 1e3, max(found["step"]) * 1e3],
+        "step_ms_range": [min(times["step"]) * 1e3, max(times["step"]) * 1e3],
         "forward_ms": ms["forward"],
         "parts_ms": shares | {"rest": ms["step"] - sum(shares.values())},
         "work_gflop": {name: n / 1e9 for name, n in work.items()},
@@ -196,29 +196,29 @@ def measure(config: Any) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """The figures as text."""
+def table(result: dict[str, Any]) -> str:
+    """The measurements as text."""
     lines = [
-        f"{found['parameters'] / 1e6:.1f} M parameters; {found['rows']} rows of "
-        f"{found['row_length']}, {found['anchors']} blocks of {found['block_size']} a row; "
-        f"{found['device']}, jax {found['jax']}",
+        f"{result['parameters'] / 1e6:.1f} M parameters; {result['rows']} rows of "
+        f"{result['row_length']}, {result['anchors']} blocks of {result['block_size']} per row; "
+        f"{result['device']}, jax {result['jax']}",
         "",
         "| part | ms | share | GFLOP | GFLOP/s |",
         "|---|---|---|---|---|",
     ]
-    for name, ms in found["parts_ms"].items():
-        work = found["work_gflop"].get(name)
+    for name, ms in result["parts_ms"].items():
+        work = result["work_gflop"].get(name)
         rates = f"{work:.1f} | {work / ms * 1e3:.0f}" if work else " | "
-        lines.append(f"| {name} | {ms:.1f} | {ms / found['step_ms']:.0%} | {rates} |")
-    low, high = found["step_ms_range"]
-    total = sum(found["work_gflop"].values())
+        lines.append(f"| {name} | {ms:.1f} | {ms / result['step_ms']:.0%} | {rates} |")
+    low, high = result["step_ms_range"]
+    total = sum(result["work_gflop"].values())
     lines += [
-        f"| step | {found['step_ms']:.1f} ({low:.1f}-{high:.1f}) | | {total:.1f} "
-        f"| {total / found['step_ms'] * 1e3:.0f} |",
-        f"| floor | {found['floor_ms']:.1f} | | {total:.1f} | {found['matmul_gflops']:.0f} |",
+        f"| step | {result['step_ms']:.1f} ({low:.1f}-{high:.1f}) | | {total:.1f} "
+        f"| {total / result['step_ms'] * 1e3:.0f} |",
+        f"| floor | {result['floor_ms']:.1f} | | {total:.1f} | {result['matmul_gflops']:.0f} |",
         "",
-        f"{found['over_floor']:.2f} times the floor, {found['tokens_per_second']:.0f} tokens/s"
-        + (f", MFU {found['mfu']:.0%}" if found["mfu"] else ""),
+        f"{result['over_floor']:.2f} times the floor, {result['tokens_per_second']:.0f} tokens/s"
+        + (f", MFU {result['mfu']:.0%}" if result["mfu"] else ""),
     ]
     return "\n".join(lines)
 
@@ -227,12 +227,17 @@ def main(config: Any, overwrite: bool) -> None:
     """Measure, print, write step.json."""
     path = pathlib.Path(config.run) / "step.json"
     if path.exists() and not overwrite:
-        raise UserError(f"{path} is there: give another --config.run, or --overwrite")
-    found = measure(config)
-    print(table(found))
+        raise UserError(f"{path} exists: give another --config.run, or --overwrite")
+    result = measure(config)
+    print(table(result))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    write_atomic(path, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    command.run(main, default="configs/small.py", description=__doc__ or "")
+    cli.run(
+        main,
+        default="configs/small.py",
+        description=__doc__ or "",
+        switches=cli.OVERWRITE,
+    )

@@ -1,8 +1,8 @@
-"""Training state on disk: Orbax, written beside training, with enough said to resume exactly.
+"""Training state on disk, written by Orbax while training runs; enough to resume exactly.
 
-A checkpoint is the trained subtree, the optimizer, the step, the loader's place and the identity of
-the base. Anchors are keyed by (seed, step), so there is no random state to keep. The frozen tree is
-never written; a resumed run must bring the same one.
+A checkpoint holds the trained subtree, the optimizer, the step, the loader's position and the
+identity of the base. Anchors are keyed by (seed, step), so there is no random state to save. The
+frozen tree is never written; a resumed run must load the same one.
 """
 
 import pathlib
@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import first_line
 from train.trainer import TrainState
 
 
@@ -24,8 +25,8 @@ class Checkpoints:
 
         Args:
           run: the run's directory.
-          identity: JSON-able; what a checkpoint must have been written with (the base's checksum).
-          keep: how many of the last checkpoints stay.
+          identity: JSON values that a checkpoint to restore must share (the base's checksum).
+          keep: number of recent checkpoints to keep.
         """
         self.identity = identity
         self.last = _manager(run / "checkpoints", keep)
@@ -35,7 +36,7 @@ class Checkpoints:
         )
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
-        """Start to write a checkpoint; returns once the state is copied off the device."""
+        """Start to write a checkpoint; return once the state is copied off the device."""
         step = int(state.step)
         if step in self.last.all_steps():
             return
@@ -43,7 +44,7 @@ class Checkpoints:
         self.last.save(step, args=_args(state, meta))
 
     def save_best(self, state: TrainState, value: float) -> None:
-        """Keep the state if its value is above all before it."""
+        """Save the state as the best if `value` exceeds every earlier one."""
         if self.best_value is not None and value <= self.best_value:
             return
         self.best_value = value
@@ -51,37 +52,37 @@ class Checkpoints:
         self.best.save(int(state.step), args=_args(state, meta), force=True)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, and the loader's place; None where there is none.
+        """The newest readable checkpoint and the loader's position; None if there is no checkpoint.
 
-        A torn one is reported by a warning, deleted, and the one before is taken.
+        A damaged one is reported by a warning and deleted, and the one before it is restored.
 
         Args:
-          like: arrays or ShapeDtypeStructs of the state's shapes, with the shardings it is to have.
+          like: arrays or ShapeDtypeStructs with the state's shapes and the wanted shardings.
 
         Raises:
-          UserError: for a checkpoint of another base, or when none of those there can be read.
+          UserError: for a checkpoint of another base, or when no checkpoint can be read.
         """
         steps = sorted(self.last.all_steps(), reverse=True)
         for step in steps:
             try:
                 meta = _meta(self.last, step)
                 self._check(meta["identity"])
-                found = self.last.restore(
+                restored = self.last.restore(
                     step, args=ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)))
                 )
             except UserError:
                 raise
-            except Exception as error:  # whatever a damaged file makes the library raise
-                why = next(iter(str(error).splitlines()), type(error).__name__)
+            except Exception as error:  # a damaged file may raise anything
                 warnings.warn(
-                    f"checkpoint {step} in {self.last.directory} cannot be read ({why:.200}); "
+                    f"checkpoint {step} in {self.last.directory} cannot be read "
+                    f"({first_line(error):.200}); "
                     "going back to the one before",
                     stacklevel=2,
                 )
                 continue
             for torn in (s for s in steps if s > step):
                 self.last.delete(torn)
-            return TrainState(**found["state"]), meta["data"]
+            return TrainState(**restored["state"]), meta["data"]
         if steps:
             raise UserError(
                 f"no checkpoint in {self.last.directory} can be read: delete the directory to "
@@ -90,21 +91,21 @@ class Checkpoints:
         return None
 
     def wait(self) -> None:
-        """Until everything is on disk."""
+        """Wait until everything is on disk."""
         self.last.wait_until_finished()
         self.best.wait_until_finished()
 
     def close(self) -> None:
-        """Finish writing, and stop the threads that do."""
+        """Finish writing, and stop the writing threads."""
         self.last.close()
         self.best.close()
 
     def _check(self, identity: dict[str, Any]) -> None:
-        for name, mine in self.identity.items():
-            if identity.get(name) != mine:
+        for name, expected in self.identity.items():
+            if identity.get(name) != expected:
                 raise UserError(
                     f"{self.last.directory} was trained with {name}={identity.get(name)}, and this "
-                    f"is {name}={mine}: give another run directory"
+                    f"is {name}={expected}: give another run directory"
                 )
 
 
@@ -122,8 +123,7 @@ def _args(state: TrainState, meta: dict[str, Any]) -> Any:
 
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    found = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-    return found["meta"]
+    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
 def _abstract(like: TrainState) -> dict[str, Any]:

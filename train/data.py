@@ -1,8 +1,8 @@
 """Rows for training: conversations as ids, packed to a fixed length, in batches. Knows no model.
 
-A packed row holds conversations one after another. `start` says where each token's own conversation
-begins, so that attention and anchors never reach into a neighbour. Rows of a large run live in
-files that are mapped into memory; which rows make which batch is a function of seed and step.
+A packed row holds conversations one after another. `start` gives the first token of each token's
+own conversation, so that attention and anchors never reach into a neighbour. Rows are files mapped
+into memory; the rows of a batch are a function of seed and step.
 """
 
 import json
@@ -22,11 +22,11 @@ from train.prompts import Messages, Skip
 
 Array = Any  # numpy on the host, jax inside a step
 Ids = Sequence[int] | np.ndarray
-ABOUT = "rows.json"  # beside the arrays of packed rows: how they were made, and how many
+ABOUT = "rows.json"  # next to the arrays of packed rows: their recipe and counts
 
 
-class Conversation:
-    """Ids in turn: a prompt, its answer, the next prompt, its answer, ...
+class TokenizedDialogue:
+    """Ids of alternating prompts and answers: a prompt, its answer, the next prompt, ...
 
     An answer ends with the end-of-turn token, unless it was cut off.
     """
@@ -35,7 +35,7 @@ class Conversation:
         self.segments = segments
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return its ids, int32[n], and which of them are answer, bool[n]."""
+        """Return the ids, int32[n], and which of them are answer tokens, bool[n]."""
         ids = np.concatenate([np.asarray(segment, np.int32) for segment in self.segments])
         is_answer = np.arange(len(self.segments)) % 2 == 1
         return ids, np.repeat(is_answer, [len(segment) for segment in self.segments])
@@ -45,9 +45,9 @@ class Rows(NamedTuple):
     """Packed rows, each array [rows, length].
 
     Attributes:
-      tokens: int32, padded with `pad` behind the last conversation.
-      start: int32, index of the first token of the token's own conversation; padding starts itself.
-        All 0 where rows were packed without document masks.
+      tokens: int32, padded with `pad` after the last conversation.
+      start: int32, index of the first token of the token's own conversation; a padding token has
+        its own index. All 0 for rows packed without document masks.
       answer: bool, the token belongs to an assistant's answer.
       used: bool, the token is not padding.
     """
@@ -59,29 +59,29 @@ class Rows(NamedTuple):
 
 
 class ChatEncoder:
-    """Dialogues to ids with every answer marked, as the tokenizer's chat template writes them.
+    """Encodes dialogues with the tokenizer's chat template, and marks their answers.
 
-    The template is read from outside: an answer is what stands between the words that open an
-    assistant's turn and the end-of-turn token, which belongs to it. What the template puts before
-    an answer that was asked for without thinking (Qwen3: an empty thinking part) is prompt.
+    The template is treated as a black box: an answer runs from the text that opens an assistant's
+    turn to the end-of-turn token, inclusive. Text that the template puts before an answer generated
+    without thinking (Qwen3: an empty thinking part) belongs to the prompt.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template: conversations need one")
         self._tokenizer, self._end = tokenizer, tokenizer.eos_token
-        asked: Messages = [{"role": "user", "content": "x"}]
-        before = len(self._render(asked))
+        question: Messages = [{"role": "user", "content": "x"}]
+        before = len(self._render(question))
         self._header, self._direct = (
-            self._render(asked, add_generation_prompt=True, enable_thinking=thinking)[before:]
+            self._render(question, add_generation_prompt=True, enable_thinking=thinking)[before:]
             for thinking in (True, False)
         )
 
-    def __call__(self, messages: Messages) -> Conversation:
+    def __call__(self, messages: Messages) -> TokenizedDialogue:
         """Encode a dialogue up to its last answer.
 
         Raises:
-          Skip: when there is no answer, or the template refuses or hides one.
+          Skip: for a dialogue without an answer, or one that the template refuses or omits.
         """
         turns = sum(message["role"] == "assistant" for message in messages)
         if not turns:
@@ -90,36 +90,40 @@ class ChatEncoder:
             raise Skip("a message with the template's own marks")
         try:
             prompt, *rest = self._render(messages).split(self._header)
-        except Exception as error:  # a template may raise what it likes
+        except Exception as error:  # a template may raise anything
             raise Skip("refused by the chat template") from error
         if len(rest) != turns or not all(self._end in piece for piece in rest):
             raise Skip("an answer that the chat template does not show")
         segments: list[str] = []
         for piece in rest:
             prompt += self._header
-            answer, _, behind = piece.partition(self._end)
+            answer, _, rest_of_piece = piece.partition(self._end)
             if (self._header + answer).startswith(self._direct):
                 skipped = self._direct[len(self._header) :]
                 prompt, answer = prompt + skipped, answer[len(skipped) :]
             segments += [prompt, answer + self._end]
-            prompt = behind
+            prompt = rest_of_piece
         encoded = self._tokenizer(segments, add_special_tokens=False)["input_ids"]
-        return Conversation(*encoded)
+        return TokenizedDialogue(*encoded)
 
     def _render(self, messages: Messages, **options: Any) -> str:
         return self._tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
 
 def pack(
-    conversations: Iterable[Conversation], length: int, pad: int, *, document_masks: bool = True
+    conversations: Iterable[TokenizedDialogue],
+    length: int,
+    pad: int,
+    *,
+    document_masks: bool = True,
 ) -> Iterator[Rows]:
     """Yield packed rows [1, length] in order; a conversation longer than a row is cut at its end.
 
     [p p a a a p a a . .]   tokens of two conversations (prompt, answer) and padding
     [0 0 0 0 0 5 5 5 8 9]   start
 
-    Without `document_masks` the conversations are one stream, cut into rows wherever a row is full,
-    and start is 0: a token sees all before it in its row, as in the authors' training.
+    Without `document_masks` the conversations form one stream that is cut into rows of `length`,
+    and start is 0: a token sees all tokens before it in its row, as in the authors' training.
     """
     if not document_masks:
         yield from _pack_stream(conversations, length, pad)
@@ -138,7 +142,9 @@ def pack(
         yield _row(row, length, pad)
 
 
-def _pack_stream(conversations: Iterable[Conversation], length: int, pad: int) -> Iterator[Rows]:
+def _pack_stream(
+    conversations: Iterable[TokenizedDialogue], length: int, pad: int
+) -> Iterator[Rows]:
     whole = lambda part: _row([part], length, pad)._replace(start=np.zeros((1, length), np.int32))
     ids, answer = np.zeros(0, np.int32), np.zeros(0, bool)
     for conversation in conversations:
@@ -170,7 +176,7 @@ def stack(rows: Iterable[Rows]) -> Rows:
 
 def write_rows(
     directory: str | pathlib.Path,
-    conversations: Iterable[Conversation],
+    conversations: Iterable[TokenizedDialogue],
     *,
     length: int,
     pad: int,
@@ -178,31 +184,32 @@ def write_rows(
     recipe: Mapping[str, Any],
     overwrite: bool = False,
 ) -> Rows:
-    """Pack to files and return the rows, mapped into memory; rows that are there are used again.
+    """Pack to files and return the rows, mapped into memory; existing rows are reused.
 
-    A row is written as soon as it is full, so nothing is held in memory. The files take 8 bytes a
-    token and get their names when all are complete.
+    A row is written as soon as it is full, so memory use does not grow. The files take 8 bytes per
+    token, and the directory gets its name when all are complete.
 
     Args:
-      directory: holds an array of each of Rows' fields, and rows.json.
-      conversations: not looked at where the rows are there already.
-      length, pad, document_masks: those of `pack`.
-      recipe: JSON values that say what else the rows depend on: the conversations' origin.
+      directory: for one array per field of Rows, and rows.json.
+      conversations: read only if the rows do not exist yet.
+      length, pad, document_masks: see `pack`.
+      recipe: JSON values on which the rows also depend: the origin of the conversations.
       overwrite: replace rows of another recipe.
 
     Raises:
-      UserError: when the directory holds something else, or there is no conversation.
+      UserError: when the directory holds rows of another recipe or other files, or there is no
+        conversation.
     """
     target = pathlib.Path(directory)
     wanted = {"length": length, "pad": pad, "document_masks": document_masks, **recipe}
     if (target / ABOUT).exists():
-        found = json.loads((target / ABOUT).read_text(encoding="utf-8"))["recipe"]
-        if found == wanted:
+        existing = json.loads((target / ABOUT).read_text(encoding="utf-8"))["recipe"]
+        if existing == wanted:
             return open_rows(target)
         if not overwrite:
-            changed = [k for k in {**wanted, **found} if wanted.get(k) != found.get(k)]
-            told = ", ".join(f"{k} {found.get(k)!r}, now {wanted.get(k)!r}" for k in changed)
-            raise UserError(f"{target} holds rows of another recipe ({told}): use --overwrite")
+            changed = [k for k in {**wanted, **existing} if wanted.get(k) != existing.get(k)]
+            changes = ", ".join(f"{k} {existing.get(k)!r}, now {wanted.get(k)!r}" for k in changed)
+            raise UserError(f"{target} holds rows of another recipe ({changes}): use --overwrite")
     elif target.exists() and any(target.iterdir()):
         raise UserError(f"{target} holds no packed rows, but other files: name another directory")
     fresh = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -220,7 +227,7 @@ def write_rows(
 
 
 def open_rows(directory: str | pathlib.Path) -> Rows:
-    """Map the rows that `write_rows` left in a directory; `start` may be a narrower integer.
+    """Map the rows of a directory that `write_rows` wrote; `start` may be a narrower integer.
 
     Raises:
       UserError: when they are missing or damaged.
@@ -228,18 +235,22 @@ def open_rows(directory: str | pathlib.Path) -> Rows:
     paths = [pathlib.Path(directory, f"{name}.npy") for name in Rows._fields]
     try:
         return Rows(*(np.load(path, mmap_mode="r") for path in paths))
-    except (OSError, ValueError) as error:  # numpy's word for a file cut short is ValueError
+    except (OSError, ValueError) as error:  # numpy raises ValueError for a file cut short
         raise UserError(f"{directory} holds no whole packed rows: {error}") from None
 
 
 def _write(
-    folder: pathlib.Path, conversations: Iterable[Conversation], length: int, pad: int, masks: bool
+    folder: pathlib.Path,
+    conversations: Iterable[TokenizedDialogue],
+    length: int,
+    pad: int,
+    masks: bool,
 ) -> dict[str, int]:
-    """Write the arrays; return how many rows, conversations, tokens and answer tokens there are."""
+    """Write the arrays; return the numbers of rows, conversations, tokens and answer tokens."""
     names = ("rows", "conversations", "longer_than_a_row", "tokens", "answer_tokens")
     counts = dict.fromkeys(names, 0)
 
-    def counted() -> Iterator[Conversation]:
+    def counted() -> Iterator[TokenizedDialogue]:
         for conversation in tqdm(conversations, "pack", unit="conversation"):
             size = sum(map(len, conversation.segments))
             counts["conversations"] += 1
@@ -272,16 +283,16 @@ def _write(
 
 
 def _header(file: BinaryIO, dtype: Any, rows: int, length: int) -> None:
-    """Write the .npy header; numpy pads it so that the first axis can grow in place."""
+    """Write the .npy header; numpy pads it, so the number of rows can be filled in later."""
     shape = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (rows, length)}
     np.lib.format.write_array_header_1_0(file, shape)
 
 
 class Loader:
-    """Batches for ever, each epoch in its own order; an epoch's short rest is dropped.
+    """Endless batches, each epoch in its own order; an incomplete last batch is dropped.
 
-    What batch n holds depends on the rows, the size of the global batch and the seed. Each process
-    gets its slice of every batch, so the state means the same whatever their number is.
+    The contents of batch n depend on the rows, the global batch size and the seed. Each process
+    gets its slice of every batch, so a saved state is valid for any number of processes.
     """
 
     def __init__(
@@ -292,18 +303,18 @@ class Loader:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """Shuffle `rows`, in memory or mapped.
+        """Prepare the order of `rows`.
 
         Args:
-          rows: arrays [rows, length].
+          rows: arrays [rows, length], in memory or mapped.
           batch_size: of the global batch.
           seed: of the order.
-          process_index, process_count: which slice of each batch is this process's.
+          process_index, process_count: select this process's slice of each batch.
 
         Raises:
-          UserError: when the rows fill no batch, or a batch does not divide among the processes.
+          UserError: when the rows fill no batch, or a batch does not divide among processes.
         """
-        import grain  # late: it takes a second, and most of the package does without
+        import grain  # late: it takes a second, and few users of this module need it
 
         count = len(rows.tokens)
         if count < batch_size:
@@ -312,8 +323,7 @@ class Loader:
             raise UserError(f"a batch of {batch_size} rows does not divide by {process_count}")
         self._order = {"rows": count, "batch_size": batch_size, "seed": seed}
         local = batch_size // process_count
-        # grain adds the epoch's number to the seed: of seeds 0 and 1 as they are, the second would
-        # be the first an epoch later.
+        # grain adds the epoch's number to the seed: unhashed, seed 1 would be seed 0 one epoch on.
         spread = np.random.SeedSequence(seed).generate_state(1)[0]
         own = slice(process_index * local, (process_index + 1) * local)
         batches = (
@@ -323,9 +333,9 @@ class Loader:
             .batch(batch_size)
             .map(lambda index: _take(rows, index[own]))
         )
-        # Few threads, few batches ahead: taking a batch is a copy of some megabytes.
-        ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-        self._batches = iter(batches.to_iter_dataset(ahead))
+        # Few threads and few prefetched batches suffice: a batch is a copy of some megabytes.
+        prefetch = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        self._batches = iter(batches.to_iter_dataset(prefetch))
 
     def __iter__(self) -> "Loader":
         return self
@@ -334,11 +344,11 @@ class Loader:
         return next(self._batches)
 
     def state(self) -> dict[str, int]:
-        """Say, in JSON values, where the loader stands: what it has given out, not what it read."""
+        """The position in JSON values, after the returned batches, not the prefetched ones."""
         return {**self._batches.get_state(), **self._order}
 
     def restore(self, state: Mapping[str, int]) -> None:
-        """Go on from a state: the next batch is the one that was next when it was taken.
+        """Return to a saved position: the next batch is the one that was next when it was saved.
 
         Raises:
           UserError: for the state of a loader of other rows, batch size or seed.
@@ -352,5 +362,5 @@ class Loader:
 
 
 def _take(rows: Rows, index: np.ndarray) -> Rows:
-    taken = Rows(*(np.asarray(part[index]) for part in rows))
-    return taken._replace(start=taken.start.astype(np.int32, copy=False))
+    batch = Rows(*(np.asarray(part[index]) for part in rows))
+    return batch._replace(start=batch.start.astype(np.int32, copy=False))

@@ -1,8 +1,8 @@
-"""How far the diffusion view's guesses are from the teacher's, without a [rows, vocabulary] array.
+"""Divergence of the diffusion view from its teacher, without a [tokens, vocabulary] array.
 
-Rows are scored tile by tile, and the gradient for the student's hidden states is taken in the same
-pass: what is kept for the backward pass is as wide as the model, not as the vocabulary. Blocks
-overlap, so that a clean position is the teacher of several rows; each is projected once.
+Block tokens are scored tile by tile, and the gradient for the student's hidden states is computed
+in the same pass: the residuals of the backward pass are as wide as the model, not the vocabulary.
+Blocks overlap, so a clean position is the teacher of several block tokens; it is projected once.
 """
 
 import dataclasses
@@ -19,14 +19,15 @@ from orthrus_jax.sharding import BATCH, TENSOR, spec
 
 Array = jax.Array
 TEACHER_TILE = 512  # clean positions projected at once
-STUDENT_TILE = 512  # block rows projected at once
+STUDENT_TILE = 512  # block tokens projected at once
 
 
 class Divergence(enum.Enum):
-    """What is minimised between the teacher's p and the guess q.
+    """The loss between the teacher's distribution p and the student's q.
 
-    KL is sum p log(p / q), the paper's. TV is sum |p - q| / 2: 1 - TV is how often sampling accepts
-    the row's draft. CE is -log q at the teacher's likeliest token, which is what greedy accepts.
+    KL is sum p log(p / q), the paper's. TV is sum |p - q| / 2: sampling accepts the draft with
+    probability 1 - TV. CE is -log q at the teacher's likeliest token, the one that greedy decoding
+    accepts.
     """
 
     KL = "kl"
@@ -35,23 +36,23 @@ class Divergence(enum.Enum):
 
 
 class RowScores(NamedTuple):
-    """How each block row stands to its teacher, float32[..., N].
+    """Each block token against its teacher, float32[..., N].
 
     Attributes:
-      loss: the divergence trained on; the only one with a gradient.
-      kl: KL(p || q).
+      loss: the divergence to minimise; the only field with a gradient.
+      kl: KL(p || q), in nats.
       agreement: 1 where both views' likeliest token is the same, else 0.
-      overlap: sum min(p, q), the probability that sampling accepts the row's draft.
+      accept_prob: sum min(p, q), the probability that sampling accepts the draft.
     """
 
     loss: Array
     kl: Array
     agreement: Array
-    overlap: Array
+    accept_prob: Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def to_teacher(
+def score_against_teacher(
     model: Model,
     divergence: Divergence,
     head: Params,
@@ -59,21 +60,21 @@ def to_teacher(
     teacher: Array,
     source: Array,
 ) -> RowScores:
-    """Score every student row [B, N, E] against the teacher's row of the same token.
+    """Score every student token [B, N, E] against the teacher at the same position.
 
     Args:
       model: static.
       divergence: static.
-      head: the parameters `model.logits` reads, see `head_of`.
-      student: [B, N, E], final-normed; what the gradient is for.
+      head: the parameters that `model.logits` reads, see `head_of`.
+      student: [B, N, E], final-normed; the only input with a gradient.
       teacher: [B, L, E], final-normed.
-      source: int32[B, N], each student row's teacher row.
+      source: int32[B, N], each student token's teacher position.
     """
     return _score_all(model, divergence, head, student, teacher, source)[0]
 
 
 def head_of(frozen: Params) -> Params:
-    """The part of the frozen tree that turns hidden states into logits."""
+    """The part of the frozen tree that maps hidden states to logits."""
     name = "lm_head" if "lm_head" in frozen else "embed_tokens"
     return {name: frozen[name]}
 
@@ -86,27 +87,27 @@ def _score_all(
     teacher: Array,
     source: Array,
 ) -> tuple[RowScores, Array]:
-    """Scores [B, N], and the gradient of `loss` for the student's rows [B, N, E]."""
+    """Scores [B, N], and the gradient of `loss` for the student's hidden states [B, N, E]."""
     mesh = model.mesh
     if mesh is None:
-        one = functools.partial(_score_row, model, _Vocabulary(None, 0), divergence, head)
-        return jax.lax.map(lambda row: one(*row), (student, teacher, source))
+        score = functools.partial(_score_row, model, _Vocabulary(None, 0), divergence, head)
+        return jax.lax.map(lambda row: score(*row), (student, teacher, source))
 
     # Each device scores its own rows, over its own part of the vocabulary.
     part = model.config.vocab_size // mesh.shape[TENSOR]
     local = Model(dataclasses.replace(model.config, vocab_size=part, mask_token_id=None))
 
-    def on_each(head: Params, *rows: Array) -> tuple[RowScores, Array]:
+    def on_device(head: Params, *rows: Array) -> tuple[RowScores, Array]:
         vocabulary = _Vocabulary(TENSOR, jax.lax.axis_index(TENSOR) * part)
-        one = functools.partial(_score_row, local, vocabulary, divergence, head)
-        return jax.lax.map(lambda row: one(*row), rows)
+        score = functools.partial(_score_row, local, vocabulary, divergence, head)
+        return jax.lax.map(lambda row: score(*row), rows)
 
-    def shard(path: Any, leaf: Array) -> P:  # whole along the model width
+    def shard(path: Any, leaf: Array) -> P:  # not sharded along the model width
         return P(*(a if a == TENSOR else None for a in spec(path, leaf.shape, mesh)))
 
     shards = jax.tree_util.tree_map_with_path(shard, head)
     return jax.shard_map(
-        on_each,
+        on_device,
         mesh=mesh,
         in_specs=(shards, P(BATCH), P(BATCH), P(BATCH)),
         out_specs=P(BATCH),
@@ -121,11 +122,11 @@ def _backward(
     return None, scaled, None, None
 
 
-to_teacher.defvjp(_score_all, _backward)
+score_against_teacher.defvjp(_score_all, _backward)
 
 
 class _Vocabulary(NamedTuple):
-    """Reductions over a vocabulary whose parts may lie on the devices of a mesh axis."""
+    """Reductions over a vocabulary that may be sharded over a mesh axis."""
 
     axis: str | None
     first: Array | int  # this part's first token
@@ -139,7 +140,7 @@ class _Vocabulary(NamedTuple):
         return x if self.axis is None else jax.lax.pmax(x, self.axis)
 
     def argmax(self, x: Array) -> Array:
-        """The first token of the largest value."""
+        """The first token with the largest value."""
         token = self.tokens(x)
         best = jnp.where(x == self.max(x), token, jnp.iinfo(jnp.int32).max)
         best = best.min(-1, keepdims=True)
@@ -164,9 +165,9 @@ def _score_row(
 ) -> tuple[RowScores, Array]:
     """Score one batch row: student [N, E], teacher [L, E], source [N].
 
-    Student rows are visited in the order of their teachers. A tile of teachers is projected, then
-    the students behind it in tiles of their own. The last of these may reach into the next
-    teacher's students: what it writes there, that teacher's tiles write anew.
+    Students are sorted by teacher position. A tile of teachers is projected, then its students in
+    tiles of their own. The last of these may reach into the next teacher tile's students; that
+    tile overwrites what is written there.
     """
     rows, positions = student.shape[0], teacher.shape[0]
     tile, window = min(STUDENT_TILE, rows), min(TEACHER_TILE, positions)
@@ -177,12 +178,12 @@ def _score_row(
     begins = jnp.searchsorted(sources[:rows], jnp.arange(windows + 1) * window)
     begins = begins.at[-1].set(rows)
 
-    def over_teachers(j: Array, found: tuple[RowScores, Array]) -> tuple[RowScores, Array]:
+    def over_teachers(j: Array, carry: tuple[RowScores, Array]) -> tuple[RowScores, Array]:
         first = jnp.minimum(j * window, positions - window)
         rows_of = jax.lax.dynamic_slice_in_dim(teacher, first, window)
         log_p = vocabulary.log_softmax(model.logits(head, rows_of))
 
-        def over_students(i: Array, found: tuple[RowScores, Array]) -> tuple[RowScores, Array]:
+        def over_students(i: Array, carry: tuple[RowScores, Array]) -> tuple[RowScores, Array]:
             at = begins[j] + i * tile
             cut = lambda x: jax.lax.dynamic_slice_in_dim(x, at, tile)
             own = jnp.clip(cut(sources) - first, 0, window - 1)
@@ -192,17 +193,17 @@ def _score_row(
             if vocabulary.axis is not None:
                 gradient = jax.lax.psum(gradient, vocabulary.axis)
             put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, at, axis=0)
-            return jax.tree.map(put, found, (scores, gradient))
+            return jax.tree.map(put, carry, (scores, gradient))
 
         tiles = (begins[j + 1] - begins[j] + tile - 1) // tile
-        return jax.lax.fori_loop(0, tiles, over_students, found)
+        return jax.lax.fori_loop(0, tiles, over_students, carry)
 
-    nothing = jnp.zeros(rows + tile)
-    found = jax.lax.fori_loop(
-        0, windows, over_teachers, (RowScores(*[nothing] * 4), jnp.zeros_like(students))
+    zeros = jnp.zeros(rows + tile)
+    results = jax.lax.fori_loop(
+        0, windows, over_teachers, (RowScores(*[zeros] * 4), jnp.zeros_like(students))
     )
     back = jnp.argsort(order)
-    return jax.tree.map(lambda x: x[:rows][back], found)
+    return jax.tree.map(lambda x: x[:rows][back], results)
 
 
 def _compare(
@@ -213,7 +214,7 @@ def _compare(
     p, q = jnp.exp(log_p), jnp.exp(log_q)
     best = vocabulary.argmax(log_p)
     kl = vocabulary.sum(p * (log_p - log_q))
-    overlap = vocabulary.sum(jnp.minimum(p, q))
+    accept_prob = vocabulary.sum(jnp.minimum(p, q))
     if divergence is Divergence.KL:
         loss, gradient = kl, q - p
     elif divergence is Divergence.CE:
@@ -221,6 +222,6 @@ def _compare(
         loss, gradient = -vocabulary.sum(is_best * log_q), q - is_best
     else:
         side = jnp.sign(q - p) / 2
-        loss, gradient = 1 - overlap, q * (side - vocabulary.sum(q * side))
+        loss, gradient = 1 - accept_prob, q * (side - vocabulary.sum(q * side))
     agreement = (best == vocabulary.argmax(log_q)).astype(jnp.float32)
-    return RowScores(*(x[:, 0] for x in (loss, kl, agreement, overlap))), gradient
+    return RowScores(*(x[:, 0] for x in (loss, kl, agreement, accept_prob))), gradient

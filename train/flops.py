@@ -1,7 +1,7 @@
-"""How much arithmetic a training step is, and how fast it went: tokens/s and MFU.
+"""Floating-point operations of a training step, and a run's rates: tokens/s and MFU.
 
-Counts multiply-adds of matrix products as two operations each, as they are needed: recomputation
-(remat) is not counted as useful work.
+A multiply-add of a matrix product counts as two operations. Recomputation (remat) is not counted:
+it is no useful work.
 """
 
 import time
@@ -12,7 +12,7 @@ import jax
 from orthrus_jax.model import Model
 from train.objective import Objective
 
-PEAK = {  # bfloat16 FLOP/s a chip, from the makers' data sheets, by jax's device_kind
+PEAK = {  # bfloat16 FLOP/s per chip, from the makers' data sheets, by jax's device_kind
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
@@ -28,14 +28,15 @@ PEAK = {  # bfloat16 FLOP/s a chip, from the makers' data sheets, by jax's devic
 def per_row(model: Model, objective: Objective, length: int) -> dict[str, float]:
     """Operations of one packed row of `length` tokens, by part.
 
-    The teacher's rows go forward only; the blocks' rows forward, back to their inputs, and back to
-    the diffusion weights; the vocabulary forward for both and back to the blocks' rows.
+    The teacher's tokens run forward only. Block tokens run forward, and backward to their inputs
+    and to the diffusion weights. The vocabulary projection runs forward for both, and backward to
+    the block tokens.
     """
     c = model.config
     blocks = objective.anchors * c.block_size
     attention = c.hidden_size * c.head_dim * 2 * (c.num_attention_heads + c.num_key_value_heads)
     mlp = 3 * c.hidden_size * c.intermediate_size
-    heads = 2 * c.num_attention_heads * c.head_dim  # of scores and of the mean of v
+    heads = 2 * c.num_attention_heads * c.head_dim  # of q @ k and of weights @ v
     layer = {
         "teacher": 2 * length * (attention + mlp) + 2 * length * heads * length / 2,
         "blocks": 2 * blocks * (3 * attention + 2 * mlp)
@@ -46,7 +47,7 @@ def per_row(model: Model, objective: Objective, length: int) -> dict[str, float]
 
 
 class Meter:
-    """Counts a run's tokens and time between two looks."""
+    """Counts a run's tokens and time between two calls of `lap`."""
 
     def __init__(self, model: Model, objective: Objective) -> None:
         self.model, self.objective = model, objective
@@ -58,7 +59,7 @@ class Meter:
         self._tokens += rows * length
 
     def lap(self) -> dict[str, Any]:
-        """Rates since the last call; the first lap has the compilation in it."""
+        """Rates since the last call; the first lap includes compilation."""
         now = time.perf_counter()
         seconds, self._begin = now - self._begin, now
         rows, tokens, self._rows, self._tokens = self._rows, self._tokens, 0, 0
@@ -72,7 +73,7 @@ class Meter:
 
 
 def memory() -> dict[str, float]:
-    """GiB in use at most on this host's first device, where the platform says so."""
+    """Peak GiB in use on this host's first device, on platforms that report it."""
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     return {"peak_gib": peak / 2**30} if peak else {}

@@ -1,6 +1,7 @@
-"""Several hosts of one run, which share a disk: who writes a file, and who waits for it.
+"""Coordination of a run's hosts, which share a file system: who writes a file, who waits for it.
 
-All hosts run the same program and come to the same calls in the same order.
+Every host runs the same program and makes the same calls in the same order. Knows no file's
+content.
 """
 
 import contextlib
@@ -15,81 +16,86 @@ import jax
 from orthrus_jax.errors import UserError
 
 WEEK = 7 * 24 * 3600 * 1000  # milliseconds; a host that dies ends the others at once
-SECONDS = 120  # that a disk may be late
-_turns = itertools.count()  # a barrier's name is used once
+SECONDS = 120  # how long a shared file system may lag
+_barriers = itertools.count()  # a barrier's name can be used only once
 
 
 def begin(several: bool) -> None:
-    """Find the other hosts, if this run has `several`. Before anything asks for devices."""
+    """Connect to the other hosts if the run has `several`; call it before JAX finds devices."""
     if several:
         jax.distributed.initialize()
 
 
 def is_first() -> bool:
-    """Whether this is the host that writes what is written once."""
+    """Whether this is the host that writes the files of the whole run."""
     return jax.process_index() == 0
 
 
 def wait() -> None:
-    """Wait until all hosts are here; on their own service, so no device is held."""
+    """Wait until all hosts call this; uses JAX's coordination service, so no device is blocked."""
     if jax.process_count() > 1:
         from orbax.checkpoint import multihost
 
-        multihost.get_barrier_sync_fn()(key=f"orthrus_{next(_turns)}", timeout_ms=WEEK)
+        multihost.get_barrier_sync_fn()(key=f"orthrus_{next(_barriers)}", timeout_ms=WEEK)
 
 
-def see(ready: Callable[[], bool], what: object) -> None:
-    """Wait until this host sees what another has written: a network's disk may be late.
+def wait_until_visible(ready: Callable[[], bool], what: object) -> None:
+    """Wait for a file written by another host to appear here (shared file systems lag).
+
+    Args:
+      ready: whether the file is visible.
+      what: names it in the error.
 
     Raises:
-      UserError: when it does not for two minutes.
+      UserError: when it is not visible after two minutes.
     """
     for _ in range(SECONDS):
         if ready():
             return
         time.sleep(1)
     raise UserError(
-        f"{what} is not seen here, where another host has written it: the run directory must be on "
+        f"{what} is not visible here although another host wrote it: the run directory must be on "
         "a disk that all hosts share"
     )
 
 
-def once(work: Callable[[], object]) -> None:
-    """Let the first host do it, while the others wait."""
+def on_first_host(work: Callable[[], object]) -> None:
+    """Run `work` on the first host, while the others wait."""
     if is_first():
         work()
     wait()
 
 
-def in_turn(work: Callable[[], Any]) -> Any:
-    """Let the first host write files, which the others, who then do the same, find there."""
+def first_host_then_rest(work: Callable[[], Any]) -> Any:
+    """Run `work` on the first host, then on the rest, who find the files that it wrote."""
     if is_first():
-        found = work()
+        result = work()
         wait()
-        return found
+        return result
     wait()
     return work()
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[int], bool]]:
-    """Give a function that says whether SIGTERM has come: a machine that is about to be taken.
+    """Yield a function of the step: whether SIGTERM has arrived, as before a preemption.
 
-    Several hosts stop at the same step, whichever of them was told: JAX's own service sees to that.
+    Several hosts stop at the same step, whichever of them got the signal: JAX's coordination
+    service makes them agree.
     """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         yield multihost_utils.reached_preemption_sync_point
         return
-    asked = False
+    received = False
 
-    def ask(*_: Any) -> None:
-        nonlocal asked
-        asked = True
+    def receive(*_: Any) -> None:
+        nonlocal received
+        received = True
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = signal.signal(signal.SIGTERM, receive)
     try:
-        yield lambda step: asked
+        yield lambda step: received
     finally:
         signal.signal(signal.SIGTERM, before)

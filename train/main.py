@@ -1,7 +1,7 @@
 """Train the diffusion view of a frozen base: `python -m train.main --config configs/qwen3_4b.py`.
 
 Self-distils responses from the base, trains the view on them, exports an Orthrus checkpoint. The
-same command goes on with a run that was interrupted, from whatever it left.
+same command resumes an interrupted run.
 """
 
 import dataclasses
@@ -20,35 +20,46 @@ from jax.sharding import NamedSharding
 
 from orthrus_jax import checkpoint, sharding
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.files import write_atomic
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import REMAT, Model, params
 from orthrus_jax.tokenizer import encode_messages, load_tokenizer
-from train import card, command, distill, hosts, trainer
+from train import cli, distill, hosts, model_card, trainer
 from train.checkpoints import Checkpoints
 from train.data import Loader, Rows, write_rows
-from train.divergence import Divergence
 from train.log import Log
-from train.objective import Objective
+from train.objective import check_choice, objective_of
 from train.prompts import Mix
 from train.responses import read_responses
 
 RECIPE = "recipe.json"
-# What may differ when a run goes on: where it runs and what it reports, not what it computes.
-FREE = ("run", "mesh", "log_every", "eval_every", "save_every", "keep", "eval_prompts", "remat",
-        "stack_layers", "tensor", "wandb_project")  # fmt: skip
+# Values that may differ when a run is resumed: they set where it runs and what it reports, not what
+# it computes.
+MAY_CHANGE = ("run", "mesh", "log_every", "eval_every", "save_every", "keep", "eval_prompts",
+              "remat", "stack_layers", "tensor")  # fmt: skip
 
 
 def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
-    """Run the stages; leave responses/, rows/, checkpoints/, best/, model/ and logs in the run."""
+    """Run the stages; write responses/, rows/, checkpoints/, best/, model/ and logs to the run.
+
+    Args:
+      config: see configs/paper.py.
+      overwrite: delete the outputs of an earlier run first.
+      change_recipe: resume a run although its configuration has changed.
+
+    Raises:
+      UserError: for a bad configuration, base or source, or a run of another recipe.
+    """
     hosts.begin(config.distributed)
     run = pathlib.Path(config.run)
     if overwrite:
-        hosts.once(lambda: _forget(run))
+        hosts.on_first_host(lambda: _delete_outputs(run))
     checkpoint.check_target(run / "model", overwrite=overwrite)
-    objective, remat = objective_of(config.train), _known(config.train.remat, "train.remat", REMAT)
+    objective = objective_of(config.train)
+    remat = check_choice("train.remat", config.train.remat, REMAT)
     mesh = _mesh(config.mesh)
     trainer.check_batch(config.train, mesh)
-    hosts.in_turn(lambda: _same_recipe(run, config, change_recipe))
+    hosts.first_host_then_rest(lambda: _check_recipe(run, config, change_recipe))
 
     clock = _Clock()
     responses = pathlib.Path(config.responses or distill.ensure_responses(config))
@@ -59,8 +70,8 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     freeze = () if config.train.train_o_proj else ("o_proj",)
     frozen, diffusion = params.split(base.params, freeze=freeze)
     source, base_parameters = base.directory, params.count(params.split(base.params)[0])
-    del base  # what follows holds each weight once
-    rows = hosts.in_turn(lambda: _rows(config, responses, tokenizer, overwrite))
+    del base  # from here on each weight is in memory once
+    rows = hosts.first_host_then_rest(lambda: _rows(config, responses, tokenizer, overwrite))
     clock.lap("pack")
 
     model = Model(sizes, mesh, remat)
@@ -72,26 +83,26 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     del diffusion
     loader = Loader(rows, t.batch_size, config.seed, jax.process_index(), jax.process_count())
     identity = {"base": distill.model_identity(source)["weights"]}
-    keeper = Checkpoints(run, identity, keep=t.keep)
-    evaluate = _held_out(Generator(sizes, frozen, tokenizer, mesh=mesh), tokenizer, frozen, config)
-    if found := keeper.restore(state):
-        state, place = found
-        loader.restore(place)
+    saver = Checkpoints(run, identity, keep=t.keep)
+    evaluate = _held_out(LLM(sizes, frozen, tokenizer, mesh=mesh), tokenizer, frozen, config)
+    if restored := saver.restore(state):
+        state, position = restored
+        loader.restore(position)
         print(f"going on from step {int(state.step)} in {run / 'checkpoints'}")
-    with hosts.stop_on_signal() as stopping, Log(run, int(state.step), config) as log:
+    with hosts.stop_on_signal() as stopping, Log(run, int(state.step)) as log:
         try:
             state = trainer.fit(
                 t, objective, model, frozen, state, optimizer, loader, log.write, evaluate,
-                keeper=keeper, stop=stopping,
+                saver=saver, stop=stopping,
             )  # fmt: skip
         except trainer.Interrupted:
-            keeper.close()
+            saver.close()
             print(f"stopped; the same command goes on from {run / 'checkpoints'}")
             return
     clock.lap("train")
-    keeper.wait()
+    saver.wait()
     _export(config, source, sizes, frozen, state.diffusion, overwrite)
-    keeper.close()
+    saver.close()
     clock.lap("export")
     if not hosts.is_first():
         return
@@ -100,23 +111,9 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
         "trained_parameters": params.count(state.diffusion),
         "seconds": clock.seconds,
     }
-    (run / "train.json").write_text(json.dumps(stages, indent=2) + "\n")
-    card.write(run / "model" / "README.md", config, run)
+    write_atomic(run / "train.json", json.dumps(stages, indent=2) + "\n")
+    model_card.write(run / "model" / "README.md", config, run)
     print(f"Orthrus checkpoint written to {run / 'model'}")
-
-
-def objective_of(t: Any) -> Objective:
-    """Make the objective that `config.train` asks for."""
-    names = [d.value for d in Divergence]
-    return Objective(
-        t.anchors, Divergence(_known(t.divergence, "train.divergence", names)), t.gamma or None
-    )
-
-
-def _known(value: str, name: str, known: Any) -> str:
-    if value not in known:
-        raise UserError(f"{name}={value!r} is not one of {', '.join(known)}")
-    return value
 
 
 def _mesh(sizes: Any) -> Any:
@@ -125,14 +122,14 @@ def _mesh(sizes: Any) -> Any:
     return mesh if mesh.size > 1 else None
 
 
-def _same_recipe(run: pathlib.Path, config: Any, change: bool) -> None:
-    """Keep the recipe beside the run, and refuse another one unless told."""
+def _check_recipe(run: pathlib.Path, config: Any, change: bool) -> None:
+    """Write the recipe to the run, or refuse a changed one unless `change`."""
     now = _flat(json.loads(config.to_json_best_effort()))
     path = run / RECIPE
     if path.exists() and not change:
         before = json.loads(path.read_text())
         for name in sorted(before.keys() | now.keys()):
-            if name.split(".")[-1] in FREE or name.split(".")[0] in FREE:
+            if name.split(".")[-1] in MAY_CHANGE or name.split(".")[0] in MAY_CHANGE:
                 continue
             if before.get(name) != now.get(name):
                 raise UserError(
@@ -142,7 +139,7 @@ def _same_recipe(run: pathlib.Path, config: Any, change: bool) -> None:
                 )
     run.mkdir(parents=True, exist_ok=True)
     if hosts.is_first():
-        path.write_text(json.dumps(now, indent=2, sort_keys=True) + "\n")
+        write_atomic(path, json.dumps(now, indent=2, sort_keys=True) + "\n")
 
 
 def _flat(tree: dict[str, Any], at: str = "") -> dict[str, Any]:
@@ -156,20 +153,20 @@ def _flat(tree: dict[str, Any], at: str = "") -> dict[str, Any]:
 
 
 def _rows(config: Any, responses: pathlib.Path, tokenizer: Any, overwrite: bool) -> Rows:
-    found = read_responses(responses, tokenizer)
+    dialogues = read_responses(responses, tokenizer)
     return write_rows(
         pathlib.Path(config.run) / "rows",
-        found,
+        dialogues,
         length=config.train.row_length,
         pad=tokenizer.pad_token_id,
         document_masks=config.train.document_masks,
-        recipe={"responses": found.identity},
+        recipe={"responses": dialogues.identity},
         overwrite=overwrite,
     )
 
 
 def _stacked(tree: params.Params, mesh: Any) -> params.Params:
-    """Stack the layers on the devices, one weight at a time; the single ones are freed."""
+    """Stack the layers on the devices, one weight at a time; free each layer's own copy."""
 
     def join(path: Any, leaves: Any) -> jax.Array:
         where = None
@@ -184,7 +181,7 @@ def _stacked(tree: params.Params, mesh: Any) -> params.Params:
 
 
 def _held_out(
-    generator: Generator, tokenizer: Any, frozen: params.Params, config: Any
+    generator: LLM, tokenizer: Any, frozen: params.Params, config: Any
 ) -> Callable[[params.Params], dict[str, Any]]:
     """Return a function that decodes held-out prompts with a given diffusion subtree."""
     if not config.train.eval_prompts:
@@ -199,7 +196,7 @@ def _held_out(
     prompts = [prompt.ids for prompt in mix]
 
     def evaluate(diffusion: params.Params) -> dict[str, Any]:
-        # Stacked layers stay so: the frozen ones, already in this dtype, are not copied.
+        # Layers stay stacked, and the frozen weights, already in this dtype, are not copied.
         whole = params.merge(frozen, diffusion)
         generator.params = jax.tree.map(lambda x: x.astype(generator.config.dtype), whole)
         completions = generator.complete(
@@ -207,10 +204,10 @@ def _held_out(
             max_new_tokens=config.distill.max_new_tokens,
             batch_size=min(len(prompts), config.distill.batch_size),
         )
-        generator.params = frozen  # let go of the copy
-        cycles = list(itertools.chain.from_iterable(c.accepted for c in completions))
+        generator.params = frozen  # free the copy
+        accepted = list(itertools.chain.from_iterable(c.accepted for c in completions))
         return {
-            "acceptance_length": float(np.mean(cycles)),
+            "acceptance_length": float(np.mean(accepted)),
             "tokens_per_forward": float(np.mean([c.tokens_per_forward for c in completions])),
             "sample": completions[0].text[:400],
         }
@@ -221,7 +218,7 @@ def _held_out(
 def _export(
     config: Any, source: pathlib.Path, sizes: Any, frozen: Any, diffusion: Any, overwrite: bool
 ) -> None:
-    # In the host's memory: a device may have no room for all weights layer by layer.
+    # Unstacked in host memory: a device may have no room for a second copy of the weights.
     whole = sharding.to_host(params.merge(frozen, diffusion))
     if not hosts.is_first():
         return
@@ -236,8 +233,8 @@ def _export(
     )
 
 
-def _forget(run: pathlib.Path) -> None:
-    """Delete what an earlier run wrote, but for its model: the export replaces that."""
+def _delete_outputs(run: pathlib.Path) -> None:
+    """Delete an earlier run's outputs, except its model: the export replaces that."""
     for name in ("responses", "rows", "checkpoints", "best", RECIPE, "train.jsonl"):
         path = run / name
         if path.is_dir():
@@ -259,9 +256,10 @@ class _Clock:
 
 
 if __name__ == "__main__":
-    command.run(
+    cli.run(
         main,
         default="configs/tiny.py",
         description=__doc__ or "",
-        switches={"change_recipe": "go on with a run although its configuration has changed"},
+        switches=cli.OVERWRITE
+        | {"change_recipe": "continue a run although its configuration has changed"},
     )

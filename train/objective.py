@@ -1,15 +1,16 @@
-"""The objective of Orthrus: teach the diffusion view to guess what the frozen AR view will say.
+"""The objective of Orthrus: train the diffusion view to predict the frozen AR view's distribution.
 
-On a clean row the AR view is the teacher. Anchors are drawn on its answers; from each, a block
-[anchor, MASK, ...] runs through the diffusion view in the same forward, seeing the clean row below
-its anchor and itself. Every block row is pulled towards the teacher's distribution of the same
-token by forward KL, in float32.
+On a clean row the AR view is the teacher. Anchors are drawn among its answer tokens. From each, a
+block [anchor, MASK, ...] runs through the diffusion view in the same forward; it sees the clean
+tokens before its anchor, and itself. The loss of every block token is the forward KL from the
+teacher's distribution of the same next token, in float32.
 
-Source: arXiv 2605.12825, training recipe. Nothing here knows of optimizers, files or steps.
+Source: arXiv 2605.12825, training recipe. Knows no optimizer, no files and no steps.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +19,20 @@ from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params, Segment, View
 from orthrus_jax.model.params import merge
 from train.data import Rows
-from train.divergence import Divergence, RowScores, head_of, to_teacher
+from train.divergence import Divergence, RowScores, head_of, score_against_teacher
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised; the defaults are the paper's.
+    """The loss to minimise; the defaults are the paper's.
 
     Attributes:
-      anchors: A, blocks a row.
-      divergence: between the teacher's distribution and the guess.
-      gamma: weigh block position i by exp(-i / gamma): a guess counts only if those before it hold.
-        None weighs all alike.
+      anchors: A, blocks per packed row.
+      divergence: from the teacher's distribution to the student's.
+      gamma: weigh block position i by exp(-i / gamma), because a draft is accepted only if all
+        before it are. None weighs all positions equally.
     """
 
     anchors: int = 256
@@ -50,29 +51,51 @@ class Objective:
         return jnp.ones(block) if self.gamma is None else jnp.exp(-position / self.gamma)
 
 
+def objective_of(t: Any) -> Objective:
+    """Read the objective of a configuration's `train`.
+
+    Raises:
+      UserError: for an unknown divergence or a value out of range.
+    """
+    names = [divergence.value for divergence in Divergence]
+    divergence = Divergence(check_choice("train.divergence", t.divergence, names))
+    return Objective(t.anchors, divergence, t.gamma or None)
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> str:
+    """Return a configuration's value if it is one of `choices`.
+
+    Raises:
+      UserError: otherwise, naming the choices.
+    """
+    if value not in choices:
+        raise UserError(f"{name}={value!r} is not one of {', '.join(choices)}")
+    return value
+
+
 class Blocks(NamedTuple):
-    """The diffusion blocks of a batch. A anchors a row, K rows a block.
+    """The diffusion blocks of a batch: A anchors per packed row, K tokens per block.
 
     Attributes:
-      anchors: int32[B, A], position of each block's first row, ascending.
-      supervised: bool[B, A, K]: block row i stands at anchor + i, guesses the token after it, and
-        is trained iff that token belongs to the same answer.
+      anchors: int32[B, A], position of each block's first token, ascending.
+      supervised: bool[B, A, K]: block token i has position anchor + i, predicts the token after it,
+        and is trained iff that token is an answer token of the same conversation.
     """
 
     anchors: Array
     supervised: Array
 
 
-class Sums(NamedTuple):
-    """Sums over the supervised rows of a batch; batches add up, `means` divides.
+class LossSums(NamedTuple):
+    """Sums over the supervised block tokens of a batch; batches add up, `means` divides.
 
     Attributes:
-      weight: float32[], of all rows.
-      blocks: float32[], with at least one supervised row.
-      rows: float32[K], supervised rows by position in the block.
-      kl, agreement, overlap: float32[K], of RowScores.
-      chain: float32[K], blocks whose guesses up to this position are all the teacher's own: greedy
-        decoding from these anchors would accept them.
+      weight: float32[], total weight.
+      blocks: float32[], blocks with at least one supervised token.
+      rows: float32[K], supervised tokens by position in the block.
+      kl, agreement, accept_prob: float32[K], sums of the fields of RowScores.
+      prefix_agreement: float32[K], blocks whose tokens up to this position all equal the teacher's
+        greedy tokens: greedy decoding from these anchors would accept them.
     """
 
     weight: Array
@@ -80,24 +103,30 @@ class Sums(NamedTuple):
     rows: Array
     kl: Array
     agreement: Array
-    overlap: Array
-    chain: Array
+    accept_prob: Array
+    prefix_agreement: Array
 
     def means(self) -> dict[str, Array]:
-        """Metrics by position in the block, and the accepted drafts a block would have had."""
+        """Means by position in the block, and the mean number of drafts accepted per block."""
         by_position = {
-            name: getattr(self, name) / jnp.maximum(self.rows, 1)
-            for name in ("kl", "agreement", "overlap")
+            name: total / jnp.maximum(self.rows, 1)
+            for name, total in (
+                ("kl", self.kl),
+                ("agreement", self.agreement),
+                ("overlap", self.accept_prob),  # the logs' name
+            )
         }
-        accepted = self.chain[:-1].sum() / jnp.maximum(self.blocks, 1)  # the last row is no draft
+        accepted = self.prefix_agreement[:-1].sum() / jnp.maximum(
+            self.blocks, 1
+        )  # the last token is no draft
         return by_position | {"expected_acceptance": accepted}
 
 
 def sample_blocks(key: Array, rows: Rows, anchors: int, block: int) -> Blocks:
     """Draw anchors without replacement among answer tokens a with 1 <= a <= L - K.
 
-    A row with too few candidates repeats one of them, or position 1, and trains nothing there. What
-    is drawn for a row depends on the key and its place in the batch alone.
+    A packed row with too few candidates repeats one of them, or position 1, without supervision
+    there. The anchors of a row depend only on the key and the row's index in the batch.
     """
     batch, length = rows.tokens.shape
     position = jnp.arange(length)
@@ -107,7 +136,7 @@ def sample_blocks(key: Array, rows: Rows, anchors: int, block: int) -> Blocks:
     score, anchor = jax.lax.top_k(jnp.where(candidate, noise, -1.0), anchors)
     valid = score >= 0
     anchor = jnp.where(valid, anchor, jnp.where(valid[:, :1], anchor[:, :1], 1))
-    # In order: attention then visits few slots beyond those a tile of blocks sees.
+    # Sorted, so that the blocks of an attention tile see nearly the same slots.
     order = jnp.argsort(anchor, axis=1)
     anchor, valid = (jnp.take_along_axis(x, order, axis=1) for x in (anchor, valid))
 
@@ -126,10 +155,10 @@ def distillation_loss(
     rows: Rows,
     blocks: Blocks,
     objective: Objective,
-) -> tuple[Array, Sums]:
-    """Sum the divergence over supervised block rows; differentiate for `diffusion` alone.
+) -> tuple[Array, LossSums]:
+    """Sum the divergence over supervised block tokens; differentiate for `diffusion` alone.
 
-    The mean, which is what a step minimises, is this over `Sums.weight`.
+    A step minimises the mean: this sum over `LossSums.weight`.
 
     Args:
       diffusion, frozen: the two subtrees of the parameters, stacked or not.
@@ -137,11 +166,14 @@ def distillation_loss(
       rows: packed batch, arrays [B, L].
       blocks: from `sample_blocks`.
       objective: static.
+
+    Returns:
+      The weighted sum float32[], and the sums behind the logged metrics.
     """
     block = model.config.block_size
     student, teacher = both_views(diffusion, frozen, model, rows, blocks)
     source = blocks.anchors[..., None] + jnp.arange(block)  # same token, same position
-    scores = to_teacher(
+    scores = score_against_teacher(
         model,
         objective.divergence,
         head_of(frozen),
@@ -152,16 +184,16 @@ def distillation_loss(
     on = blocks.supervised
     scores = RowScores(*(part.reshape(on.shape) for part in scores))
     weight = objective.weights(block) * on
-    holds = jnp.cumprod(jnp.where(on, scores.agreement, 0.0), axis=-1)
+    agreeing = jnp.cumprod(jnp.where(on, scores.agreement, 0.0), axis=-1)
     by_position = lambda part: jnp.where(on, part, 0.0).sum(axis=(0, 1))
-    sums = Sums(
+    sums = LossSums(
         weight=weight.sum(),
         blocks=on.any(-1).sum(dtype=jnp.float32),
         rows=on.sum(axis=(0, 1), dtype=jnp.float32),
         kl=by_position(scores.kl),
         agreement=by_position(scores.agreement),
-        overlap=by_position(scores.overlap),
-        chain=holds.sum(axis=(0, 1)),
+        accept_prob=by_position(scores.accept_prob),
+        prefix_agreement=agreeing.sum(axis=(0, 1)),
     )
     return (weight * jnp.where(on, scores.loss, 0.0)).sum(), sums
 
@@ -169,7 +201,7 @@ def distillation_loss(
 def both_views(
     diffusion: Params, frozen: Params, model: Model, rows: Rows, blocks: Blocks
 ) -> tuple[Array, Array]:
-    """Run the clean rows (AR) and all blocks (diffusion) in one lockstep forward.
+    """Run the clean rows (AR view) and all blocks (diffusion view) in one forward.
 
     Returns:
       student hidden states [B, A * K, E] and teacher hidden states [B, L, E].
@@ -200,6 +232,6 @@ def both_views(
 
 
 def _at(values: Array, index: Array) -> Array:
-    """values [B, L] at index [B, ...] -> [B, ...]."""
+    """Gather values [B, L] at index [B, ...] -> [B, ...]."""
     batch = values.shape[0]
     return jnp.take_along_axis(values, index.reshape(batch, -1), axis=1).reshape(index.shape)

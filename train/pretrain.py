@@ -1,8 +1,8 @@
-"""Train a small Qwen3 base from nothing: `python -m train.pretrain`.
+"""Train a small Qwen3 base from random weights: `python -m train.pretrain`.
 
-It stands in for a released Qwen3 where none can be fetched, and is saved like one: a Hugging Face
-directory with config, weights, its own BPE tokenizer and a chat template. It learns made problems,
-or the questions and answers of a file.
+The base replaces a released Qwen3 where none can be downloaded, and is saved like one: a Hugging
+Face directory with config, weights, its own BPE tokenizer and a chat template. It learns the made
+problems, or the questions and answers of a file. Knows no diffusion view.
 """
 
 import functools
@@ -21,9 +21,9 @@ from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View, params
 from orthrus_jax.tokenizer import Tokenizer, encode
-from train import command
-from train.data import Conversation, Rows, pack, stack
-from train.problems import Problem, problems
+from train import cli
+from train.data import Rows, TokenizedDialogue, pack, stack
+from train.problems import WordProblem, problems
 from train.prompts import COLUMNS, file_rows, local_files
 from train.responses import ANSWERS, Responses
 
@@ -38,9 +38,9 @@ END_OF_TURN = "<|im_end|>"
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE of at most `vocab_size` - 1 ids: the last row stays free for MASK.
+    """Train a byte-level BPE of at most `vocab_size` - 1 ids: the last id stays free for MASK.
 
-    Digits are single tokens, so that the model computes with places rather than with words.
+    Each digit is a token, so that the model computes digit by digit.
     """
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Core
@@ -70,17 +70,22 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     )
 
 
-def conversation(tokenizer: Tokenizer, problem: Problem) -> Conversation:
-    """Encode a problem the way generation will ask it, with its worked answer."""
+def encode_problem(tokenizer: Tokenizer, problem: WordProblem) -> TokenizedDialogue:
+    """Encode a problem with the chat template of generation, and its worked answer."""
     answer = tokenizer(problem.answer, add_special_tokens=False)["input_ids"]
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    return Conversation(encode(tokenizer, problem.question, chat=True), [*answer, end])
+    return TokenizedDialogue(encode(tokenizer, problem.question, chat=True), [*answer, end])
 
 
 def next_token_loss(
     model: Model, weights: Any, rows: Rows, question_weight: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Return weighted cross-entropy of each next token, and the plain mean over answer tokens."""
+    """Return the weighted mean cross-entropy of the next token, and the mean over answer tokens.
+
+    Args:
+      rows: packed batch, arrays [B, L].
+      question_weight: of tokens outside of answers, whose weight is 1.
+    """
     tokens = jnp.asarray(rows.tokens)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segment = Segment(tokens, positions, View.AR, start=jnp.asarray(rows.start))
@@ -94,7 +99,7 @@ def next_token_loss(
 
 
 def fit(config: Any, model: Model, rows: Any) -> params.Params:
-    """Train the base on an iterator of batches with AdamW and a cosine; show loss as it falls."""
+    """Train the base on an iterator of batches with AdamW and a cosine schedule."""
     steps = config.pretrain.steps
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.pretrain.learning_rate, int(steps * config.pretrain.warmup), steps
@@ -122,20 +127,20 @@ def fit(config: Any, model: Model, rows: Any) -> params.Params:
 
 
 def coarsen(weights: params.Params, bits: int) -> params.Params:
-    """Round every weight to `bits` significant binary digits: a base that packs to half its size.
+    """Round every weight to `bits` significant bits, so that the base compresses to half its size.
 
-    A bfloat16 has 8; with 5 the rounding error is at most a 64th of each weight.
+    bfloat16 has 8; with 5 the rounding error is at most a 64th of each weight.
     """
 
-    def coarse(x: jax.Array) -> np.ndarray:
+    def rounded(x: jax.Array) -> np.ndarray:
         mantissa, exponent = np.frexp(np.asarray(x, np.float32))
         return np.ldexp(np.round(np.ldexp(mantissa, bits)), exponent - bits)
 
-    return jax.tree.map(coarse, weights)
+    return jax.tree.map(rounded, weights)
 
 
 def sizes(config: Any, ends: tuple[int, ...] = ()) -> ModelConfig:
-    """The base that `config.model` describes: its last row is the mask's, its table the head."""
+    """The base of `config.model`: the last id is MASK, and the embedding is also the head."""
     return ModelConfig(
         **config.model,
         max_position_embeddings=2048,
@@ -146,43 +151,43 @@ def sizes(config: Any, ends: tuple[int, ...] = ()) -> ModelConfig:
 
 
 def texts(config: Any) -> list[str]:
-    """What the tokenizer learns from."""
+    """Texts to train the tokenizer on."""
     if not config.pretrain.data:
         return [f"{p.question}\n{p.answer}" for p in problems("train", config.seed, 20_000)]
     columns = (*COLUMNS, *ANSWERS)
     rows = itertools.chain.from_iterable(map(file_rows, local_files(config.pretrain.data)))
-    found = [
+    joined = [
         "\n".join(row[name] for name in columns if isinstance(row.get(name), str))
         for row in rows
         if isinstance(row, dict)
     ]
-    return [text for text in found if text]
+    return [text for text in joined if text]
 
 
-def conversations(config: Any, tokenizer: Tokenizer) -> Iterator[Conversation]:
-    """What the base learns, without end: made problems, or a file's rows in a new order each time.
+def dialogues(config: Any, tokenizer: Tokenizer) -> Iterator[TokenizedDialogue]:
+    """Endless training data: made problems, or a file's rows in a new order every epoch.
 
     Raises:
-      UserError: for a file none of whose rows can be used.
+      UserError: for a file without a usable row.
     """
     if not config.pretrain.data:
-        yield from (conversation(tokenizer, p) for p in problems("train", config.seed + 1))
-    found = Responses(config.pretrain.data, tokenizer)
-    kept = list(found)
-    if not kept:
-        raise UserError(f"config.pretrain.data={config.pretrain.data}: {dict(found.skipped)}")
+        yield from (encode_problem(tokenizer, p) for p in problems("train", config.seed + 1))
+    responses = Responses(config.pretrain.data, tokenizer)
+    usable = list(responses)
+    if not usable:
+        raise UserError(f"config.pretrain.data={config.pretrain.data}: {dict(responses.skipped)}")
     rng = np.random.default_rng(config.seed)
     while True:
-        yield from (kept[i] for i in rng.permutation(len(kept)))
+        yield from (usable[i] for i in rng.permutation(len(usable)))
 
 
 def main(config: Any, overwrite: bool) -> None:
-    """Make the tokenizer and the base, and write both to `config.base`."""
+    """Train the tokenizer and the base, and write both to `config.base`."""
     checkpoint.check_target(config.base, overwrite=overwrite)
     tokenizer = train_tokenizer(texts(config), config.model.vocab_size)
     size = sizes(config, tuple(tokenizer.convert_tokens_to_ids([END_OF_TURN, SPECIAL[0]])))
     packed = pack(
-        conversations(config, tokenizer), config.pretrain.row_length, pad=tokenizer.pad_token_id
+        dialogues(config, tokenizer), config.pretrain.row_length, pad=tokenizer.pad_token_id
     )
     rows = iter(lambda: stack(itertools.islice(packed, config.pretrain.batch_size)), None)
     frozen = fit(config, Model(size), rows)
@@ -195,4 +200,9 @@ def main(config: Any, overwrite: bool) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, default="configs/tiny.py", description=__doc__ or "")
+    cli.run(
+        main,
+        default="configs/tiny.py",
+        description=__doc__ or "",
+        switches=cli.OVERWRITE,
+    )

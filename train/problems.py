@@ -1,7 +1,7 @@
-r"""Arithmetic word problems with worked answers, for training and judging the tiny demo model.
+r"""Arithmetic word problems with worked answers, for training and grading the tiny demo model.
 
-Decides what a problem says, how its answer is worked and which split a question belongs to.
-Every word of an answer follows from its question. Knows nothing of tokens, chats or models.
+Decides the text of a problem, the steps of its answer, and the split of a question. Every word of
+an answer follows from its question. Knows no tokens, chats or models.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 SPLITS = ("train", "held-out")
 HELD_OUT_ONE_IN = 16
-SMALLEST, LARGEST = 2, 150  # every running value; from 2 up, so that plurals are always right
+SMALLEST, LARGEST = 2, 150  # range of all values; from 2 up, so that plurals are correct
 OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,
     "x": operator.mul,
-    "/": operator.floordiv,  # only ever drawn where it is exact
+    "/": operator.floordiv,  # drawn only where the division is exact
 }
 FIRST = {"=": (8, 60), "x": (2, 9), "+": (5, 40), "-": (20, 90)}  # first operands, inclusive
 GIRLS = "Mia Anna Lena Zoe Ruth Ella Nora Ivy Clara Sara Alice Emma Rosa Lucy Maya Tara Hana Jane"
@@ -31,14 +31,14 @@ LAST_JOINS = (". ", ". Finally, ", ". In the end, ")
 WRAPS = ("Can you work out {}?", "Find out {}.", "Tell me {}.", "Do you know {}?", "Work out {}.")
 
 # A story is a block of records; an indented line continues the record above it.
-#   slot: value, value, ...           a word drawn once a problem; {t} is what is counted
-#   start OP: told | told -> worked   the first value; a told from "~" on comes after the steps
-#   step OP: told | told -> worked    a change of the running value
-#   end OP: told. ask | ... -> worked => final     the question; an ask from "&" on is wrapped
-# OP is = (given), . (nothing), + - x /, < (n minus the value), x2 x3 /2 (said in words), or
-# +x -x (a product {m} x {k} = {mul}, then added or taken away). {a} and {n} are the operands,
+#   slot: value, value, ...           a word drawn once per problem; {t} names the counted things
+#   start OP: text | text -> worked   the first value; a text that begins with "~" follows the steps
+#   step OP: text | text -> worked    a change of the running value
+#   end OP: text. ask | ... -> worked => final     the question; an ask from "&" on is wrapped
+# OP is = (given), . (nothing), + - x /, < (n minus the value), x2 x3 /2 (spelt out in words), or
+# +x -x (a product {m} x {k} = {mul}, then added or subtracted). {a} and {n} are the operands,
 # {eq} the equation, {f} a friend, {s} and {him} the subject: by {name} once, then by pronoun.
-# The words a worked or final text takes stand in every told of its record or in every start.
+# The slots of a worked or final text occur in every text of its record, or in every start.
 STORIES_TEXT = """
 t: shells, stickers, marbles, buttons, stamps, beads, acorns, cards
 boxes: boxes, bags, jars, tins
@@ -163,7 +163,7 @@ end <: {s} has {n} minutes. How many are left over? -> Out of {n}, {s} keeps {eq
 
 
 @dataclass(frozen=True)
-class Problem:
+class WordProblem:
     """A word problem, its worked answer ending in a boxed number, and that number."""
 
     question: str
@@ -173,16 +173,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class Part:
-    """One record of a story: how a fact is told and how it is worked."""
+    """One record of a story: the texts of a fact in the question, and its step in the answer."""
 
     op: str
-    told: tuple[str, ...]
+    texts: tuple[str, ...]
     worked: str
     final: str
 
     @property
     def cost(self) -> int:
-        """How many equations the worked text holds."""
+        """Number of equations in the worked text."""
         return self.worked.count("{eq}") + self.worked.count("{mul}")
 
 
@@ -197,7 +197,7 @@ class Story:
 
 
 class _NoFitError(Exception):
-    """The numbers drawn leave the range or do not divide; draw again."""
+    """The drawn numbers leave the range or do not divide; draw again."""
 
 
 def _parse_story(text: str) -> Story:
@@ -210,8 +210,8 @@ def _parse_story(text: str) -> Story:
             slots[role] = body.split(", ")
             continue
         body, _, final = body.partition(" => ")
-        told, _, worked = body.partition(" -> ")
-        parts[role].append(Part(op[0], tuple(told.split(" | ")), worked, final))
+        texts, _, worked = body.partition(" -> ")
+        parts[role].append(Part(op[0], tuple(texts.split(" | ")), worked, final))
     return Story(slots, parts["start"], parts["step"], parts["end"])
 
 
@@ -219,7 +219,7 @@ STORIES = tuple(_parse_story(text) for text in STORIES_TEXT.split("---"))
 
 
 def _draw_parts(story: Story, rng: random.Random) -> list[Part]:
-    """A start, steps and an end that hold 2 to 4 equations together; no part comes twice."""
+    """A start, steps and an end with 2 to 4 equations in total; no part occurs twice."""
     start, end = rng.choice(story.starts), rng.choice(story.ends)
     room = rng.choices((2, 3, 4), (35, 40, 25))[0] - start.cost - end.cost
     steps = []
@@ -231,7 +231,7 @@ def _draw_parts(story: Story, rng: random.Random) -> list[Part]:
 
 
 def _second_operand(sign: str, value: int, rng: random.Random) -> int:
-    """A small operand for `value`; _NoFitError where nothing small divides it."""
+    """A small operand for `value`; _NoFitError where no small number divides it."""
     if sign == "x":
         return rng.randint(2, 9 if value < 10 else 5)
     if sign == "/":
@@ -243,7 +243,7 @@ def _second_operand(sign: str, value: int, rng: random.Random) -> int:
 
 
 def _equation(left: int, sign: str, right: int) -> tuple[int, str]:
-    """The result and the written equation; _NoFitError where it is inexact or out of range."""
+    """The result and the equation's text; _NoFitError where it is inexact or out of range."""
     result = OPERATIONS[sign](left, right)
     inexact = sign == "/" and left % right
     if inexact or not SMALLEST <= result <= LARGEST or max(left, right) > LARGEST:
@@ -252,7 +252,7 @@ def _equation(left: int, sign: str, right: int) -> tuple[int, str]:
 
 
 def _work(op: str, value: int, rng: random.Random) -> tuple[int, dict[str, str]]:
-    """Draw the operands of `op` on `value`: the new value and the number words of the part."""
+    """Draw the operands of `op` on `value`; return the new value and the part's numbers by slot."""
     words = {"a": str(value)}
     if op in "=.":
         return value, words
@@ -268,30 +268,30 @@ def _work(op: str, value: int, rng: random.Random) -> tuple[int, dict[str, str]]
 
 
 def _fill(text: str, words: Mapping[str, str]) -> str:
-    """Put in the words that are known; the subject's slots stay for `_polish`."""
+    """Fill the slots in `words`; the subject's slots stay for `_polish`."""
     return re.sub(r"\{(\w+)\}", lambda slot: words.get(slot[1], slot[0]), text)
 
 
 def _polish(text: str, name: str) -> str:
-    """Name the subject once and by pronoun from then on; begin sentences with a capital."""
+    """Name the subject once, then use pronouns; begin sentences with a capital."""
     he, him = PRONOUNS.get(name, ("it", "it"))
     text = re.sub(r"\{(s|him)\}", name, text, count=1)
     text = _fill(text, {"s": he, "him": him})
     return re.sub(r"(?:^|[.?]\s+)[a-z]", lambda begin: begin[0].upper(), text)
 
 
-def _draw_told(
+def _draw_texts(
     parts: Sequence[Part], numbers: Sequence[dict[str, str]], rng: random.Random
 ) -> list[str]:
-    """A drawn wording of each part, with its number words put in."""
+    """A drawn text of each part, with its numbers filled in."""
     has_steps = len(parts) > 2
-    told = [rng.choice([t for t in p.told if has_steps or t[0] != "~"]) for p in parts]
-    return list(map(_fill, told, numbers))
+    texts = [rng.choice([t for t in p.texts if has_steps or t[0] != "~"]) for p in parts]
+    return list(map(_fill, texts, numbers))
 
 
-def _question(told: Sequence[str], rng: random.Random) -> str:
-    """Put the told parts in a drawn order, joined by drawn words."""
-    start, *steps, end = told
+def _question(texts: Sequence[str], rng: random.Random) -> str:
+    """Join the texts of the parts, in a drawn order, with drawn words."""
+    start, *steps, end = texts
     *last_facts, ask = end.split(". ")
     if ask.startswith("&"):
         ask = rng.choice(WRAPS).format(ask[1:])
@@ -303,50 +303,52 @@ def _question(told: Sequence[str], rng: random.Random) -> str:
     return f"{ask} {text}." if rng.random() < 0.2 else f"{text}. {ask}"
 
 
-def _answer(parts: Sequence[Part], numbers: Sequence[dict[str, str]], told: Sequence[str]) -> str:
-    """Work the parts one a line, each after what the question told, the way chat models do."""
+def _answer(parts: Sequence[Part], numbers: Sequence[dict[str, str]], texts: Sequence[str]) -> str:
+    """Work one part per line, each after its text from the question, the way chat models do."""
     lines: list[str] = []
-    for part, found, fact in zip(parts, numbers, told, strict=True):
+    for part, words, fact in zip(parts, numbers, texts, strict=True):
         if part.worked:
             fact = "" if part is parts[-1] else f"We know that {fact.lstrip('~')}. "
-            lines.append(f"Step {len(lines) + 1}: {fact}{_fill(part.worked, found)}")
+            lines.append(f"Step {len(lines) + 1}: {fact}{_fill(part.worked, words)}")
     body = "\n".join(lines)
     return f"Let us solve this step by step.\n\n{body}\n\nSo this is the answer: {parts[-1].final}"
 
 
-def _tell(story: Story, rng: random.Random) -> Problem:
-    """One problem of this story; _NoFitError where the numbers drawn do not work out."""
+def _draw_problem(story: Story, rng: random.Random) -> WordProblem:
+    """One problem of this story; _NoFitError where the drawn numbers do not fit."""
     parts = _draw_parts(story, rng)
     value = rng.randint(*FIRST[parts[0].op])
     numbers = []
     for part in parts:
-        value, found = _work(part.op, value, rng)
-        numbers.append(found)
+        value, part_numbers = _work(part.op, value, rng)
+        numbers.append(part_numbers)
     name, friend = rng.sample(list(PRONOUNS), 2)
     words = {"name": name, "f": friend, "box": rf"\boxed{{{value}}}"}
     words |= {slot: rng.choice(values) for slot, values in story.slots.items()}
-    told = _draw_told(parts, numbers, rng)
-    question = _fill(_question(told, rng), words)
-    answer = _fill(_answer(parts, numbers, told), words)
-    return Problem(_polish(question, words["name"]), _polish(answer, words["name"]), value)
+    texts = _draw_texts(parts, numbers, rng)
+    question = _fill(_question(texts, rng), words)
+    answer = _fill(_answer(parts, numbers, texts), words)
+    return WordProblem(_polish(question, words["name"]), _polish(answer, words["name"]), value)
 
 
-def make_problem(rng: random.Random) -> Problem:
+def make_problem(rng: random.Random) -> WordProblem:
     """Draw one problem of 2 to 4 operations, all values within SMALLEST..LARGEST."""
     story = rng.choice(STORIES)
     while True:
         with contextlib.suppress(_NoFitError):
-            return _tell(story, rng)
+            return _draw_problem(story, rng)
 
 
 def split_of(question: str) -> str:
-    """The split that a question belongs to, the same on every machine and in every run."""
+    """The split of a question, the same on every machine and in every run."""
     digest = hashlib.blake2b(question.encode(), digest_size=8).digest()
     return "train" if int.from_bytes(digest, "big") % HELD_OUT_ONE_IN else "held-out"
 
 
-def _draw_split(split: str, seed: int) -> Iterator[Problem]:
-    rng = random.Random(f"{split} {seed}")  # seeded by text: the splits draw unlike streams
+def _draw_split(split: str, seed: int) -> Iterator[WordProblem]:
+    rng = random.Random(
+        f"{split} {seed}"
+    )  # seeded by text, so that the splits draw different streams
     seen: set[str] = set()
     while True:
         problem = make_problem(rng)
@@ -355,10 +357,13 @@ def _draw_split(split: str, seed: int) -> Iterator[Problem]:
             yield problem
 
 
-def problems(split: str, seed: int, count: int | None = None) -> Iterator[Problem]:
-    """Draw `count` problems of a split, or without end, no question twice; the same every time.
+def problems(split: str, seed: int, count: int | None = None) -> Iterator[WordProblem]:
+    """Draw `count` problems of a split, or endlessly; no question occurs twice.
 
-    Raises ValueError for a split that is not in SPLITS and for a negative count.
+    A split and a seed always give the same problems.
+
+    Raises:
+      ValueError: for a split that is not in SPLITS, and for a negative count.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
@@ -368,7 +373,7 @@ def problems(split: str, seed: int, count: int | None = None) -> Iterator[Proble
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} of `text`; None if there is none or it stays open."""
+    r"""The content of the last \boxed{...} of `text`; None if there is none or it is not closed."""
     _, opening, rest = text.rpartition(r"\boxed{")
     depth = 1
     for place, letter in enumerate(rest if opening else ""):
@@ -378,7 +383,7 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def is_correct(text: str, problem: Problem) -> bool:
-    """Whether the last box of `text` holds exactly the result, give or take outer spaces."""
-    found = boxed(text)
-    return found is not None and found.strip() == str(problem.result)
+def is_correct(text: str, problem: WordProblem) -> bool:
+    """Whether the last box of `text` holds exactly the result, surrounding spaces aside."""
+    answer = boxed(text)
+    return answer is not None and answer.strip() == str(problem.result)

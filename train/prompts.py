@@ -1,8 +1,8 @@
-"""Which prompts are asked: sources, the ways they spell a prompt, and a mix of them by ratio.
+"""Prompts for distillation: sources, the formats of their rows, and a mix of them by weight.
 
 A source is a hub data set, local JSONL or Parquet, or the made problems. Rows are streamed: a mix
-of any size holds a few thousand prompts in memory. Knows no model; tokens are counted by a function
-that the caller gives. A row that cannot be asked is skipped, and counted with its reason.
+of any size holds a few thousand prompts in memory. A row without a usable prompt is skipped, and
+counted by reason. Knows no model; the caller passes the function that encodes messages.
 """
 
 import collections
@@ -24,25 +24,26 @@ import pyarrow
 import pyarrow.parquet
 
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import first_line
 from train.problems import problems
 
-TEXTS = ("prompt", "question", "problem")  # columns that may hold the user's words
-DIALOGUES = ("prompt", "messages", "conversations", "input")  # and those that may hold messages
-COLUMNS = tuple(dict.fromkeys((*TEXTS, *DIALOGUES)))  # looked at in this order
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's words
+TEXTS = ("prompt", "question", "problem")  # columns that may hold the user's text
+DIALOGUES = ("prompt", "messages", "conversations", "input")  # columns that may hold messages
+COLUMNS = tuple(dict.fromkeys((*TEXTS, *DIALOGUES)))  # tried in this order
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 OPTIONS = {"hub": ("config", "split", "revision"), "files": (), "problems": ("split", "seed")}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-BUFFER = 8192  # prompts of a source among which the next one is drawn
+BUFFER = 8192  # size of the window in which the prompts of a source are shuffled
 
 Messages = list[dict[str, str]]
 
 
 class Skip(Exception):  # noqa: N818 (an outcome that is counted, not an error)
-    """A row that cannot be used; its text is the reason, a few words that many rows share."""
+    """A row that cannot be used; the message is the reason, a few words shared by many rows."""
 
 
 class Prompt(NamedTuple):
-    """Messages up to where the assistant answers, their ids, and the source they are from."""
+    """Messages before the assistant's first answer, their ids, and their source."""
 
     messages: Messages
     ids: list[int]
@@ -51,7 +52,7 @@ class Prompt(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where rows come from. `kind` is a key of OPTIONS; `options` has some of those."""
+    """A source of rows. `kind` is a key of OPTIONS, `options` has some of that key's names."""
 
     kind: str
     name: str
@@ -68,14 +69,14 @@ class Source:
 
 
 def parse_source(text: str) -> Source:
-    """Read a source as a configuration names it: `NAME` or `NAME?option=value&option=value`.
+    """Parse a source of a configuration: `NAME` or `NAME?option=value&option=value`.
 
     NAME is a file or glob that ends in .jsonl, .jsonl.gz or .parquet; a directory of such files; a
     hub id owner/name (options config, split: "train" by default, revision); or "problems", the made
     problems (options split, seed).
 
     Raises:
-      UserError: for a name that is none of them, and for an unknown option.
+      UserError: for any other name, and for an unknown option.
     """
     name, _, query = text.partition("?")
     options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
@@ -99,15 +100,17 @@ def parse_source(text: str) -> Source:
 
 
 def local_files(name: str | pathlib.Path) -> list[pathlib.Path]:
-    """Return the files that a path, a glob or a directory stands for, sorted by name.
+    """Return the files of a path, a glob or a directory, sorted by name.
 
     Raises:
-      UserError: when there is none.
+      UserError: when there is no file.
     """
     path = pathlib.Path(name)
     inside = path.iterdir() if path.is_dir() else map(pathlib.Path, glob.glob(str(name)))
     files = sorted(file for file in inside if file.name.endswith(SUFFIXES) and file.is_file())
-    if path.is_file() and path.name.endswith(SUFFIXES):  # its name may hold a glob's letters
+    if path.is_file() and path.name.endswith(
+        SUFFIXES
+    ):  # its name may contain a glob's special characters
         files = [path]
     if not files:
         raise UserError(
@@ -120,7 +123,7 @@ def local_files(name: str | pathlib.Path) -> list[pathlib.Path]:
 def file_rows(path: pathlib.Path, columns: Sequence[str] = COLUMNS) -> Iterator[Any]:
     """Yield the rows of a JSONL or Parquet file; a `Skip` for a line that is not JSON.
 
-    Of a Parquet file only `columns` are read, those that it has.
+    Of a Parquet file only the existing ones of `columns` are read.
 
     Raises:
       UserError: when the file cannot be read or is damaged.
@@ -136,8 +139,8 @@ def file_rows(path: pathlib.Path, columns: Sequence[str] = COLUMNS) -> Iterator[
         with opened(path, "rb") as lines:
             yield from (_parse(line) for line in lines if line.strip())
     except (OSError, EOFError, pyarrow.ArrowException) as error:
-        told = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
-        raise UserError(f"{path} cannot be read ({told:.120}): truncated or damaged") from None
+        why = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path} cannot be read ({why:.120}): truncated or damaged") from None
 
 
 def _parse(line: bytes) -> Any:
@@ -148,8 +151,8 @@ def _parse(line: bytes) -> Any:
 
 
 def _hub_rows(name: str, options: Mapping[str, str]) -> Iterator[Any]:
-    """Stream a split of a data set from the hub: nothing but what is asked for is fetched."""
-    for library in ("datasets", "huggingface_hub"):  # offline they tell each of many retries
+    """Stream a split of a data set from the hub; only the rows that are read are fetched."""
+    for library in ("datasets", "huggingface_hub"):  # offline they log each of many retries
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         import datasets  # late: it takes seconds
@@ -162,27 +165,26 @@ def _hub_rows(name: str, options: Mapping[str, str]) -> Iterator[Any]:
             streaming=True,
         )
     except Exception as error:  # offline, no such set or split, gated: the library raises anything
-        told = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
-            f"{name} cannot be had from the hub ({told:.160}): go online (with HF_TOKEN where it "
-            f"is gated), or give its rows as local files, {', '.join(SUFFIXES)}"
+            f"{name} cannot be had from the hub ({first_line(error):.160}): go online (with "
+            f"HF_TOKEN where it is gated), or give its rows as local files, {', '.join(SUFFIXES)}"
         ) from None
 
 
 def prompt_of(row: Any) -> Messages:
-    """Find the prompt in a row: its dialogue up to where the assistant first answers.
+    """Find the prompt in a row: its dialogue before the assistant's first answer.
 
     Raises:
-      Skip: when there is none, it is empty, or of another type.
+      Skip: for a prompt that is missing, empty, or of another type.
     """
     return opening(dialogue_of(row))
 
 
 def dialogue_of(row: Any) -> Messages:
-    """Read the first of COLUMNS that a row has; text is one message of the user.
+    """Read the first of COLUMNS that a row has; a text is one message of the user.
 
     Raises:
-      Skip: when there is none, or it is of another type.
+      Skip: for a dialogue that is missing or of another type.
     """
     if isinstance(row, Skip):
         raise row
@@ -200,12 +202,12 @@ def dialogue_of(row: Any) -> Messages:
 
 
 def messages_of(value: Sequence[Any]) -> Messages:
-    """Read a dialogue of role/content or ShareGPT's from/value; empty system messages go.
+    """Read a dialogue of role/content or ShareGPT's from/value; drop empty system messages.
 
     Raises:
-      Skip: for a message that is not text, or by another than system, user and assistant.
+      Skip: for a message that is not text, or with a role other than system, user, assistant.
     """
-    found = []
+    messages = []
     for message in value:
         if not isinstance(message, Mapping):
             raise Skip("a message of wrong type")
@@ -217,26 +219,26 @@ def messages_of(value: Sequence[Any]) -> Messages:
         if role not in ("system", "user", "assistant"):
             raise Skip("a message by a tool or an unknown role")
         if role != "system" or content.strip():
-            found.append({"role": role, "content": content})
-    return found
+            messages.append({"role": role, "content": content})
+    return messages
 
 
 def opening(messages: Messages) -> Messages:
     """Return the messages before the first answer.
 
     Raises:
-      Skip: when the user says nothing there; a placeholder like "-" is nothing.
+      Skip: when the user's text there is empty or a placeholder like "-".
     """
     is_prompt = lambda message: message["role"] != "assistant"
-    found = list(itertools.takewhile(is_prompt, messages))
-    said = "".join(message["content"] for message in found if message["role"] == "user")
-    if not any(map(str.isalnum, said)):
+    prompt = list(itertools.takewhile(is_prompt, messages))
+    text = "".join(message["content"] for message in prompt if message["role"] == "user")
+    if not any(map(str.isalnum, text)):
         raise Skip("empty prompt")
-    return found
+    return prompt
 
 
 def shares(weights: Sequence[float], total: int) -> list[int]:
-    """Divide `total` by weight into whole numbers, the largest remainders rounded up.
+    """Divide `total` by weight into whole numbers, by the largest-remainder method.
 
     Raises:
       UserError: for weights that are not positive.
@@ -244,7 +246,9 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
     if not weights or not all(np.isfinite(w) and w > 0 for w in weights):
         raise UserError(f"a mix needs sources with weights above 0, not {list(weights)}")
     exact = np.array(weights, np.float64) / sum(weights) * total
-    whole = np.floor(exact + 1e-9).astype(int)  # a third of 3 is 1, whatever its last bit says
+    whole = np.floor(exact + 1e-9).astype(
+        int
+    )  # a third of 3 is 1, even if rounding makes it slightly less
     for i in np.argsort(whole - exact, kind="stable")[: total - whole.sum()]:
         whole[i] += 1
     return whole.tolist()
@@ -253,13 +257,13 @@ def shares(weights: Sequence[float], total: int) -> list[int]:
 class Mix:
     """Prompts of several sources by weight: exact counts, interleaved, a function of the seed.
 
-    Of each source the rows are shuffled within a moving window of BUFFER prompts (the made problems
-    come in their own order); which source is next is a draw without replacement.
+    The rows of each source are shuffled within a moving window of BUFFER prompts (the made problems
+    keep their own order). The order of sources is drawn without replacement.
 
     Attributes:
-      shares: prompts asked of each source.
-      read: rows looked at so far, by source.
-      skipped: why some of them were not used, by source.
+      shares: number of prompts to draw from each source.
+      read: rows read so far, by source.
+      skipped: rows that were not used, by source and reason.
     """
 
     def __init__(
@@ -271,11 +275,11 @@ class Mix:
         encode: Callable[[Messages], list[int]],
         max_tokens: int,
     ) -> None:
-        """Say what is to be mixed.
+        """Describe the mix; reads nothing yet.
 
         Args:
           sources: pairs of a source, see `parse_source`, and its weight.
-          total: prompts in all.
+          total: number of prompts.
           seed: fixes the choice and the order.
           encode: messages to prompt ids.
           max_tokens: prompts with more ids are skipped.
@@ -298,7 +302,7 @@ class Mix:
         """Yield the prompts.
 
         Raises:
-          UserError: when a source cannot be had, or has fewer prompts than its share.
+          UserError: when a source cannot be read, or has fewer prompts than its share.
         """
         rng = np.random.default_rng((self._seed, len(self.shares)))
         counts = list(self.shares.values())
@@ -306,24 +310,23 @@ class Mix:
         streams = [self._stream(name, i) for i, name in enumerate(self.shares)]
         with contextlib.ExitStack() as stack:
             for stream in streams:
-                stack.callback(stream.close)  # a hub's connection ends here, not at exit
+                stack.callback(stream.close)  # close a hub's connection here, not at exit
             for i in order:
                 yield next(streams[i])
 
     def _stream(self, name: str, number: int) -> Any:
-        """Yield the share of one source, in order; raise where it falls short."""
+        """Yield the share of one source, in order; raise if it has fewer prompts."""
         source, share = self._sources[name], self.shares[name]
         rng = np.random.default_rng((self._seed, number + 1, 1))
         size = 1 if source.kind == "problems" else BUFFER
-        found = itertools.islice(_shuffled(self._usable(name), rng, size), share)
         count = 0
-        for prompt in found:
+        for prompt in itertools.islice(_shuffled(self._usable(name), rng, size), share):
             count += 1
             yield prompt
-        why = ", ".join(f"{n} {reason}" for reason, n in self.skipped[name].most_common())
+        reasons = ", ".join(f"{n} {reason}" for reason, n in self.skipped[name].most_common())
         raise UserError(
-            f"the source {name!r} has {count:,} prompts of the {share:,} asked of it"
-            f"{f' (skipped: {why})' if why else ''}: ask for fewer, or lower its weight"
+            f"the source {name!r} has {count:,} prompts of the {share:,} requested"
+            f"{f' (skipped: {reasons})' if reasons else ''}: ask for fewer, or lower its weight"
         )
 
     def _usable(self, name: str) -> Iterator[Prompt]:
@@ -341,7 +344,7 @@ class Mix:
 
 
 def _shuffled(items: Iterator[Any], rng: np.random.Generator, size: int) -> Iterator[Any]:
-    """Shuffle a stream within a window: what leaves it is drawn, what comes takes its place."""
+    """Shuffle a stream within a window: yield a random element, put the next one in its place."""
     window = list(itertools.islice(items, size))
     for item in items:
         i = rng.integers(size)

@@ -1,6 +1,6 @@
-"""Responses to train on: a directory that distill.py wrote, or the work of another engine.
+"""Responses to train on, as ids: a directory that distill.py wrote, or another engine's files.
 
-What becomes of them is data.py.
+Knows no rows and no batches: data.py packs the dialogues.
 """
 
 import collections
@@ -17,34 +17,34 @@ import pyarrow.parquet as pq
 from orthrus_jax import checkpoint
 from orthrus_jax.errors import UserError
 from orthrus_jax.tokenizer import Tokenizer, encode_messages
-from train.data import ChatEncoder, Conversation
+from train.data import ChatEncoder, TokenizedDialogue
 from train.prompts import COLUMNS, Messages, Skip, dialogue_of, file_rows, local_files, opening
 
 MANIFEST = "manifest.json"
-ANSWERS = ("response", "answer", "output")  # columns of other engines that may hold the answer
+ANSWERS = ("response", "answer", "output")  # columns in which other engines' files hold the answer
 
 
 class Responses:
-    """Conversations to train on, read anew each time they are iterated over.
+    """Dialogues to train on; each iteration reads the files again.
 
     Attributes:
-      identity: a hash of all files, for the recipe of what is made of them.
-      read: rows looked at in the last iteration.
-      skipped: why some of them were not used.
+      identity: a hash of all files, for the recipe of the packed rows.
+      read: rows read in the last iteration.
+      skipped: rows of the last iteration that were not used, by reason.
     """
 
     def __init__(self, path: str | pathlib.Path, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._chat = tokenizer, ChatEncoder(tokenizer)
         path = pathlib.Path(path)
-        self._own = (path / MANIFEST).is_file()
-        self._files = self._shards(path) if self._own else local_files(path)
+        self._distilled = (path / MANIFEST).is_file()
+        self._files = self._shards(path) if self._distilled else local_files(path)
         self.identity = digest(self._files)
         self.read, self.skipped = 0, collections.Counter[str]()
 
-    def __iter__(self) -> Iterator[Conversation]:
+    def __iter__(self) -> Iterator[TokenizedDialogue]:
         self.read, self.skipped = 0, collections.Counter()
         for path in self._files:
-            yield from self._ids(path) if self._own else self._texts(path)
+            yield from self._ids(path) if self._distilled else self._texts(path)
 
     def _shards(self, path: pathlib.Path) -> list[pathlib.Path]:
         manifest = read_manifest(path)
@@ -52,68 +52,70 @@ class Responses:
             raise UserError(f"{path} lacks shards of its responses: run python -m train.distill")
         directory = pathlib.Path(self._tokenizer.name_or_path)
         if directory.is_dir():
-            own, theirs = tokenizer_identity(directory), manifest["asked"]["model"]["tokenizer"]
-            if own != theirs:
+            expected = manifest["asked"]["model"]["tokenizer"]
+            if tokenizer_identity(directory) != expected:
                 raise UserError(f"{path} holds ids of another tokenizer than that of {directory}")
         return [path / name for name in manifest["shards"]]
 
-    def _ids(self, path: pathlib.Path) -> Iterator[Conversation]:
-        """Read a shard of ours, without making Python lists of the ids."""
+    def _ids(self, path: pathlib.Path) -> Iterator[TokenizedDialogue]:
+        """Read a distilled shard, without making Python lists of the ids."""
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(1024, columns=["prompt_ids", "answer_ids"]):
                     self.read += len(batch)
-                    yield from map(Conversation, *(map(_slices, batch.columns)))
+                    yield from map(TokenizedDialogue, *(map(_slices, batch.columns)))
         except (OSError, pa.ArrowException):
             raise UserError(
                 f"{path} is damaged: delete it and run python -m train.distill"
             ) from None
 
-    def _texts(self, path: pathlib.Path) -> Iterator[Conversation]:
+    def _texts(self, path: pathlib.Path) -> Iterator[TokenizedDialogue]:
         for row in file_rows(path, (*COLUMNS, *ANSWERS, "truncated", "finish_reason")):
             self.read += 1
             try:
-                yield self._conversation(row)
+                yield self._dialogue(row)
             except Skip as reason:
                 self.skipped[str(reason)] += 1
 
-    def _conversation(self, row: Any) -> Conversation:
-        """Encode a row of another engine: messages with answers, or a prompt and an answer."""
+    def _dialogue(self, row: Any) -> TokenizedDialogue:
+        """Encode another engine's row: messages with answers, or a prompt and an answer."""
         dialogue = dialogue_of(row)
-        opening(dialogue)  # the user says something
-        found = [row[name] for name in ANSWERS if row.get(name) is not None]
-        if not found:
+        opening(dialogue)  # raises Skip without a prompt
+        answers = [row[name] for name in ANSWERS if row.get(name) is not None]
+        if not answers:
             return self._chat(dialogue)
         if dialogue[-1]["role"] == "assistant":
-            raise Skip("an answer among the messages, and another beside them")
-        if not isinstance(found[0], str):
+            raise Skip("an answer among the messages, and another in its own column")
+        if not isinstance(answers[0], str):
             raise Skip("answer of wrong type")
-        text = found[0].removesuffix(self._tokenizer.eos_token)
+        text = answers[0].removesuffix(self._tokenizer.eos_token)
         if not text.strip():
             raise Skip("empty answer")
-        # With a thinking part of its own, the answer was asked for with the thinking template.
+        # An answer with a thinking part was generated with the thinking template.
         thinking = text.lstrip().startswith("<think>")
         prompt = prompt_encoder(self._tokenizer, thinking)(dialogue)
         answer = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        whole = row.get("truncated") is not True and row.get("finish_reason") != "length"
-        return Conversation(prompt, [*answer, self._tokenizer.eos_token_id] if whole else answer)
+        complete = row.get("truncated") is not True and row.get("finish_reason") != "length"
+        return TokenizedDialogue(
+            prompt, [*answer, self._tokenizer.eos_token_id] if complete else answer
+        )
 
 
 def _slices(column: pa.ListArray) -> list[np.ndarray]:
-    """The lists of a column, as views of its one array of values."""
+    """The lists of a column, as views of its array of values."""
     return np.split(column.values.to_numpy(), column.offsets.to_numpy())[1:-1]
 
 
 def read_responses(path: str | pathlib.Path, tokenizer: Tokenizer) -> Responses:
-    """Open responses: a directory that train.distill wrote, or the work of another engine.
+    """Open responses: a directory that train.distill wrote, or another engine's files.
 
-    That is JSONL (.gz) or Parquet, a file, a glob or a directory, of rows with a prompt as
-    prompts.py finds it and an answer in "response", "answer" or "output"; or of messages that hold
-    their answers. Text becomes ids by the chat template. An answer ends with the end-of-turn token
-    unless the row says "truncated": true or "finish_reason": "length".
+    The latter are JSONL (.gz) or Parquet: a file, a glob or a directory. A row has a prompt as
+    prompts.py finds it and an answer in "response", "answer" or "output", or it has messages that
+    include their answers. The chat template turns text into ids. An answer ends with the
+    end-of-turn token unless the row has "truncated": true or "finish_reason": "length".
 
     Raises:
-      UserError: when there is nothing, shards are missing, or their ids are of another tokenizer.
+      UserError: when there is no file, shards are missing, or their ids are of another tokenizer.
     """
     return Responses(path, tokenizer)
 
@@ -125,21 +127,22 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
       UserError: when it is missing or damaged.
     """
     try:
-        found = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        return {**found, "asked": dict(found["asked"]), "prompts": dict(found["prompts"])}
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        parts = {name: dict(manifest[name]) for name in ("asked", "prompts")}
+        return {**manifest, **parts}
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{directory / MANIFEST} is missing or damaged: use --overwrite") from None
 
 
 def prompt_encoder(tokenizer: Tokenizer, thinking: bool) -> Any:
-    """A function of messages to ids, as Mix asks for one; what the template refuses is a Skip."""
+    """The `encode` of a Mix: messages to ids, a Skip for a dialogue that the template refuses."""
 
     def encode_prompt(messages: Messages) -> list[int]:
         try:
             return encode_messages(tokenizer, messages, thinking=thinking)
-        except UserError:  # no template at all: not the row's fault
+        except UserError:  # the tokenizer has no template: not the row's fault
             raise
-        except Exception as error:  # a template may raise what it likes
+        except Exception as error:  # a template may raise anything
             raise Skip("refused by the chat template") from error
 
     return encode_prompt

@@ -1,7 +1,7 @@
-"""Optimizer, train step and loop. The objective is objective.py; files and commands are main.py.
+"""Optimizer, train step and training loop. Knows no files; objective.py has the loss.
 
-The state holds the trained subtree and its optimizer alone: the frozen tree is an argument of every
-step and is returned by none.
+The state holds only the trained subtree and its optimizer: every step takes the frozen tree as an
+argument, and none returns it.
 """
 
 import collections
@@ -22,13 +22,13 @@ from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params
 from train import flops
 from train.data import Rows
-from train.objective import Blocks, Objective, Sums, distillation_loss, sample_blocks
+from train.objective import Blocks, LossSums, Objective, distillation_loss, sample_blocks
 
-IN_FLIGHT = 2  # steps given to the device and not waited for
+IN_FLIGHT = 2  # steps dispatched to the device before the host waits for one
 
 
 class TrainState(NamedTuple):
-    """What training changes: the diffusion subtree, its optimizer's state, and steps taken."""
+    """What training changes: the diffusion subtree, the optimizer state, the number of steps."""
 
     diffusion: Params
     optimizer: Any
@@ -36,29 +36,29 @@ class TrainState(NamedTuple):
 
 
 class Batches(Protocol):
-    """An endless source of batches that knows its place."""
+    """An endless source of batches with a position that can be saved."""
 
     def __next__(self) -> Rows: ...
 
     def state(self) -> dict[str, Any]: ...
 
 
-class Keeper(Protocol):
-    """Where checkpoints go; see checkpoints.py."""
+class CheckpointSaver(Protocol):
+    """Saves checkpoints; see checkpoints.py."""
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None: ...
 
     def save_best(self, state: TrainState, value: float) -> None: ...
 
 
-class Interrupted(Exception):  # noqa: N818 (asked for, not an error)
-    """Training was asked to stop, and its state is saved."""
+class Interrupted(Exception):  # noqa: N818 (requested, not an error)
+    """Training stopped on request, after saving its state."""
 
 
 def adamw(
     learning_rate: float, steps: int, warmup: float, floor: float = 0.1
 ) -> optax.GradientTransformation:
-    """The paper's optimizer: AdamW, betas (0.9, 0.95), clip 1, warm-up, cosine to a tenth."""
+    """The optimizer of arXiv 2605.12825: AdamW, betas (0.9, 0.95), clip 1, warm-up, cosine."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, max(1, round(steps * warmup)), steps, end_value=learning_rate * floor
     )
@@ -68,7 +68,7 @@ def adamw(
 
 
 def check_batch(recipe: Any, mesh: Mesh | None) -> None:
-    """Refuse a batch that does not divide into whole micro-batches over the mesh.
+    """Refuse a batch that does not divide into equal micro-batches over the mesh.
 
     Raises:
       UserError: naming the sizes.
@@ -85,13 +85,13 @@ def init_state(
     diffusion: Params, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> TrainState:
     """Float32 master weights, copied from `diffusion`, and a fresh optimizer."""
-    own = jax.tree.map(lambda x: jnp.array(x, jnp.float32), diffusion)
-    state = TrainState(own, optimizer.init(own), jnp.int32(0))
+    master = jax.tree.map(lambda x: jnp.array(x, jnp.float32), diffusion)
+    state = TrainState(master, optimizer.init(master), jnp.int32(0))
     return state if mesh is None else jax.device_put(state, sharding.of_tree(state, mesh))
 
 
 def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
-    """The key of a step's anchors: a function of (seed, step) alone, so no key is ever saved."""
+    """The key of a step's anchors: a function of (seed, step) alone, so no key needs saving."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
@@ -116,6 +116,9 @@ def train_step(
       rows: M micro-batches, arrays [M, B, L]; their gradients are summed in float32.
       seed: uint32[].
       model, optimizer, objective: static.
+
+    Returns:
+      The next state and float32 metrics: loss, grad_norm, supervised_rows, and `LossSums.means`.
     """
     micro, batch = rows.tokens.shape[:2]
     flat = jax.tree.map(lambda x: x.reshape(micro * batch, -1), rows)
@@ -125,7 +128,7 @@ def train_step(
     blocks = jax.tree.map(lambda x: x.reshape(micro, batch, *x.shape[1:]), blocks)
     gradient_of = jax.value_and_grad(distillation_loss, has_aux=True)
 
-    def one(rows: Rows, blocks: Blocks) -> tuple[jax.Array, Sums, Params]:
+    def micro_step(rows: Rows, blocks: Blocks) -> tuple[jax.Array, LossSums, Params]:
         rows, blocks = _over_devices(model, (rows, blocks))
         (loss, sums), gradient = gradient_of(
             state.diffusion, frozen, model, rows, blocks, objective
@@ -133,20 +136,20 @@ def train_step(
         return loss, sums, gradient
 
     if micro == 1:
-        found = one(*jax.tree.map(lambda x: x[0], (rows, blocks)))
+        totals = micro_step(*jax.tree.map(lambda x: x[0], (rows, blocks)))
     else:
-        nothing = jax.tree.map(
+        zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(one, *jax.tree.map(lambda x: x[0], (rows, blocks))),
+            jax.eval_shape(micro_step, *jax.tree.map(lambda x: x[0], (rows, blocks))),
         )
-        add = lambda total, batch: (jax.tree.map(jnp.add, total, one(*batch)), None)
-        found, _ = jax.lax.scan(add, nothing, (rows, blocks))
-    loss, sums, gradient = found
+        add = lambda total, batch: (jax.tree.map(jnp.add, total, micro_step(*batch)), None)
+        totals, _ = jax.lax.scan(add, zeros, (rows, blocks))
+    loss, sums, gradient = totals
     weight = jnp.maximum(sums.weight, 1e-6)
     gradient = jax.tree.map(lambda g: g / weight, gradient)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.diffusion)
     new = TrainState(optax.apply_updates(state.diffusion, updates), optimizer_state, state.step + 1)
-    if model.mesh is not None:  # where the old state lay
+    if model.mesh is not None:  # keep the old state's shardings
         new = jax.lax.with_sharding_constraint(new, sharding.of_tree(new, model.mesh))
     return new, {
         "loss": loss / weight,
@@ -157,7 +160,7 @@ def train_step(
 
 
 def _over_devices(model: Model, batch: Any) -> Any:
-    """Keep a micro-batch's rows shared out over the mesh."""
+    """Keep a micro-batch's rows sharded over the mesh."""
     if model.mesh is None:
         return batch
     spec = jax.sharding.NamedSharding(model.mesh, P(sharding.BATCH))
@@ -165,7 +168,7 @@ def _over_devices(model: Model, batch: Any) -> Any:
 
 
 def to_devices(rows: Rows, micro: int, model: Model) -> Rows:
-    """This host's rows [n, L] of a batch as arrays [micro, B, L] over all hosts' devices."""
+    """Place this host's rows [n, L] of a batch, as arrays [micro, B, L] over all hosts' devices."""
     cut = Rows(*(x.reshape(micro, -1, x.shape[-1]) for x in rows))
     if model.mesh is None:
         return jax.tree.map(jnp.asarray, cut)
@@ -184,7 +187,7 @@ def fit(
     log: Callable[[dict[str, Any]], None],
     evaluate: Callable[[Params], dict[str, Any]],
     *,
-    keeper: Keeper | None = None,
+    saver: CheckpointSaver | None = None,
     stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
     """Train from `state` to `recipe.steps` steps.
@@ -193,22 +196,23 @@ def fit(
       recipe: steps, accumulate, log_every, eval_every, save_every, seed.
       objective, model: static.
       frozen: the frozen subtree, stacked or not, as `state.diffusion` is.
-      state: where to start; consumed.
+      state: the initial state; donated.
       optimizer: from `adamw`.
       batches: yields this host's rows of each global batch.
-      log: takes a record of every logged step.
+      log: called with the record of every logged step.
       evaluate: measures real decoding with a diffusion subtree; called every `eval_every` steps and
-        at the end. Its "acceptance_length", if it gives one, decides which checkpoint is best,
-        otherwise the loss's expected acceptance.
-      keeper: where to save every `save_every` steps and at the end; None saves nothing.
-      stop: asked after every step, on every host, and given its number.
+        at the end. The best checkpoint is the one with the highest "acceptance_length" that it
+        returns, or else the highest expected acceptance of the loss.
+      saver: saves every `save_every` steps and at the end; None saves nothing.
+      stop: called after every step, on every host, with its number; True stops training.
 
     Raises:
-      Interrupted: when `stop` said so, once the state is saved.
+      Interrupted: when `stop` returned True, after saving the state.
+      FloatingPointError: when a logged loss is not finite.
     """
     first = int(state.step)
-    work = flops.Meter(model, objective)
-    waiting: collections.deque = collections.deque()
+    meter = flops.Meter(model, objective)
+    in_flight: collections.deque = collections.deque()
     quiet = jax.process_index() > 0
     with tqdm(total=recipe.steps, initial=first, unit="step", desc="train", disable=quiet) as bar:
         for i in range(first + 1, recipe.steps + 1):
@@ -217,29 +221,29 @@ def fit(
                 state, frozen, rows, jnp.uint32(recipe.seed),
                 model=model, optimizer=optimizer, objective=objective,
             )  # fmt: skip
-            work.add(rows.tokens.shape[0] * rows.tokens.shape[1], rows.tokens.shape[2])
-            waiting.append(metrics["loss"])
-            if len(waiting) > IN_FLIGHT:
-                jax.block_until_ready(waiting.popleft())
+            meter.add(rows.tokens.shape[0] * rows.tokens.shape[1], rows.tokens.shape[2])
+            in_flight.append(metrics["loss"])
+            if len(in_flight) > IN_FLIGHT:
+                jax.block_until_ready(in_flight.popleft())
             bar.update()
             last, stopping = i == recipe.steps, stop(i)
             evaluating = last or i % recipe.eval_every == 0
             if evaluating or stopping or i % recipe.log_every == 0 or i == first + 1:
-                found = {k: v.tolist() for k, v in sharding.to_host(metrics).items()}
-                record = {"step": i, **found, **work.lap()}
+                values = {k: v.tolist() for k, v in sharding.to_host(metrics).items()}
+                record = {"step": i, **values, **meter.lap()}
                 if evaluating and not stopping:
                     record |= evaluate(state.diffusion)
                     accepted = record.get("acceptance_length", record["expected_acceptance"])
                     bar.set_description(f"train, acceptance {accepted:.2f}")
-                    if keeper is not None:
-                        keeper.save_best(state, accepted)
-                    work.lap()
+                    if saver is not None:
+                        saver.save_best(state, accepted)
+                    meter.lap()  # evaluation is no training time
                 bar.set_postfix(loss=f"{record['loss']:.3f}")
                 log(record)
                 if not math.isfinite(record["loss"]):
                     raise FloatingPointError(f"the loss is {record['loss']} at step {i}")
-            if keeper is not None and (last or stopping or i % recipe.save_every == 0):
-                keeper.save(state, batches.state())
+            if saver is not None and (last or stopping or i % recipe.save_every == 0):
+                saver.save(state, batches.state())
             if stopping and not last:
                 raise Interrupted
     return state

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from orthrus_jax import decoding
 from orthrus_jax.attention.cache import KVCache
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.decoding.sampling import AcceptRule, Filters, Sampler
+from orthrus_jax.decoding.sampling import Filters, Sampler
 from orthrus_jax.decoding.strategy import Strategy
-from orthrus_jax.drafters import DiffusionDrafter
+from orthrus_jax.drafters import first_carry, loop_of
 from orthrus_jax.engine.detokenizer import TextStream
 from orthrus_jax.engine.programs import bucket
 from orthrus_jax.engine.request import (
@@ -267,7 +267,9 @@ class Engine:
                 "lookahead": max(self.config.block_size - 1, plan.strategy.tree_nodes),
             },
         )
-        state = state.replace(drafter=self._drafter_carry(plan.strategy, len(rows), shape.slots))
+        strategy = self._resolved(plan.strategy)
+        carry = first_carry(strategy, self.model, len(rows), shape.slots)
+        state = state.replace(drafter=carry)
         if plan.time_first:
             jax.block_until_ready(state.tokens)
             for row in filter(None, rows):
@@ -305,30 +307,9 @@ class Engine:
             "max_cycles": jnp.int32(STREAM_CYCLES if watched else FOREVER),
             "min_active": jnp.int32(active - 1 if refilling else 0),
         }
-        loop, static = self._loop_of(plan.strategy, sampled=state.sampler is not None)
+        sampled = state.sampler is not None
+        loop, static = loop_of(self._resolved(plan.strategy), self.model, sampled=sampled)
         return self._run(loop, state, **pause, static=static)
-
-    def _loop_of(self, strategy: Strategy, *, sampled: bool) -> tuple[Any, dict[str, Any]]:
-        """The compiled loop of a strategy, and its static arguments."""
-        strategy = self._resolved(strategy)
-        if strategy.method == "ar":
-            return decoding.ar_decode, {}
-        if strategy.method == "orthrus":
-            rule = AcceptRule(strategy.accept) if sampled else AcceptRule.REJECTION
-            drafter = DiffusionDrafter(self.model, strategy.block_size, rule)
-            return decoding.speculative_decode, {"drafter": drafter, "rule": rule}
-        # These emit the AR view's own draws under either rule: it is no part of their programs.
-        static = {"strategy": dataclasses.replace(strategy, accept=AcceptRule.REJECTION)}
-        if strategy.method == "orthrus-1f":
-            return decoding.one_forward_decode, static
-        return decoding.two_forward_decode, static
-
-    def _drafter_carry(self, strategy: Strategy, batch: int, slots: int) -> Any:
-        """DecodeState.drafter after a prefill."""
-        if strategy.method == "orthrus-1f":
-            return decoding.no_draft(self._resolved(strategy), batch)
-        loop = self._loop_of(strategy, sampled=False)[1]
-        return loop["drafter"].init(batch, slots) if "drafter" in loop else None
 
     def _resolved(self, strategy: Strategy) -> Strategy:
         return strategy.resolve(self.config, self.draft_temperature)

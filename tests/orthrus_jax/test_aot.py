@@ -21,7 +21,7 @@ from tests.support.configs import tiny_config
 DECODE = ["--preset", "qwen3-0.6b", "--topology", "v5e:1x1", "--program", "orthrus"]
 
 
-@pytest.mark.parametrize("program", [program for program in aot.PROGRAMS if program != "train"])
+@pytest.mark.parametrize("program", aot.PROGRAMS)
 def test_what_is_lowered_compiles_and_its_parts_are_counted(program: str) -> None:
     config = tiny_config()
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -41,18 +41,6 @@ def test_what_is_lowered_compiles_and_its_parts_are_counted(program: str) -> Non
     assert not aot.report(made, limit=1e-6)["fits"]
 
 
-def test_the_training_step_is_lowered_from_a_recipe() -> None:
-    from configs.paper import recipe
-
-    run = recipe().train
-    run.update(batch_size=4, accumulate=2, row_length=64, anchors=4, block_size=4, dtype="float32")
-    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    found = aot.report(aot.lower_training(tiny_config(), mesh, run), limit=1.0)
-    assert found["fits"]
-    assert found["training_state_gib"] > 0
-    assert found["results_gib"] * 2**30 < 4096  # metrics: the state is donated
-
-
 def test_the_largest_size_is_the_last_that_fits() -> None:
     tried = []
 
@@ -66,48 +54,38 @@ def test_the_largest_size_is_the_last_that_fits() -> None:
     assert aot.largest(lambda _: True, 8192, 40_960) == 32_768
 
 
-def test_the_largest_micro_batch_of_a_recipe_is_searched_up_to_its_step(
-    monkeypatch, capsys
-) -> None:
-    tried = []
+def test_a_size_is_doubled_until_one_does_not_fit(monkeypatch, capsys) -> None:
+    sizes = []
 
-    def lower(config, mesh, recipe):
-        tried.append(recipe.accumulate)
+    def lower(program, config, mesh, *, batch, context, blocks):
+        sizes.append((batch, context))
 
-    told = {"fits": True, "total_gib": 3.0, "seconds": 0.0, "processor_seconds": 0.0}
+    result = {"fits": True, "total_gib": 3.0, "seconds": 0.0, "processor_seconds": 0.0}
     monkeypatch.setattr(aot, "tpu_devices", lambda _: jax.devices()[:1])
-    monkeypatch.setattr(aot, "lower_training", lower)
-    monkeypatch.setattr(aot, "report", lambda *_: told | {"fits": tried[-1] > 4})
-    options = ["--config", "configs/qwen3_0_6b.py", *DECODE[2:5], "train"]
-    aot.main([*options, "--accumulate", "16", "--largest", "batch", "--json"])
-    assert tried == [16, 8, 4]  # of 128 rows
-    said = capsys.readouterr()
-    assert json.loads(said.out)["largest_batch"] == 16
-    assert said.err.splitlines()[-2:] == ["batch 16: 3.00 GiB", "batch 32: 3.00 GiB"]
-    monkeypatch.setattr(aot, "report", lambda *_: told)
-    aot.main([*options, "--accumulate", "2", "--largest", "batch"])
-    assert "largest batch that fits: 128" in capsys.readouterr().out
-    tried.clear()
-    aot.main([*options, "--accumulate", "32", "--largest", "batch", "--json"])
-    assert tried == [32, 16, 8, 4, 2, 1]
+    monkeypatch.setattr(aot, "lower_decoding", lower)
+    monkeypatch.setattr(aot, "report", lambda *_: result | {"fits": sizes[-1][0] <= 8})
+    aot.main([*DECODE, "--batch", "2", "--largest", "batch", "--json"])
+    assert sizes == [(2, 4096), (4, 4096), (8, 4096), (16, 4096)]
+    output = capsys.readouterr()
+    assert json.loads(output.out)["largest_batch"] == 8
+    assert output.err.splitlines()[-2:] == ["batch 8: 3.00 GiB", "batch 16: 3.00 GiB"]
+    with pytest.raises(SystemExit):
+        aot.main([*DECODE, "--batch", "16", "--largest", "batch"])
+    assert "largest batch that fits: 0" in capsys.readouterr().out
+
+
+def test_training_is_refused_and_its_command_is_named_in_the_help(capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        aot.main([*DECODE[:5], "train"])
+    assert error.value.code == 2
+    assert "invalid choice: 'train'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        aot.main(["--help"])
+    assert "python -m train.aot" in capsys.readouterr().out
 
 
 BAD = {
     "no such slice": ([*DECODE[:3], "v9:1x1", *DECODE[4:]], "--topology v9:1x1 is not KIND:SHAPE"),
-    "no recipe": ([*DECODE[:5], "train"], "--program train needs --config"),
-    "no file": (["--config", "no.py", *DECODE[2:5], "train"], "--config no.py is not there"),
-    "not a preset": (
-        ["--config", "configs/tiny.py", *DECODE[2:5], "train"],
-        "configs/tiny.py: the base",
-    ),
-    "micro-batches": (
-        ["--config", "configs/qwen3_0_6b.py", *DECODE[2:5], "train", "--accumulate", "7"],
-        "train.batch_size=128 does not divide into train.accumulate=7 micro-batches over 1 device",
-    ),
-    "a recipe's context": (
-        ["--config", "configs/qwen3_0_6b.py", *DECODE[2:5], "train", "--largest", "context"],
-        "--largest context is of decoding",
-    ),
     "both axes": (
         [*DECODE, "--tensor", "3"],
         "mesh data=1, fsdp=1, tensor=3 does not fit 1 devices",
@@ -244,10 +222,3 @@ class TestForTPU:
         ended = aot_alone("--preset", "qwen3-8b", *DECODE[2:])
         assert ended.returncode == 1
         assert "does not fit 16 GiB" in ended.stdout
-
-    def test_the_0_6b_training_step_fits_one_v5e(self) -> None:
-        found = compiled(
-            *("--config", "configs/qwen3_0_6b.py", "--topology", "v5e:1x1", "--program", "train")
-        )
-        assert found["fits"]
-        assert found["results_gib"] < 0.01

@@ -6,7 +6,7 @@ from configs.tiny import get_config
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import Model, params
 from tests.support.weights import random_params
-from train.data import Conversation, pack, stack
+from train.data import TokenizedDialogue, pack, stack
 
 K, LENGTH, VOCAB = 4, 24, 47  # 47: no other size here, so shapes tell
 CONFIG = ModelConfig(
@@ -26,7 +26,7 @@ CONFIG = ModelConfig(
 def made_rows(seed=0, rows=3, length=LENGTH):
     rng = np.random.default_rng(seed)
     ids = lambda n: rng.integers(0, VOCAB - 1, n).tolist()
-    talk = [Conversation(ids(rng.integers(1, 5)), ids(rng.integers(3, 9))) for _ in range(40)]
+    talk = [TokenizedDialogue(ids(rng.integers(1, 5)), ids(rng.integers(3, 9))) for _ in range(40)]
     return stack(list(pack(talk, length, pad=0))[:rows])
 
 

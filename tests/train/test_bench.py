@@ -1,4 +1,4 @@
-"""The breakdown of a training step: its parts, its floor, and where it is written."""
+"""The breakdown of a training step: its parts, its floor, its file."""
 
 import json
 
@@ -20,22 +20,22 @@ def config(tmp_path):
     return c
 
 
-def test_the_parts_are_the_step_and_the_floor_is_its_arithmetic(config, monkeypatch, capsys):
+def test_parts_add_up_to_the_step_and_floor_is_its_arithmetic(config, monkeypatch, capsys):
     monkeypatch.setattr(bench, "matmul_rate", lambda dtype: 1e9)
     bench.main(config, overwrite=False)
-    found = json.loads((bench.pathlib.Path(config.run) / "step.json").read_text())
-    assert sum(found["parts_ms"].values()) == pytest.approx(found["step_ms"])
-    assert (found["rows"], found["row_length"], found["anchors"]) == (2, 32, 3)
-    assert found["floor_ms"] == pytest.approx(sum(found["work_gflop"].values()) * 1e3)
-    assert found["over_floor"] == pytest.approx(found["step_ms"] / found["floor_ms"])
-    assert found["mfu"] is None  # this CPU's peak is in no table
+    result = json.loads((bench.pathlib.Path(config.run) / "step.json").read_text())
+    assert sum(result["parts_ms"].values()) == pytest.approx(result["step_ms"])
+    assert (result["rows"], result["row_length"], result["anchors"]) == (2, 32, 3)
+    assert result["floor_ms"] == pytest.approx(sum(result["work_gflop"].values()) * 1e3)
+    assert result["over_floor"] == pytest.approx(result["step_ms"] / result["floor_ms"])
+    assert result["mfu"] is None  # a CPU has no entry in flops.PEAK
     assert "| teacher |" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"step\.json is there"):
+    with pytest.raises(UserError, match=r"step\.json exists"):
         bench.main(config, overwrite=False)
 
 
-def test_the_parts_compute_what_the_step_computes(config):
-    """The first step's loss is that of the parts put one behind the other."""
+def test_parts_give_the_loss_of_the_step(config):
+    """The parts run in sequence give the first step's loss."""
     parts = bench.Parts(config)
     calls = parts.calls()
     loss, _ = calls["vocabulary"]()

@@ -1,4 +1,4 @@
-"""Packing, the assistant mask, files of rows and batches, on rows small enough to write down."""
+"""Packing, the assistant mask, files of rows and batches, on rows small enough to write out."""
 
 import itertools
 import json
@@ -11,8 +11,8 @@ from orthrus_jax.tokenizer import encode_messages, load_tokenizer
 from tests.support.paths import DATA
 from train.data import (
     ChatEncoder,
-    Conversation,
     Loader,
+    TokenizedDialogue,
     open_rows,
     pack,
     stack,
@@ -23,8 +23,8 @@ from train.prompts import Skip
 QWEN3 = DATA / "qwen3_tokenizer"
 
 
-def test_whole_conversations_fill_a_row_and_the_rest_is_padding():
-    talk = [Conversation([1, 2], [3, 4, 5]), Conversation([6], [7, 8])]
+def test_row_holds_whole_conversations_and_padding():
+    talk = [TokenizedDialogue([1, 2], [3, 4, 5]), TokenizedDialogue([6], [7, 8])]
     (row,) = pack(talk, 10, pad=0)
     assert row.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 0, 0]]
     assert row.start.tolist() == [[0, 0, 0, 0, 0, 5, 5, 5, 8, 9]]
@@ -32,13 +32,13 @@ def test_whole_conversations_fill_a_row_and_the_rest_is_padding():
     assert row.used.astype(int).tolist() == [[1] * 8 + [0, 0]]
 
 
-def test_a_conversation_that_does_not_fit_opens_the_next_row():
-    rows = list(pack([Conversation([1], [2, 3]), Conversation([4], [5, 6])], 5, pad=9))
+def test_conversation_that_does_not_fit_opens_the_next_row():
+    rows = list(pack([TokenizedDialogue([1], [2, 3]), TokenizedDialogue([4], [5, 6])], 5, pad=9))
     assert [r.tokens[0].tolist() for r in rows] == [[1, 2, 3, 9, 9], [4, 5, 6, 9, 9]]
 
 
-def test_a_conversation_longer_than_a_row_is_cut_at_its_end():
-    (row,) = pack([Conversation([1, 2], [3, 4, 5, 6])], 4, pad=9)
+def test_conversation_longer_than_a_row_is_cut_at_its_end():
+    (row,) = pack([TokenizedDialogue([1, 2], [3, 4, 5, 6])], 4, pad=9)
     assert row.tokens.tolist() == [[1, 2, 3, 4]]
     assert row.answer.tolist() == [[False, False, True, True]]
 
@@ -47,21 +47,25 @@ def test_packing_nothing_gives_no_row():
     assert list(pack([], 8, pad=0)) == list(pack([], 8, pad=0, document_masks=False)) == []
 
 
-def test_every_answer_of_a_dialogue_is_answer_and_it_is_one_document():
-    (row,) = pack([Conversation([1, 2], [3], [4, 5], [6, 7])], 8, pad=0)
+def test_dialogue_is_one_document_with_every_answer_marked():
+    (row,) = pack([TokenizedDialogue([1, 2], [3], [4, 5], [6, 7])], 8, pad=0)
     assert row.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 0]]
     assert row.answer.astype(int).tolist() == [[0, 0, 1, 0, 0, 1, 1, 0]]
     assert row.start.tolist() == [[0] * 7 + [7]]
 
 
-def test_without_document_masks_one_stream_is_cut_into_rows():
-    talk = [Conversation([1, 2], [3, 4, 5]), Conversation([6], [7, 8]), Conversation([9], [9])]
+def test_stream_without_document_masks_is_cut_into_full_rows():
+    talk = [
+        TokenizedDialogue([1, 2], [3, 4, 5]),
+        TokenizedDialogue([6], [7, 8]),
+        TokenizedDialogue([9], [9]),
+    ]
     rows = stack(pack(talk, 4, pad=0, document_masks=False))
     assert rows.tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 0, 0]]
     assert rows.answer.astype(int).tolist() == [[0, 0, 1, 1], [1, 0, 1, 1], [0, 1, 0, 0]]
     assert rows.used.astype(int).tolist() == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
     assert rows.start.tolist() == [[0] * 4] * 3
-    long = Conversation(list(range(1, 8)), [8, 9])  # over more than two rows
+    long = TokenizedDialogue(list(range(1, 8)), [8, 9])  # over more than two rows
     cut = stack(pack([long], 4, pad=0, document_masks=False))
     assert cut.tokens.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 0, 0, 0]]
 
@@ -81,10 +85,10 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-def test_qwen3s_template_marks_every_answer_with_its_end(qwen3):
+def test_encoder_marks_every_answer_with_its_end_of_turn(qwen3):
     talk = [{"role": "system", "content": "Be brief."}, user("One?"), assistant("1")]
-    found = ChatEncoder(qwen3)([*talk, user("Two?"), assistant("2\n"), user("Unanswered?")])
-    texts = [qwen3.decode(segment) for segment in found.segments]
+    dialogue = ChatEncoder(qwen3)([*talk, user("Two?"), assistant("2\n"), user("Unanswered?")])
+    texts = [qwen3.decode(segment) for segment in dialogue.segments]
     assert texts == [
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne?<|im_end|>\n"
         "<|im_start|>assistant\n",
@@ -92,18 +96,18 @@ def test_qwen3s_template_marks_every_answer_with_its_end(qwen3):
         "\n<|im_start|>user\nTwo?<|im_end|>\n<|im_start|>assistant\n",
         "2\n<|im_end|>",
     ]
-    ids, answer = found.arrays()
+    ids, answer = dialogue.arrays()
     assert qwen3.decode(ids[answer]) == "1<|im_end|>2\n<|im_end|>"
 
 
-def test_one_turn_is_encoded_as_generation_asks_it(qwen3):
-    found = ChatEncoder(qwen3)([user("What is 2+2?"), assistant("\\boxed{4}")])
-    prompt, answer = found.segments
+def test_encoder_gives_the_prompt_of_generation(qwen3):
+    dialogue = ChatEncoder(qwen3)([user("What is 2+2?"), assistant("\\boxed{4}")])
+    prompt, answer = dialogue.segments
     assert list(prompt) == encode_messages(qwen3, [user("What is 2+2?")], thinking=False)
     assert qwen3.decode(answer) == "\\boxed{4}<|im_end|>"
 
 
-def test_a_thought_that_is_there_belongs_to_the_answer(qwen3):
+def test_thinking_part_belongs_to_the_answer(qwen3):
     thought = "<think>\nHm.\n</think>\n\n4"
     prompt, answer = ChatEncoder(qwen3)([user("2+2?"), assistant(thought)]).segments
     assert list(prompt) == encode_messages(qwen3, [user("2+2?")], thinking=True)
@@ -118,20 +122,20 @@ def test_a_thought_that_is_there_belongs_to_the_answer(qwen3):
         ([user("Hi"), assistant("Ho<|im_end|>")], "template's own marks"),
     ],
 )
-def test_a_dialogue_whose_answers_are_not_certain_is_skipped(qwen3, messages, reason):
+def test_dialogue_with_ambiguous_answers_is_skipped(qwen3, messages, reason):
     with pytest.raises(Skip, match=reason):
         ChatEncoder(qwen3)(messages)
 
 
 def numbered(count):
-    return stack(pack([Conversation([i], [i, i]) for i in range(count)], 3, pad=0))
+    return stack(pack([TokenizedDialogue([i], [i, i]) for i in range(count)], 3, pad=0))
 
 
 def first_tokens(loader, count):
     return [batch.tokens[:, 0].tolist() for batch in itertools.islice(loader, count)]
 
 
-def test_an_epoch_visits_every_row_once_and_epochs_differ():
+def test_epoch_visits_every_row_once_and_epochs_differ():
     stream = Loader(numbered(6), 2, seed=0)
     epochs = [first_tokens(stream, 3) for _ in range(3)]
     for epoch in epochs:
@@ -139,21 +143,21 @@ def test_an_epoch_visits_every_row_once_and_epochs_differ():
     assert epochs[0] != epochs[1]
 
 
-def test_an_epochs_short_rest_is_dropped():
+def test_incomplete_last_batch_of_an_epoch_is_dropped():
     epochs = first_tokens(Loader(numbered(7), 3, 0), 40)
     pairs = [first + second for first, second in zip(epochs[::2], epochs[1::2], strict=True)]
     assert all(len(set(pair)) == 6 for pair in pairs)
     assert {tuple(set(range(7)) - set(pair)) for pair in pairs} == {(i,) for i in range(7)}
 
 
-def test_batches_depend_on_the_seed_and_on_nothing_else():
+def test_batches_depend_on_the_seed_alone():
     epochs = lambda seed: first_tokens(Loader(numbered(20), 5, seed), 12)
     assert epochs(3) == epochs(3)
     for batch in epochs(4):  # not even another epoch of a neighbouring seed
         assert batch not in epochs(3)
 
 
-def test_fewer_rows_than_a_batch_and_an_odd_number_of_hosts_are_refused():
+def test_loader_refuses_too_few_rows_and_an_uneven_number_of_hosts():
     with pytest.raises(UserError, match="3 rows do not fill one batch of 4"):
         Loader(numbered(3), 4, seed=0)
     with pytest.raises(UserError, match="a batch of 4 rows does not divide by 3"):
@@ -161,12 +165,12 @@ def test_fewer_rows_than_a_batch_and_an_odd_number_of_hosts_are_refused():
 
 
 @pytest.mark.parametrize("taken", [0, 2, 5, 9])  # an epoch has 4 batches
-def test_a_restored_loader_goes_on_with_the_same_batches(taken):
+def test_restored_loader_continues_with_the_same_batches(taken):
     whole = first_tokens(Loader(numbered(9), 2, 1), 20)
     loader = Loader(numbered(9), 2, 1)
     first = first_tokens(loader, taken)
     state = json.loads(json.dumps(loader.state()))
-    rest = first_tokens(loader, 3)  # what was given out later is not in the state
+    rest = first_tokens(loader, 3)  # batches returned later are not in the state
     again = Loader(numbered(9), 2, 1)
     next(again)
     again.restore(state)
@@ -177,13 +181,13 @@ def test_a_restored_loader_goes_on_with_the_same_batches(taken):
 @pytest.mark.parametrize(
     ("other", "name"), [((8, 2, 1), "rows"), ((9, 3, 1), "batch_size"), ((9, 2, 2), "seed")]
 )
-def test_a_state_of_another_order_is_refused(other, name):
+def test_loader_state_of_another_order_is_refused(other, name):
     count, size, seed = other
     with pytest.raises(UserError, match=f"position in the data is for {name}="):
         Loader(numbered(9), 2, 1).restore(Loader(numbered(count), size, seed).state())
 
 
-def test_the_slices_of_the_hosts_are_disjoint_and_make_up_the_batch():
+def test_host_slices_are_disjoint_and_make_up_the_batch():
     whole = first_tokens(Loader(numbered(19), 6, 2), 8)
     parts = [first_tokens(Loader(numbered(19), 6, 2, i, 3), 8) for i in range(3)]
     for n, batch in enumerate(whole):
@@ -200,17 +204,17 @@ def test_the_slices_of_the_hosts_are_disjoint_and_make_up_the_batch():
 def random_talk(count):
     rng = np.random.default_rng(0)
     ids = lambda: rng.integers(1, 99, rng.integers(1, 12)).tolist()
-    return [Conversation(ids(), ids()) for _ in range(count)]
+    return [TokenizedDialogue(ids(), ids()) for _ in range(count)]
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_rows_on_disk_are_the_rows_in_memory(tmp_path, masks):
+def test_rows_on_disk_equal_the_rows_in_memory(tmp_path, masks):
     talk = random_talk(300)
-    made = write_rows(
+    written = write_rows(
         tmp_path / "rows", talk, length=16, pad=0, document_masks=masks, recipe={"from": "x"}
     )
     expected = stack(pack(talk, 16, 0, document_masks=masks))
-    for rows in (made, open_rows(tmp_path / "rows")):
+    for rows in (written, open_rows(tmp_path / "rows")):
         assert all(isinstance(part, np.memmap) for part in rows)
         for part, other in zip(rows, expected, strict=True):
             np.testing.assert_array_equal(part, other)
@@ -220,26 +224,26 @@ def test_rows_on_disk_are_the_rows_in_memory(tmp_path, masks):
     assert about["tokens"] == expected.used.sum()
     assert about["answer_tokens"] == expected.answer.sum()
     assert about["longer_than_a_row"] == sum(sum(map(len, c.segments)) > 16 for c in talk) > 0
-    batch, same = next(Loader(made, 4, 0)), next(Loader(expected, 4, 0))
+    batch, same = next(Loader(written, 4, 0)), next(Loader(expected, 4, 0))
     for part, other, dtype in zip(batch, same, (np.int32, np.int32, bool, bool), strict=True):
         np.testing.assert_array_equal(part, other)
         assert part.dtype == other.dtype == dtype
 
 
-def test_rows_that_are_there_are_used_again_and_another_recipe_is_refused(tmp_path):
+def test_existing_rows_are_reused_and_another_recipe_is_refused(tmp_path):
     write = lambda talk, **changes: write_rows(
         tmp_path / "rows", talk, **{"length": 8, "pad": 0, "recipe": {"from": "x"}, **changes}
     )
     first = write(random_talk(9)).tokens.tolist()
     untouched = (pytest.fail("packed again") for _ in range(1))
     assert write(untouched).tokens.tolist() == first
-    with pytest.raises(UserError, match=r"length 8, now 9, from 'x', now 'y'\)") as found:
+    with pytest.raises(UserError, match=r"length 8, now 9, from 'x', now 'y'\)") as error:
         write(untouched, length=9, recipe={"from": "y"})
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(error.value)
     assert write(random_talk(3), length=9, overwrite=True).tokens.shape[1] == 9
 
 
-def test_packing_that_is_interrupted_leaves_nothing(tmp_path):
+def test_interrupted_packing_leaves_no_files(tmp_path):
     def torn():
         yield from random_talk(9)
         raise KeyboardInterrupt
@@ -257,7 +261,7 @@ def test_packing_that_is_interrupted_leaves_nothing(tmp_path):
         write_rows(tmp_path / "rows", random_talk(2), length=8, pad=0, recipe={}, overwrite=True)
 
 
-def test_rows_that_were_cut_short_are_told(tmp_path):
+def test_truncated_rows_are_refused(tmp_path):
     write_rows(tmp_path / "rows", random_talk(50), length=8, pad=0, recipe={})
     path = tmp_path / "rows" / "tokens.npy"
     path.write_bytes(path.read_bytes()[:-100])

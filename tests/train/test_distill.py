@@ -1,4 +1,4 @@
-"""Responses: written by shards, resumed, refused where they differ, and read from other engines."""
+"""Responses: written by shards, resumed, refused for a changed recipe, read from other engines."""
 
 import json
 
@@ -69,7 +69,7 @@ def rows_of(out):
     ]
 
 
-def test_shards_hold_the_bases_own_answers_in_the_order_of_the_mix(whole, base, source):
+def test_shards_hold_answers_of_the_base_in_the_order_of_the_mix(whole, base, source):
     assert sorted(path.name for path in whole.iterdir()) == [
         "manifest.json",
         "prompts.parquet",
@@ -77,14 +77,14 @@ def test_shards_hold_the_bases_own_answers_in_the_order_of_the_mix(whole, base, 
     ]
     rows = rows_of(whole)
     model = orthrus_jax.load(base)
-    asked = Mix(
+    mix = Mix(
         [(source, 4), ("problems", 1)],
         10,
         2,
         encode=lambda messages: encode_messages(model.tokenizer, messages),
         max_tokens=200,
     )
-    for row, prompt in zip(rows, asked, strict=True):
+    for row, prompt in zip(rows, mix, strict=True):
         assert json.loads(row["prompt"]) == prompt.messages
         assert (row["prompt_ids"], row["source"]) == (prompt.ids, prompt.source)
     for row in rows[:5]:
@@ -98,7 +98,7 @@ def test_shards_hold_the_bases_own_answers_in_the_order_of_the_mix(whole, base, 
     assert {row["truncated"] for row in rows} == {True, False}
 
 
-def test_the_manifest_counts_what_was_asked_written_and_skipped(whole, source):
+def test_manifest_counts_requested_written_and_skipped_prompts(whole, source):
     manifest = json.loads((whole / "manifest.json").read_text())
     rows = rows_of(whole)
     assert manifest["complete"] is True
@@ -118,17 +118,15 @@ def test_the_manifest_counts_what_was_asked_written_and_skipped(whole, source):
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_run_that_was_killed_goes_on_with_the_same_answers(
-    tmp_path, monkeypatch, whole, base, source, torn
-):
+def test_killed_run_resumes_with_the_same_answers(tmp_path, monkeypatch, whole, base, source, torn):
     config = config_of(tmp_path, base, source)
     out = tmp_path / "responses"
     answered = distill._answered
 
-    def killed(generator, recipe, asked, bar):
+    def killed(generator, options, prompts, bar):
         if (out / "responses-00000-of-00003.parquet").exists():
             raise KeyboardInterrupt
-        return answered(generator, recipe, asked, bar)
+        return answered(generator, options, prompts, bar)
 
     with monkeypatch.context() as patch:
         patch.setattr(distill, "_answered", killed)
@@ -138,7 +136,7 @@ def test_a_run_that_was_killed_goes_on_with_the_same_answers(
     assert json.loads((out / "manifest.json").read_text())["complete"] is False
     with pytest.raises(UserError, match="lacks shards"):
         read_responses(out, load_tokenizer(base))
-    if torn:  # the second died as it was written, and the last is there already
+    if torn:  # killed while writing the second shard; the last is complete
         (out / "responses-00001-of-00003.parquet.tmp").write_bytes(first[:100])
         last = "responses-00002-of-00003.parquet"
         (out / last).write_bytes((whole / last).read_bytes())
@@ -151,10 +149,10 @@ def test_a_run_that_was_killed_goes_on_with_the_same_answers(
     assert list(out.glob("*.tmp")) == []
 
 
-def test_hosts_share_out_the_shards_and_write_the_same(tmp_path, whole, base, source):
-    """Of three shards the first host has two. The one that begins is not the one that ends."""
-    recipe = distill.Recipe.of(config_of(tmp_path, base, source))
-    job = distill.Job(recipe, distill.model_identity(base), tmp_path, {})
+def test_hosts_share_out_the_shards_and_write_the_same_answers(tmp_path, whole, base, source):
+    """The first host has two of three shards; the second host starts before it."""
+    recipe = distill.DistillConfig.of(config_of(tmp_path, base, source))
+    job = distill.DistillJob(recipe, distill.model_identity(base), tmp_path, {})
     model = orthrus_jax.load(base)
     job.draw(model)
     job.answer(model, 1, 2)
@@ -169,17 +167,19 @@ def test_hosts_share_out_the_shards_and_write_the_same(tmp_path, whole, base, so
         assert manifest[name] == other[name]
 
 
-def test_what_another_host_wrote_is_waited_for_and_missed_by_name(monkeypatch):
+def test_file_of_another_host_is_waited_for_and_named_when_missing(monkeypatch):
     looks, slept = iter([False, False, True]), []
     monkeypatch.setattr(hosts.time, "sleep", slept.append)
-    hosts.see(lambda: next(looks), "here")
+    hosts.wait_until_visible(lambda: next(looks), "here")
     assert slept == [1, 1]
-    with pytest.raises(UserError, match=r"prompts\.parquet is not seen here.*disk that all hosts"):
-        hosts.see(lambda: False, "prompts.parquet")
+    with pytest.raises(
+        UserError, match=r"prompts\.parquet is not visible here.*disk that all hosts"
+    ):
+        hosts.wait_until_visible(lambda: False, "prompts.parquet")
     assert sum(slept) == 2 + hosts.SECONDS
 
 
-def test_a_finished_run_loads_no_model_and_writes_nothing(whole, base, source, monkeypatch):
+def test_finished_run_loads_no_model_and_writes_nothing(whole, base, source, monkeypatch):
     monkeypatch.setattr(distill, "load", lambda *a, **k: pytest.fail("the model was loaded"))
     before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
     distill.ensure_responses(config_of(whole.parent, base, source, batch_size=2))
@@ -187,7 +187,7 @@ def test_a_finished_run_loads_no_model_and_writes_nothing(whole, base, source, m
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"max_new_tokens": 13}, "max_new_tokens was 12, now 13"),
         ({"temperature": 0.5}, "temperature was 0.0, now 0.5"),
@@ -196,13 +196,13 @@ def test_a_finished_run_loads_no_model_and_writes_nothing(whole, base, source, m
         ({"dtype": "bfloat16"}, "model.dtype was 'float32', now 'bfloat16'"),
     ],
 )
-def test_another_recipe_is_refused_by_name(whole, base, source, changes, told):
-    with pytest.raises(UserError, match=told) as found:
+def test_changed_recipe_is_refused_by_name(whole, base, source, changes, message):
+    with pytest.raises(UserError, match=message) as error:
         distill.ensure_responses(config_of(whole.parent, base, source, **changes))
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(error.value)
 
 
-def test_another_model_or_seed_is_refused_by_name(whole, base, source, tmp_path):
+def test_changed_model_or_seed_is_refused_by_name(whole, base, source, tmp_path):
     config = config_of(whole.parent, base, source)
     config.seed = 5
     with pytest.raises(UserError, match="seed was 2, now 7"):
@@ -214,7 +214,7 @@ def test_another_model_or_seed_is_refused_by_name(whole, base, source, tmp_path)
         distill.ensure_responses(config_of(whole.parent, tmp_path / "b", source))
 
 
-def test_overwriting_deletes_what_a_run_writes_and_nothing_else(tmp_path, base, source):
+def test_overwrite_deletes_only_the_files_of_a_run(tmp_path, base, source):
     config = config_of(tmp_path, base, source, prompts=2)
     out = distill.ensure_responses(config)
     (out / "notes.txt").write_text("mine")
@@ -224,7 +224,7 @@ def test_overwriting_deletes_what_a_run_writes_and_nothing_else(tmp_path, base, 
     assert max(len(row["answer_ids"]) for row in rows_of(out)) <= 5
 
 
-def test_both_modes_give_the_same_answers(tmp_path, base, whole, source):
+def test_decoding_modes_give_the_same_answers(tmp_path, base, whole, source):
     out = distill.ensure_responses(config_of(tmp_path, base, source, mode="orthrus"))
     assert rows_of(out) == rows_of(whole)
 
@@ -238,23 +238,23 @@ def test_both_modes_give_the_same_answers(tmp_path, base, whole, source):
         ({"mode": "fast"}, "'fast' is not one of"),
         ({"sources": ()}, r"pairs \(source, weight\)"),
         ({"sources": (("none.parquet", 1),)}, "none.parquet is not there"),
-        ({"prompts": 500}, "of the 400 asked of it"),
+        ({"prompts": 500}, "of the 400 requested"),
     ],
 )
-def test_a_bad_recipe_is_refused_in_one_line(tmp_path, base, source, changes, message):
-    with pytest.raises(UserError, match=message) as found:
+def test_bad_recipe_is_refused_in_one_line(tmp_path, base, source, changes, message):
+    with pytest.raises(UserError, match=message) as error:
         distill.ensure_responses(config_of(tmp_path, base, source, **changes))
-    assert "\n" not in str(found.value)
+    assert "\n" not in str(error.value)
     assert list(tmp_path.glob("responses/responses-*")) == []
 
 
-def test_responses_come_back_as_they_were_decoded(whole, base):
-    found = read_responses(whole, load_tokenizer(base))
-    for _ in range(2):  # anew each time
-        talk = [tuple(part.tolist() for part in c.segments) for c in found]
+def test_responses_are_read_as_they_were_decoded(whole, base):
+    responses = read_responses(whole, load_tokenizer(base))
+    for _ in range(2):  # each iteration reads the files again
+        talk = [tuple(part.tolist() for part in c.segments) for c in responses]
         assert talk == [(row["prompt_ids"], row["answer_ids"]) for row in rows_of(whole)]
-        assert (found.read, found.skipped) == (10, {})
-    assert found.identity == read_responses(whole, load_tokenizer(base)).identity
+        assert (responses.read, responses.skipped) == (10, {})
+    assert responses.identity == read_responses(whole, load_tokenizer(base)).identity
 
 
 def test_ids_of_another_tokenizer_are_refused(whole, base, tmp_path):
@@ -287,7 +287,7 @@ BAD = {
     "empty prompt": {"prompt": "", "response": "1"},
     "empty answer": {"prompt": "One?", "response": " \n"},
     "answer of wrong type": {"prompt": "One?", "response": ["1"]},
-    "an answer among the messages, and another beside them": {
+    "an answer among the messages, and another in its own column": {
         "messages": TALK[:2],
         "response": "2",
     },
@@ -298,38 +298,38 @@ def test_responses_of_other_engines_become_the_same_ids(base, tmp_path):
     tokenizer = load_tokenizer(base)
     path = tmp_path / "theirs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in [*FOREIGN, *BAD.values()]) + "{\n")
-    found = read_responses(path, tokenizer)
-    talk = [[decode(tokenizer, list(s)) for s in c.segments] for c in found]
-    ids = [c.arrays()[0].tolist() for c in found]
+    responses = read_responses(path, tokenizer)
+    talk = [[decode(tokenizer, list(s)) for s in c.segments] for c in responses]
+    ids = [c.arrays()[0].tolist() for c in responses]
     end = tokenizer.eos_token_id
-    asked = encode(tokenizer, "One?", chat=True)
+    prompt = encode(tokenizer, "One?", chat=True)
     one = tokenizer("1", add_special_tokens=False)["input_ids"]
     for i in (0, 1, 2, 5):
-        assert ids[i] == [*asked, *one, end]
+        assert ids[i] == [*prompt, *one, end]
     for i in (3, 4):
-        assert ids[i] == [*asked, *one]
+        assert ids[i] == [*prompt, *one]
     first, second = ids[6], ids[7]
     assert first == second  # every answer of a dialogue, or only its last, is answer
     assert [len(parts) for parts in talk[6:]] == [4, 2]
-    assert found.read == len(FOREIGN) + len(BAD) + 1
-    assert found.skipped == dict.fromkeys((*BAD, "not JSON"), 1)
+    assert responses.read == len(FOREIGN) + len(BAD) + 1
+    assert responses.skipped == dict.fromkeys((*BAD, "not JSON"), 1)
 
 
-def test_parquet_of_another_engine_is_read_too(base, tmp_path):
+def test_parquet_of_another_engine_is_read(base, tmp_path):
     rows = [{"messages": TALK[:1], "response": "1", "model": "x"}] * 3
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    found = read_responses(tmp_path, load_tokenizer(base))
-    assert len(list(found)) == 3
+    responses = read_responses(tmp_path, load_tokenizer(base))
+    assert len(list(responses)) == 3
     with pytest.raises(UserError, match="is not there"):
         read_responses(tmp_path / "b.parquet", load_tokenizer(base))
 
 
 @pytest.mark.skipif(not (DATA / "qwen3_tokenizer").is_dir(), reason="needs shared/data")
-def test_an_answer_with_a_thinking_part_was_asked_for_with_it(tmp_path):
+def test_answer_with_a_thinking_part_gets_the_thinking_prompt(tmp_path):
     tokenizer = load_tokenizer(DATA / "qwen3_tokenizer")
     rows = [{"prompt": "2+2?", "response": "4"}, {"prompt": "2+2?", "response": "<think>\n4"}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plain, thought = read_responses(tmp_path / "x.jsonl", tokenizer)
-    asked = lambda thinking: encode(tokenizer, "2+2?", chat=True, thinking=thinking)
-    assert plain.segments[0] == asked(False)
-    assert thought.segments[0] == asked(True) != asked(False)
+    prompt = lambda thinking: encode(tokenizer, "2+2?", chat=True, thinking=thinking)
+    assert plain.segments[0] == prompt(False)
+    assert thought.segments[0] == prompt(True) != prompt(False)

@@ -1,4 +1,4 @@
-"""Several hosts train as one does: processes of their own, found as Slurm would have them found."""
+"""Several hosts train like one; each is a process of its own that sees a Slurm environment."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def start(base, run, hosts, devices):
     options = {"base": base, "run": run, "distributed": hosts > 1, **FLAGS}
     command = [sys.executable, "-m", "train.main", "--config", "configs/tiny.py"]
     command += [f"--config.{name}={value}" for name, value in options.items()]
-    found = []
+    processes = []
     for host in range(hosts):
         env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fast_compile.on_devices(devices)}
         if hosts > 1:
@@ -54,16 +54,16 @@ def start(base, run, hosts, devices):
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
             }  # fmt: skip
         log = (run.parent / f"{run.name}.{host}.log").open("a")
-        found.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
-    return found
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
+    return processes
 
 
 def end(run, processes):
-    """Wait for all hosts; return what the first one said."""
+    """Wait for all hosts; return the first one's output."""
     codes = [process.wait(timeout=600) for process in processes]
-    said = [(run.parent / f"{run.name}.{i}.log").read_text() for i in range(len(codes))]
-    assert not any(codes), "\n".join(text[-2000:] for text in said)
-    return said[0]
+    logs = [(run.parent / f"{run.name}.{i}.log").read_text() for i in range(len(codes))]
+    assert not any(codes), "\n".join(text[-2000:] for text in logs)
+    return logs[0]
 
 
 def records(run):
@@ -82,16 +82,16 @@ def whole(base):
     return run
 
 
-def test_each_host_answers_its_own_shards(whole):
+def test_host_answers_its_own_shards(whole):
     """Of 10, 10 and 4 prompts the first host has the first and the last."""
     for host, prompts in enumerate((14, 10)):
-        said = (whole.parent / f"{whole.name}.{host}.log").read_text()
-        assert f"{prompts}/{prompts}" in said[said.rindex("distill:") :].splitlines()[0]
+        log = (whole.parent / f"{whole.name}.{host}.log").read_text()
+        assert f"{prompts}/{prompts}" in log[log.rindex("distill:") :].splitlines()[0]
     manifest = json.loads((whole / "responses" / "manifest.json").read_text())
     assert (manifest["complete"], manifest["written"]) == (True, 24)
 
 
-def test_two_hosts_of_two_devices_train_as_one_of_four(base, whole):
+def test_two_hosts_of_two_devices_train_like_one_of_four(base, whole):
     run = base.parent / "one"
     end(run, start(base, run, 1, 4))
     losses = lambda run: [record["loss"] for record in records(run)]
@@ -108,7 +108,7 @@ def test_two_hosts_of_two_devices_train_as_one_of_four(base, whole):
         np.testing.assert_allclose(*pair, rtol=2**-7, atol=1e-6, err_msg=name)  # a bfloat16's ulp
 
 
-def test_a_signal_to_one_host_stops_both_and_the_run_goes_on_to_the_same_bits(base, whole):
+def test_signal_to_one_host_stops_both_and_the_run_resumes_to_the_same_bits(base, whole):
     run = base.parent / "stopped"
     shutil.copytree(whole / "responses", run / "responses")
     processes = start(base, run, 2, 2)

@@ -1,4 +1,4 @@
-"""The training commands end to end on a miniature, and what they say to bad input."""
+"""The training commands end to end on a miniature, and their errors for bad input."""
 
 import importlib
 import json
@@ -15,12 +15,18 @@ import pytest
 import orthrus_jax
 from eval import demo
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import read_jsonl
 from orthrus_jax.model import REMAT, params
 from tests.support.paths import ROOT
 from tests.support.training import miniature
 from train import distill, pretrain
 from train import main as train_main
 from train.log import Log
+from train.objective import objective_of
+
+
+def records(run):
+    return [record for _, record in read_jsonl(run / "train.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def run(tmp_path_factory):
     return run
 
 
-def test_the_base_is_a_plain_qwen3_with_tokenizer_and_template(run):
+def test_base_is_a_plain_qwen3_with_tokenizer_and_template(run):
     raw = json.loads((run / "base" / "config.json").read_text())
     assert raw["architectures"] == ["Qwen3ForCausalLM"]
     assert raw["dtype"] == "bfloat16"
@@ -43,10 +49,10 @@ def test_the_base_is_a_plain_qwen3_with_tokenizer_and_template(run):
     assert prompt == "<|im_start|>user\nHi 12<|im_end|>\n<|im_start|>assistant\n"
     digits = base.tokenizer("Hi 12", add_special_tokens=False)["input_ids"][-2:]
     assert [base.tokenizer.decode([i]) for i in digits] == ["1", "2"]
-    assert len(base.tokenizer) <= base.config.mask_token_id  # MASK is a row no text uses
+    assert len(base.tokenizer) <= base.config.mask_token_id  # no text contains MASK's id
 
 
-def test_the_export_holds_the_base_unchanged_and_a_trained_view(run):
+def test_export_holds_the_base_unchanged_and_a_trained_view(run):
     base = orthrus_jax.load(run / "base", dtype="float32")
     model = orthrus_jax.load(run / "model")
     assert model.config.block_size == 6
@@ -59,7 +65,7 @@ def test_the_export_holds_the_base_unchanged_and_a_trained_view(run):
     assert not same(diffusion, copy)
 
 
-def test_responses_are_the_bases_own_greedy_answers(run):
+def test_responses_are_greedy_answers_of_the_base(run):
     base = orthrus_jax.load(run / "base", dtype="float32")
     (shard,) = (run / "responses").glob("responses-*.parquet")
     rows = pq.read_table(shard).to_pylist()
@@ -70,14 +76,14 @@ def test_responses_are_the_bases_own_greedy_answers(run):
         assert row["truncated"] == (answer.tokens[-1] not in base.config.eos_token_ids)
 
 
-def test_the_log_holds_loss_and_real_acceptance(run):
-    log = [json.loads(x) for x in (run / "train.jsonl").read_text().splitlines()]
+def test_log_holds_loss_and_decoded_acceptance(run):
+    log = records(run)
     assert [record["step"] for record in log] == [1, 2, 4, 6, 8]
     assert [record["step"] for record in log if "acceptance_length" in record] == [4, 8]
 
 
-def test_the_demo_report_has_the_agreed_fields_and_an_exact_match_of_one(run, capsys, monkeypatch):
-    monkeypatch.setattr(demo, "LARGER", {"hidden_size": 48})  # as many seconds less
+def test_demo_report_has_its_fields_and_an_exact_match_of_one(run, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "LARGER", {"hidden_size": 48})  # saves seconds
     demo.main(["--run", str(run), "--prompts", "6", "--repeats", "2"])
     report = json.loads((run / "report.json").read_text())
     assert report["exact_match"] == 1.0
@@ -98,10 +104,10 @@ def test_micro_batches_that_do_not_divide_are_refused(run, tmp_path, accumulate)
     config.train.accumulate = accumulate
     with pytest.raises(UserError, match=f"does not divide into train.accumulate={accumulate} "):
         train_main.main(config, overwrite=False)
-    assert not list(tmp_path.iterdir())  # told before any work
+    assert not list(tmp_path.iterdir())  # refused before any work
 
 
-def test_nothing_is_overwritten_unasked(run):
+def test_outputs_are_not_overwritten_by_default(run):
     config = miniature(run)
     with pytest.raises(UserError, match="base is not empty"):
         pretrain.main(config, overwrite=False)
@@ -109,7 +115,7 @@ def test_nothing_is_overwritten_unasked(run):
         train_main.main(config, overwrite=False)
 
 
-def test_a_run_that_is_told_to_stop_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch, capsys):
+def test_stopped_run_resumes_to_the_same_bytes(run, tmp_path, monkeypatch, capsys):
     config = miniature(tmp_path)
     config.base = str(run / "base")
     write = Log.write
@@ -132,15 +138,14 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_bytes(run, tmp_path, mon
     assert "going on from step 5" in capsys.readouterr().out
     weights = [path / "model" / "model.safetensors" for path in (run, tmp_path)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    log = [json.loads(x) for x in (tmp_path / "train.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in log] == [1, 2, 4, 5, 6, 8]
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 4, 5, 6, 8]
     card = (tmp_path / "model" / "README.md").read_text()
     assert "acceptance length" in card
     assert '"anchors": 6' in card
 
 
-def test_layers_that_are_stacked_train_decode_and_export_alike(run, tmp_path):
-    """The same run over stacked layers: each weight is there once, and all ends as before."""
+def test_stacked_layers_train_decode_and_export_like_single_ones(run, tmp_path):
+    """The same run over stacked layers, which hold each weight once."""
     config = miniature(tmp_path)
     config.base, config.responses = str(run / "base"), str(run / "responses")
     config.train.update(stack_layers=True, remat="full")
@@ -150,20 +155,20 @@ def test_layers_that_are_stacked_train_decode_and_export_alike(run, tmp_path):
         assert (ours_leaf == theirs_leaf).all()
     for ours_leaf, theirs_leaf in zip(*map(jax.tree.leaves, (ours[1], theirs[1])), strict=True):
         np.testing.assert_allclose(ours_leaf, theirs_leaf, atol=1e-4)
-    logs = [[json.loads(x) for x in (d / "train.jsonl").open()] for d in (tmp_path, run)]
+    logs = [records(directory) for directory in (tmp_path, run)]
     # A KL is a difference of log-probabilities of order one: its rounding does not shrink with it.
     for name, tolerance in ("loss", 16 * np.finfo(np.float32).eps), ("acceptance_length", 0):
-        found, expected = ([r[name] for r in log if name in r] for log in logs)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance)
+        measured, expected = ([r[name] for r in log if name in r] for log in logs)
+        np.testing.assert_allclose(measured, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
     "name", ["qwen3_0_6b", "qwen3_1_7b", "qwen3_4b", "qwen3_8b", "small", "tiny"]
 )
-def test_every_configuration_is_one_that_training_takes(name):
+def test_configurations_are_accepted_by_training(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    train_main.objective_of(config.train)
-    assert distill.Recipe.of(config).prompts > 0
+    objective_of(config.train)
+    assert distill.DistillConfig.of(config).prompts > 0
     t = config.train
     assert t.batch_size % t.accumulate == 0
     assert t.remat in REMAT
@@ -174,7 +179,7 @@ def test_every_configuration_is_one_that_training_takes(name):
         )
 
 
-def test_a_report_without_training_is_refused(tmp_path):
+def test_demo_report_without_training_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no finished training"):
         demo.main(["--run", str(tmp_path)])
 
@@ -190,28 +195,28 @@ def test_a_report_without_training_is_refused(tmp_path):
         ("--config.base=nowhere", "nowhere"),
     ],
 )
-def test_bad_command_lines_end_in_one_line_and_status_2(tmp_path, argument, message):
-    found = subprocess.run(
+def test_bad_command_line_ends_in_one_line_and_status_2(tmp_path, argument, message):
+    process = subprocess.run(
         [sys.executable, "-m", "train.main", argument, f"--config.run={tmp_path}"],
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=120,
     )
-    assert found.returncode == 2
-    assert message in found.stderr.splitlines()[-1]
-    assert "Traceback" not in found.stderr
+    assert process.returncode == 2
+    assert message in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
 
 
 @pytest.mark.parametrize("command", ["main", "distill"])
-def test_help_is_no_error(command):
-    found = subprocess.run(
+def test_help_exits_with_0(command):
+    process = subprocess.run(
         [sys.executable, "-m", f"train.{command}", "--help"],
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=120,
     )
-    assert (found.returncode, found.stderr) == (0, "")
-    assert f"`python -m train.{command} --config" in found.stdout
-    assert "--config.NAME=VALUE" in found.stdout
+    assert (process.returncode, process.stderr) == (0, "")
+    assert f"`python -m train.{command} --config" in process.stdout
+    assert "--config.NAME=VALUE" in process.stdout

@@ -1,4 +1,4 @@
-"""The objective against a plain reference that runs every block on its own, and its promises."""
+"""The objective against a plain reference that runs every block alone, and its properties."""
 
 import dataclasses
 import functools
@@ -12,8 +12,8 @@ from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View, params
 from tests.support.training import CONFIG, LENGTH, VOCAB, K, made_rows, random_trees
 from train import objective
-from train.data import Conversation, pack, stack
-from train.divergence import Divergence, RowScores, head_of, to_teacher
+from train.data import TokenizedDialogue, pack, stack
+from train.divergence import Divergence, RowScores, head_of, score_against_teacher
 from train.objective import Blocks, Objective, distillation_loss, sample_blocks
 
 draw_blocks = jax.jit(sample_blocks, static_argnums=(2, 3))
@@ -21,7 +21,7 @@ total_loss = jax.jit(distillation_loss, static_argnums=(2, 5))
 
 
 def mean_loss(diffusion, frozen, model, rows, key, aim):
-    """What a step minimises, as objective.py has it."""
+    """The mean loss that a step minimises."""
     blocks = sample_blocks(key, rows, aim.anchors, K)
     total, sums = distillation_loss(diffusion, frozen, model, rows, blocks, aim)
     return total / sums.weight
@@ -47,7 +47,9 @@ def reference_loss(diffusion, frozen, model, rows, blocks, loss_of, gamma=None):
     for n, (b, i) in enumerate(pairs):
         anchor = int(blocks.anchors[b, i])
         first = int(rows.start[b, anchor])
-        cut = rows.tokens[b, first : anchor + K]  # nothing behind the block, nor of a neighbour
+        cut = rows.tokens[
+            b, first : anchor + K
+        ]  # no token after the block, none of another document
         documents[n, : len(cut)] = cut
         masked[n, 0], at[n] = rows.tokens[b, anchor], anchor - first
     log_p, log_q = log_laws(model, params.merge(frozen, diffusion), documents, masked, at)
@@ -84,13 +86,13 @@ def test_loss_and_gradient_equal_the_dense_reference(seed, tied, aim, remat, sta
 
     shape = params.stack if stacked else lambda tree: tree
     loss = lambda d: mean_loss(d, shape(frozen), model, rows, key, aim)
-    found, gradient = jax.jit(jax.value_and_grad(loss))(shape(diffusion))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(shape(diffusion))
     with jax.default_matmul_precision("highest"):
         expected, reference = jax.value_and_grad(reference_loss)(
             diffusion, frozen, plain, rows, blocks, LOSSES[aim.divergence], aim.gamma
         )
     assert float(expected) > 0.1
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
     for ours, theirs in zip(
         jax.tree.leaves(gradient), jax.tree.leaves(shape(reference)), strict=True
     ):
@@ -99,7 +101,7 @@ def test_loss_and_gradient_equal_the_dense_reference(seed, tied, aim, remat, sta
         assert np.abs(ours - theirs).max() <= 1e-5 * scale
 
 
-def test_anchors_are_distinct_answer_tokens_that_leave_room_for_a_block():
+def test_anchors_are_distinct_answer_tokens_with_room_for_a_block():
     rows = made_rows(rows=4)
     seen = set()
     for seed in range(20):
@@ -109,16 +111,16 @@ def test_anchors_are_distinct_answer_tokens_that_leave_room_for_a_block():
             assert all(rows.answer[b, a] and 1 <= a <= LENGTH - K for a in row)
             seen |= {(b, a) for a in row}
     candidates = {(b, a) for b in range(4) for a in range(1, LENGTH - K + 1) if rows.answer[b, a]}
-    assert seen == candidates  # every candidate is drawn some time
+    assert seen == candidates  # every candidate is drawn at least once
 
 
-def test_too_few_candidates_repeat_an_anchor_and_train_nothing_there():
-    rows = stack(pack([Conversation([1] * 5, [2] * 3)], LENGTH, pad=0))
+def test_too_few_candidates_repeat_an_anchor_without_supervision():
+    rows = stack(pack([TokenizedDialogue([1] * 5, [2] * 3)], LENGTH, pad=0))
     blocks = draw_blocks(jax.random.key(0), rows, 6, K)
     anchors, supervised = np.asarray(blocks.anchors[0]), np.asarray(blocks.supervised[0])
     assert set(anchors) == {5, 6, 7}
     assert anchors.tolist() == sorted(anchors)
-    # Answer tokens are 5, 6, 7: the block at 5 may guess 6 and 7, the one at 7 nothing.
+    # Answer tokens are 5, 6, 7: the block at 5 may predict 6 and 7, the one at 7 nothing.
     trained = sorted(zip(anchors.tolist(), supervised.tolist(), strict=True))
     assert [pair for pair in trained if any(pair[1])] == [
         (5, [True, True, False, False]),
@@ -126,8 +128,8 @@ def test_too_few_candidates_repeat_an_anchor_and_train_nothing_there():
     ]
 
 
-def test_a_row_without_answers_trains_nothing():
-    rows = stack(pack([Conversation([1] * 9, [])], LENGTH, pad=0))
+def test_row_without_answers_has_zero_loss():
+    rows = stack(pack([TokenizedDialogue([1] * 9, [])], LENGTH, pad=0))
     blocks = draw_blocks(jax.random.key(0), rows, 3, K)
     assert not np.asarray(blocks.supervised).any()
     model, frozen, diffusion = random_trees()
@@ -136,8 +138,10 @@ def test_a_row_without_answers_trains_nothing():
     assert all(np.isfinite(x).all() for x in sums.means().values())
 
 
-def test_no_block_is_trained_on_the_next_conversation():
-    rows = stack(pack([Conversation([1], [2, 2]), Conversation([3], [4] * 8)], LENGTH, pad=0))
+def test_block_is_not_supervised_in_the_next_conversation():
+    rows = stack(
+        pack([TokenizedDialogue([1], [2, 2]), TokenizedDialogue([3], [4] * 8)], LENGTH, pad=0)
+    )
     blocks = draw_blocks(jax.random.key(0), rows, 8, K)
     first = np.asarray(blocks.anchors[0]) == 2  # the first conversation's last token
     assert first.any()
@@ -145,33 +149,37 @@ def test_no_block_is_trained_on_the_next_conversation():
 
 
 @pytest.mark.parametrize("divergence", [Divergence.KL, Divergence.TV])
-def test_a_student_equal_to_its_teacher_has_zero_loss_and_by_kl_zero_gradient(divergence):
+def test_student_equal_to_its_teacher_has_zero_loss_and_zero_kl_gradient(divergence):
     model, frozen, _ = random_trees()
     teacher = jax.random.normal(jax.random.key(0), (2, 9, CONFIG.hidden_size))
     source = jnp.array([[0, 3, 3, 8], [1, 2, 7, 7]])
     student = jnp.take_along_axis(teacher, source[..., None], axis=1)
-    scores_of = lambda s: to_teacher(model, divergence, head_of(frozen), s, teacher, source)
+    scores_of = lambda s: score_against_teacher(
+        model, divergence, head_of(frozen), s, teacher, source
+    )
     value, gradient = jax.value_and_grad(lambda s: scores_of(s).loss.sum())(student)
     np.testing.assert_allclose(value, 0.0, atol=1e-5)
-    if divergence is Divergence.KL:  # |p - q| has a kink there: its slope is that of rounding
+    if divergence is Divergence.KL:  # |p - q| has a kink there: its gradient is rounding noise
         np.testing.assert_allclose(gradient, 0.0, atol=1e-5)
     scores = scores_of(student)
     np.testing.assert_array_equal(scores.agreement, 1.0)
-    np.testing.assert_allclose(scores.overlap, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(scores.accept_prob, 1.0, rtol=1e-5)
 
 
-def test_nothing_of_vocabulary_size_is_kept_for_the_backward_pass():
+def test_residuals_have_no_vocabulary_axis():
     model, frozen, diffusion = random_trees()
     rows, key = made_rows(), jax.random.key(0)
     loss = lambda d: mean_loss(d, frozen, model, rows, key, Objective(5))
     _, pull_back = jax.vjp(loss, diffusion)
     kept = [x.shape for x in jax.tree.leaves(pull_back) if hasattr(x, "shape")]
-    assert any(CONFIG.intermediate_size in shape for shape in kept)  # the MLP's, to be sure we look
+    assert any(
+        CONFIG.intermediate_size in shape for shape in kept
+    )  # the MLP's residuals: the list is not empty
     table = (VOCAB, CONFIG.hidden_size)
     assert not [shape for shape in kept if VOCAB in shape and shape != table]
 
 
-def test_only_the_diffusion_subtree_has_a_gradient():
+def test_gradient_covers_the_diffusion_subtree_alone():
     model, frozen, diffusion = random_trees()
     rows = made_rows()
     blocks = draw_blocks(jax.random.key(0), rows, 4, K)
@@ -188,17 +196,17 @@ def test_only_the_diffusion_subtree_has_a_gradient():
     }
 
 
-def test_the_expected_acceptance_is_the_mean_agreeing_prefix(monkeypatch):
+def test_expected_acceptance_is_the_mean_agreeing_prefix(monkeypatch):
     model, frozen, diffusion = random_trees()
     rows = made_rows(rows=2)
     blocks = draw_blocks(jax.random.key(3), rows, 6, K)
-    agrees = lambda position: position % 5 != 3  # in place of what the views would say
+    agrees = lambda position: position % 5 != 3  # replaces the views' agreement
 
     def scripted(model, divergence, head, student, teacher, source):
         ones = jnp.ones(source.shape)
         return RowScores(ones, ones, agrees(source).astype(jnp.float32), ones)
 
-    monkeypatch.setattr(objective, "to_teacher", scripted)
+    monkeypatch.setattr(objective, "score_against_teacher", scripted)
     _, sums = total_loss(diffusion, frozen, model, rows, blocks, Objective(6))
     prefixes = []
     for b, i in np.ndindex(blocks.anchors.shape):
@@ -211,12 +219,12 @@ def test_the_expected_acceptance_is_the_mean_agreeing_prefix(monkeypatch):
 
 
 @pytest.mark.parametrize(("gamma", "anchors"), [(0.0, 4), (-1.0, 4), (None, 0)])
-def test_an_impossible_objective_is_refused(gamma, anchors):
+def test_impossible_objective_is_refused(gamma, anchors):
     with pytest.raises(UserError, match="must be"):
         Objective(anchors, gamma=gamma)
 
 
-def test_blocks_are_a_pair_of_arrays_of_the_stated_shapes():
+def test_blocks_have_the_documented_shapes():
     blocks = draw_blocks(jax.random.key(0), made_rows(rows=2), 5, K)
     assert isinstance(blocks, Blocks)
     assert blocks.anchors.shape == (2, 5)

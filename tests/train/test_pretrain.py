@@ -1,4 +1,4 @@
-"""A base trained from a file: its tokenizer, its rows, and files that are of no use."""
+"""A base trained from a file: its tokenizer, its rows, and unusable files."""
 
 import itertools
 import json
@@ -25,29 +25,29 @@ def config(tmp_path):
     return c
 
 
-def test_each_row_is_learnt_once_an_epoch_in_another_order(config):
+def test_epoch_trains_on_every_row_once_in_its_own_order(config):
     tokenizer = pretrain.train_tokenizer(pretrain.texts(config), config.model.vocab_size)
-    endless = pretrain.conversations(config, tokenizer)
+    endless = pretrain.dialogues(config, tokenizer)
     epochs = [list(itertools.islice(endless, len(ROWS))) for _ in range(2)]
-    told = [[decode(tokenizer, talk.segments[1]) for talk in epoch] for epoch in epochs]
-    for answers in told:
-        assert sorted(answers) == sorted(row["answer"] for row in ROWS)
-    assert told[0] != told[1]
+    answers = [[decode(tokenizer, talk.segments[1]) for talk in epoch] for epoch in epochs]
+    for epoch in answers:
+        assert sorted(epoch) == sorted(row["answer"] for row in ROWS)
+    assert answers[0] != answers[1]
 
 
-def test_the_tokenizer_learns_questions_and_answers(config):
+def test_tokenizer_is_trained_on_questions_and_answers(config):
     assert pretrain.texts(config)[0] == "What are 0 and 0?\n0\n#### 0"
     assert len(pretrain.texts(config)) == len(ROWS) + 1
 
 
-def test_a_file_without_answers_is_refused_with_the_reasons(config, tmp_path):
+def test_file_without_answers_is_refused_with_the_reasons(config, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "no answer"}\n')
     tokenizer = pretrain.train_tokenizer(["a few words"], 300)
     with pytest.raises(UserError, match=r"rows.jsonl: \{'no answer': 1\}"):
-        next(pretrain.conversations(config, tokenizer))
+        next(pretrain.dialogues(config, tokenizer))
 
 
-def test_a_file_that_is_not_there_is_named(config, tmp_path):
+def test_missing_file_is_named(config, tmp_path):
     config.pretrain.data = str(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match=r"none\.jsonl is not there"):
         pretrain.texts(config)

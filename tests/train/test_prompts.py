@@ -1,4 +1,4 @@
-"""Sources, the ways a row may spell its prompt, and the mix, on files small enough to count."""
+"""Sources, the formats of a row's prompt, and the mix, on files small enough to count."""
 
 import collections
 import gzip
@@ -24,7 +24,7 @@ def write(path, rows):
 
 
 def words(messages):
-    """A stand-in for a tokenizer: one id a word."""
+    """Replaces a tokenizer: one id per word."""
     return [len(word) for message in messages for word in message["content"].split()]
 
 
@@ -34,7 +34,7 @@ def mix(sources, total, seed=0, max_tokens=100):
 
 @pytest.fixture
 def sources(tmp_path):
-    """Two files of 40 questions each; every question says where it is from."""
+    """Two files of 40 questions each; every question names its file."""
     return [
         write(tmp_path / f"{name}.jsonl", [{"question": f"{name} {i}"} for i in range(40)])
         for name in ("a", "b")
@@ -54,13 +54,13 @@ def sources(tmp_path):
         {"prompt": None, "messages": [{"role": "system", "content": " "}, *USER]},
     ],
 )
-def test_a_prompt_is_found_in_every_known_column(row):
+def test_prompt_is_found_in_every_known_column(row):
     assert prompt_of(row) == USER
 
 
-def test_system_messages_and_all_turns_before_the_first_answer_are_kept():
-    asked = [{"role": "system", "content": "Be brief."}, *USER, *USER]
-    assert prompt_of({"messages": [*asked, {"role": "assistant", "content": "Ho"}]}) == asked
+def test_prompt_keeps_system_messages_and_all_turns_before_the_first_answer():
+    prompt = [{"role": "system", "content": "Be brief."}, *USER, *USER]
+    assert prompt_of({"messages": [*prompt, {"role": "assistant", "content": "Ho"}]}) == prompt
 
 
 @pytest.mark.parametrize(
@@ -83,13 +83,13 @@ def test_system_messages_and_all_turns_before_the_first_answer_are_kept():
         ),
     ],
 )
-def test_a_row_without_a_prompt_says_why(row, reason):
-    with pytest.raises(Skip) as found:
+def test_row_without_a_prompt_is_skipped_with_a_reason(row, reason):
+    with pytest.raises(Skip) as skip:
         prompt_of(row)
-    assert str(found.value) == reason
+    assert str(skip.value) == reason
 
 
-def test_files_of_all_kinds_give_the_same_rows(tmp_path):
+def test_file_formats_give_the_same_rows(tmp_path):
     rows = [{"prompt": "one"}, {"prompt": "two"}]
     plain = tmp_path / "plain.jsonl"
     write(plain, rows)
@@ -105,8 +105,8 @@ def test_files_of_all_kinds_give_the_same_rows(tmp_path):
 
 @pytest.mark.skipif(not (DATA / "gsm8k_train.jsonl.gz").exists(), reason="needs shared/data")
 def test_gsm8k_is_a_source():
-    found = list(itertools.islice(mix([(str(DATA / "gsm8k_train.jsonl.gz"), 1)], 50), 50))
-    assert len({prompt.messages[0]["content"] for prompt in found}) == 50
+    prompts = list(itertools.islice(mix([(str(DATA / "gsm8k_train.jsonl.gz"), 1)], 50), 50))
+    assert len({prompt.messages[0]["content"] for prompt in prompts}) == 50
 
 
 def test_weights_become_exact_counts():
@@ -123,27 +123,27 @@ def test_weights_that_are_not_positive_are_refused(weights):
         shares(weights, 3)
 
 
-def test_a_mix_has_the_exact_ratio_and_interleaves(sources):
+def test_mix_has_the_exact_ratio_and_interleaves(sources):
     a, b = sources
-    found = list(mix([(a, 2), (b, 1)], 30))
-    names = [prompt.source for prompt in found]
+    prompts = list(mix([(a, 2), (b, 1)], 30))
+    names = [prompt.source for prompt in prompts]
     assert collections.Counter(names) == {a: 20, b: 10}
     assert b in names[:15]
     assert b in names[15:]
-    texts = [prompt.messages[0]["content"] for prompt in found]
+    texts = [prompt.messages[0]["content"] for prompt in prompts]
     assert len(set(texts)) == 30
-    assert all(prompt.messages[0]["content"][0] == prompt.source[-7] for prompt in found)
-    assert found[0].ids == words(found[0].messages)
+    assert all(prompt.messages[0]["content"][0] == prompt.source[-7] for prompt in prompts)
+    assert prompts[0].ids == words(prompts[0].messages)
 
 
-def test_a_mix_is_a_function_of_its_seed(sources):
+def test_mix_is_a_function_of_its_seed(sources):
     texts = lambda seed: [p.messages for p in mix([(s, 1) for s in sources], 30, seed)]
     assert texts(3) == texts(3)
     assert texts(3) != texts(4)
     assert texts(3) != sorted(texts(3), key=str)
 
 
-def test_a_mix_reads_no_more_than_it_needs(tmp_path):
+def test_mix_reads_no_more_than_it_needs(tmp_path):
     path = write(tmp_path / "long.jsonl", ({"prompt": f"p {i}"} for i in range(BUFFER + 5000)))
     mixed = mix([(path, 1)], 100)
     assert len(list(itertools.islice(mixed, 100))) == 100
@@ -169,47 +169,47 @@ def test_bad_rows_are_counted_by_reason_and_source(tmp_path, sources):
     assert mixed.skipped[sources[0]] == {}
 
 
-def test_a_source_that_falls_short_is_told_with_what_was_skipped(tmp_path):
+def test_source_with_too_few_prompts_is_refused_with_the_skip_reasons(tmp_path):
     path = write(tmp_path / "few.jsonl", [{"prompt": "one"}, {"prompt": ""}])
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as error:
         list(mix([(path, 1)], 3))
-    told = str(found.value)
-    assert "has 1 prompts of the 3 asked of it (skipped: 1 empty prompt)" in told
-    assert "\n" not in told
+    message = str(error.value)
+    assert "has 1 prompts of the 3 requested (skipped: 1 empty prompt)" in message
+    assert "\n" not in message
 
 
-def test_the_made_problems_are_a_source_in_their_own_order():
+def test_made_problems_are_a_source_in_their_own_order():
     texts = lambda *a: [p.question for p in problems(*a)]
-    asked = lambda source: [p.messages[0]["content"] for p in mix([(source, 1)], 5, seed=7)]
-    assert asked("problems") == texts("train", 7, 5)
-    assert asked("problems?split=held-out&seed=3") == texts("held-out", 3, 5)
+    questions = lambda source: [p.messages[0]["content"] for p in mix([(source, 1)], 5, seed=7)]
+    assert questions("problems") == texts("train", 7, 5)
+    assert questions("problems?split=held-out&seed=3") == texts("held-out", 3, 5)
 
 
-def test_a_hub_source_is_streamed_with_its_options(monkeypatch):
-    asked = []
+def test_hub_source_is_streamed_with_its_options(monkeypatch):
+    calls = []
 
     def load_dataset(*args, **options):
-        asked.append((args, options))
+        calls.append((args, options))
         return iter([{"messages": USER}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (found,) = mix([("owner/set?split=math&config=main&revision=abc", 1)], 1)
-    assert found.messages == USER
+    (prompt,) = mix([("owner/set?split=math&config=main&revision=abc", 1)], 1)
+    assert prompt.messages == USER
     options = {"split": "math", "revision": "abc", "streaming": True}
-    assert asked == [(("owner/set", "main"), options)]
+    assert calls == [(("owner/set", "main"), options)]
 
 
-def test_a_hub_that_cannot_be_reached_ends_in_one_line_with_both_ways(monkeypatch):
+def test_unreachable_hub_is_reported_in_one_line_with_both_remedies(monkeypatch):
     def load_dataset(*args, **options):
         raise ConnectionError("no route to host\nand much more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError) as found:
+    with pytest.raises(UserError) as error:
         list(mix([("owner/set", 1)], 1))
-    told = str(found.value)
-    assert "\n" not in told
+    message = str(error.value)
+    assert "\n" not in message
     for part in ("owner/set", "no route to host", "go online", "local files", ".parquet"):
-        assert part in told
+        assert part in message
 
 
 @pytest.mark.parametrize(
@@ -224,16 +224,16 @@ def test_a_hub_that_cannot_be_reached_ends_in_one_line_with_both_ways(monkeypatc
         (["problems", "problems"], "given twice"),
     ],
 )
-def test_bad_sources_are_refused_at_once(sources, message):
+def test_bad_sources_are_refused_before_reading(sources, message):
     with pytest.raises(UserError, match=message):
         mix([(source, 1) for source in sources], 1)
 
 
-def test_missing_and_damaged_files_are_told_in_one_line(tmp_path):
+def test_missing_and_damaged_files_are_reported_in_one_line(tmp_path):
     with pytest.raises(UserError, match=r"none\.parquet is not there: .*owner/name.*hub"):
         list(mix([(str(tmp_path / "none.parquet"), 1)], 1))
     for name, content in (("x.parquet", b"PAR1 no"), ("x.jsonl.gz", gzip.compress(b"{}")[:-4])):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name} cannot be read") as found:
+        with pytest.raises(UserError, match=f"{name} cannot be read") as error:
             list(mix([(str(tmp_path / name), 1)], 1))
-        assert "\n" not in str(found.value)
+        assert "\n" not in str(error.value)

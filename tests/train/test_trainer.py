@@ -1,4 +1,4 @@
-"""The loop: what it trains, what it may not touch, and that it is a function of its arguments."""
+"""The training loop: it trains the diffusion view alone, and is a function of its arguments."""
 
 import itertools
 import types
@@ -46,7 +46,7 @@ def test_training_lowers_the_loss_and_logs_every_tenth_step():
     assert len(log[0]["kl"]) == len(log[0]["agreement"]) == len(log[0]["overlap"]) == 4
 
 
-def test_decoding_is_measured_every_so_often_and_at_the_end():
+def test_decoding_is_measured_periodically_and_at_the_end():
     seen = []
 
     def evaluate(diffusion):
@@ -58,7 +58,7 @@ def test_decoding_is_measured_every_so_often_and_at_the_end():
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, seen), strict=True))
 
 
-def test_the_frozen_view_is_bit_identical_after_training():
+def test_frozen_view_is_bit_identical_after_training():
     tokens = jnp.arange(12)[None] % 40
     logits = lambda model, frozen, diffusion: np.asarray(
         model.logits(
@@ -80,7 +80,7 @@ def test_the_frozen_view_is_bit_identical_after_training():
     assert all(changed)
 
 
-def test_the_optimizer_holds_nothing_of_the_frozen_tree():
+def test_optimizer_state_excludes_the_frozen_tree():
     _, frozen, diffusion = random_trees()
     state = adamw(1e-3, 10, 0.1).init(diffusion)
     held = sum(x.size for x in jax.tree.leaves(state) if x.ndim)
@@ -88,7 +88,7 @@ def test_the_optimizer_holds_nothing_of_the_frozen_tree():
     assert held < params.count(frozen) + params.count(diffusion)
 
 
-def test_two_runs_give_the_same_bits_and_another_seed_others():
+def test_runs_of_one_seed_give_the_same_bits_and_of_another_do_not():
     model, frozen, diffusion = random_trees()
     optimizer = adamw(1e-3, 10, 0.1)
 
@@ -110,7 +110,7 @@ def test_two_runs_give_the_same_bits_and_another_seed_others():
     assert (train(0) != train(1)).any()
 
 
-def test_the_schedule_warms_up_and_ends_at_a_tenth():
+def test_schedule_warms_up_and_ends_at_a_tenth():
     optimizer = adamw(1.0, 100, 0.05)
     weights = {"w": jnp.ones(3)}
     state = optimizer.init(weights)
@@ -126,7 +126,7 @@ def test_the_schedule_warms_up_and_ends_at_a_tenth():
     assert sizes[5:] == sorted(sizes[5:], reverse=True)
 
 
-def test_a_view_without_its_output_projection_trained_keeps_it():
+def test_untrained_output_projection_stays_in_the_frozen_tree():
     model, frozen, diffusion = random_trees()
     whole = params.merge(frozen, diffusion)
     frozen, diffusion = params.split(whole, freeze=("o_proj",))
@@ -146,8 +146,8 @@ def test_a_view_without_its_output_projection_trained_keeps_it():
     assert float(metrics["grad_norm"]) > 0
 
 
-class Kept:
-    """A keeper that notes what it was given."""
+class RecordingSaver:
+    """A saver that records its calls."""
 
     def __init__(self):
         self.steps, self.places, self.best = [], [], []
@@ -160,19 +160,19 @@ class Kept:
         self.best.append((int(state.step), value))
 
 
-def test_the_state_is_saved_every_so_often_and_when_told_to_stop():
-    keeper = Kept()
-    run(keeper=keeper)
-    assert keeper.steps == [10, 20, 30]
-    assert [step for step, _ in keeper.best] == [20, 30]
-    asked, keeper = itertools.count(1), Kept()
+def test_state_is_saved_periodically_and_on_interruption():
+    saver = RecordingSaver()
+    run(saver=saver)
+    assert saver.steps == [10, 20, 30]
+    assert [step for step, _ in saver.best] == [20, 30]
+    calls, saver = itertools.count(1), RecordingSaver()
     with pytest.raises(Interrupted):
-        run(keeper=keeper, stop=lambda step: next(asked) == 7)
-    assert keeper.steps == [7]
-    assert keeper.places[0] != Loader(made_rows(rows=8), 4, 0).state()
+        run(saver=saver, stop=lambda step: next(calls) == 7)
+    assert saver.steps == [7]
+    assert saver.places[0] != Loader(made_rows(rows=8), 4, 0).state()
 
 
-def test_a_loss_that_is_no_number_ends_the_run(monkeypatch):
+def test_loss_that_is_not_finite_ends_the_run(monkeypatch):
     model, frozen, diffusion = random_trees()
     broken = jax.tree.map(lambda x: x * jnp.nan, diffusion)
     optimizer = adamw(3e-3, 10, 0.1)

@@ -1,9 +1,9 @@
 """A run that can be killed: `python -m tests.support.programs.resumable DIR DEVICES [N]`.
 
 Trains a small model with checkpoints every 3 steps. With N it kills itself, as kill -9 does, once
-step N is logged and a checkpoint is whole (they are written behind the running steps, and a later
-one may be half written then). Otherwise it prints the final weights' checksum and the step it
-began from.
+step N is logged and a checkpoint is complete (they are written while training runs, so a later one
+may be half written then). Otherwise it prints the checksum of the final weights and the step it
+started from.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ RECIPE = types.SimpleNamespace(
 
 
 def train(run, devices=1, log=lambda record: None):
-    """Go on with the run from what it left; return the state and the step it began from."""
+    """Resume the run; return the state and the step it started from."""
     _, frozen, diffusion = random_trees()
     mesh = sharding.make_mesh(data=2, fsdp=-1) if devices > 1 else None
     if mesh is not None:
@@ -47,16 +47,16 @@ def train(run, devices=1, log=lambda record: None):
     optimizer = trainer.adamw(3e-3, RECIPE.steps, 0.1)
     state = trainer.init_state(diffusion, optimizer, mesh)
     loader = Loader(made_rows(rows=24), 8, 0)
-    keeper = Checkpoints(run, {"base": "tiny"})
-    if found := keeper.restore(state):
-        state, place_in_data = found
-        loader.restore(place_in_data)
+    saver = Checkpoints(run, {"base": "tiny"})
+    if restored := saver.restore(state):
+        state, position = restored
+        loader.restore(position)
     first = int(state.step)
     state = trainer.fit(
         RECIPE, Objective(5), Model(CONFIG, mesh), frozen, state, optimizer, loader, log,
-        lambda diffusion: {}, keeper=keeper,
+        lambda diffusion: {}, saver=saver,
     )  # fmt: skip
-    keeper.close()
+    saver.close()
     return state, first
 
 

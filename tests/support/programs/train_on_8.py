@@ -23,7 +23,7 @@ from orthrus_jax.model import Model, params
 from tests.support.configs import NO_EOS, tiny_config
 from tests.support.weights import random_params
 from train import divergence, trainer
-from train.data import Conversation, pack, stack
+from train.data import TokenizedDialogue, pack, stack
 from train.objective import Objective
 
 MESHES = {
@@ -38,7 +38,7 @@ STEPS, LENGTH = 6, 96
 def rows():
     rng = np.random.default_rng(0)
     ids = lambda n: rng.integers(0, 60, n).tolist()
-    talk = [Conversation(ids(rng.integers(1, 9)), ids(rng.integers(9, 30))) for _ in range(60)]
+    talk = [TokenizedDialogue(ids(rng.integers(1, 9)), ids(rng.integers(9, 30))) for _ in range(60)]
     return stack(list(pack(talk, LENGTH, pad=0))[:8])
 
 

@@ -1,9 +1,9 @@
-"""The model card of an exported checkpoint: what it is, how it was trained, what was measured."""
+"""The model card of an exported checkpoint: its base, recipe, data and measurements."""
 
-import json
 import pathlib
 from typing import Any
 
+from orthrus_jax.files import read_jsonl, write_atomic
 from train.responses import MANIFEST
 
 CARD = """---
@@ -15,8 +15,8 @@ tags: [orthrus, speculative-decoding, jax]
 # {name}: an Orthrus of {base}
 
 The base's weights, unchanged, with a diffusion attention view beside each attention layer (arXiv
-2605.12825). The view drafts {drafts} tokens in one pass; the base verifies them in a second, and
-the text is the base's own: in float32 token for token, in bfloat16 up to near-ties.
+2605.12825). The view drafts {drafts} tokens in one pass, and the base verifies them in a second.
+The text equals the base's: in float32 token for token, in bfloat16 up to near-ties.
 
     python -m orthrus_jax.generate --model {name} --prompt "..."
 
@@ -36,14 +36,13 @@ the text is the base's own: in float32 token for token, in bfloat16 up to near-t
 
 def write(path: pathlib.Path, config: Any, run: pathlib.Path) -> None:
     """Write the card from the run's configuration, log and data manifest."""
-    records = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
-    last = records[-1]
+    *_, (_, last) = read_jsonl(run / "train.jsonl")
     lines = [f"- training loss at step {last['step']}: {last['loss']:.4f}"]
     if "acceptance_length" in last:
         lines.append(
             f"- decoding {config.train.eval_prompts} held-out prompts greedily: acceptance length "
-            f"{last['acceptance_length']:.2f} of {config.train.block_size - 1} drafts a cycle, "
-            f"{last['tokens_per_forward']:.2f} tokens a forward (mean over prompts)"
+            f"{last['acceptance_length']:.2f} of {config.train.block_size - 1} drafts per cycle, "
+            f"{last['tokens_per_forward']:.2f} tokens per forward (mean over prompts)"
         )
     if "tokens_per_second" in last:
         lines.append(f"- {last['tokens_per_second']:.0f} training tokens/s")
@@ -52,7 +51,8 @@ def write(path: pathlib.Path, config: Any, run: pathlib.Path) -> None:
     if manifest.exists():
         data = "    " + manifest.read_text().strip().replace("\n", "\n    ")
     recipe = "    " + config.train.to_json(indent=2).replace("\n", "\n    ")
-    path.write_text(
+    write_atomic(
+        path,
         CARD.format(
             base=config.base,
             name=path.parent.name,
@@ -61,5 +61,4 @@ def write(path: pathlib.Path, config: Any, run: pathlib.Path) -> None:
             recipe=recipe,
             data=data,
         ),
-        encoding="utf-8",
     )
