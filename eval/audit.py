@@ -1,6 +1,6 @@
 """Audit a model: let Orthrus decode, let the judges read it, find every token that is wrong.
 
-Greedy and coupled texts are held to the AR view's own tokens, one by one (judges.py). Of sampled
+Greedy and coupled texts are held to the AR view's own tokens, one by one (reference.py). Of sampled
 ones the law is tested. With p the judge's distribution, f(x) - E[f] of the emitted tokens x has
 mean 0 and a variance known exactly for any f that is fixed before x is: summed over all tokens and
 divided by its standard deviation it is N(0, 1). Two f are tried. log p(x) shows tokens that come
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from eval.judges import Choice, Law, Texts, near_tie, no_cache, one_row
+from eval.reference import Choice, Law, Texts, near_tie, no_cache, one_row
 from orthrus_jax.engine import BLOCKS, Answer, Plan, Request, bucket
 from orthrus_jax.errors import UserError
 from orthrus_jax.generate import Generator

@@ -2,7 +2,7 @@
 
 The model answers the prompts once, greedily, one token a forward. What its drafting view guesses
 along these answers is recorded, and every way to spend up to 256 rows a forward is played through
-(eval/recorded.py: the same cycles, token for token, that decoding takes). Then a forward is timed
+(eval/replay.py: the same cycles, token for token, that decoding takes). Then a forward is timed
 at several numbers of rows and batches. Both go into calibration.json beside the model, where
 `--rows` of the other commands finds them. Acceptance is kept when only costs are measured anew, as
 on another device.
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from eval.recorded import Outcome, Recording, record, simulate
+from eval.replay import Outcome, Recording, record, simulate
 from eval.speed import numbers, standing_at
 from orthrus_jax import machine, planner
 from orthrus_jax.ahead import Scheme

@@ -8,7 +8,7 @@ this machine. Orthrus decodes; then the AR view reads each text again, told ever
   coupled    the same with the temperature's noise added to the logits: AR's text for the seed
   rejection  the tokens are distributed as the AR view's p: four statistics, each within +-4
 
-Who judges, and what a near-tie is: judges.py. What is looked for: audit.py. `--near-tie` sets the
+Who judges, and what a near-tie is: reference.py. What is looked for: audit.py. `--near-tie` sets the
 gap that is allowed.
 """
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from eval import calibrate
-from eval.recorded import Outcome, record, simulate
+from eval.replay import Outcome, record, simulate
 from orthrus_jax import generate, params, planner
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.engine import Plan

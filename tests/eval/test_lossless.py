@@ -18,10 +18,10 @@ import pytest
 from scipy import stats
 
 from eval import audit as audit_module
-from eval import judges, lossless
+from eval import lossless, reference
 from eval.audit import Audit, Options, audit
-from eval.judges import Law, near_tie
 from eval.lossless import table
+from eval.reference import Law, near_tie
 from orthrus_jax import cache, decode, sampling
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decode import Verdict
@@ -335,7 +335,7 @@ def drawn(rng, probs: np.ndarray) -> np.ndarray:
 
 
 def read_law(logits, p, q, x) -> Law:
-    found = judges.law(*(jnp.asarray(a, jnp.float32) for a in (logits, p, q)), jnp.asarray(x))
+    found = reference.law(*(jnp.asarray(a, jnp.float32) for a in (logits, p, q)), jnp.asarray(x))
     return Law(*(np.asarray(a, np.float64)[:, 0] for a in found))
 
 
@@ -419,7 +419,9 @@ def test_the_anchors_are_those_the_drafts_came_from() -> None:
     run = Audit(made, PROMPTS, Options(parts=("rejection",), **SAMPLED))
     requests = run.requests("rejection")[:32]
     answers = run.decode(requests, proposal=Proposal.ARGMAX)
-    laws = run.judge(judges.one_row, requests, answers, answers, block=K, proposal=Proposal.ARGMAX)
+    laws = run.judge(
+        reference.one_row, requests, answers, answers, block=K, proposal=Proposal.ARGMAX
+    )
     accepted = 0
     for answer, seen in zip(answers, laws, strict=True):
         at = 1
