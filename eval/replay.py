@@ -1,9 +1,9 @@
-"""Every scheme's acceptance from one recording of what the drafting view guesses.
+"""Replay one recording of the drafter's guesses to get the acceptance of any strategy.
 
-Greedily, what a block guesses depends on its anchor alone: the text before it is the model's own,
-whatever cycle it came from. So a model's answers and the guesses of a block at each of their tokens
-say how any cycle would have gone. `simulate` runs the loops of ahead.py and decode.py themselves,
-with a model that looks its hidden states up in the recording.
+Greedily, the guesses of a block depend on its anchor alone: the text before it is the model's own,
+whichever cycle emitted it. So a model's answers, with the guesses of a block at each of their
+tokens, determine how any cycle would have gone. `simulate` runs the loops of ahead.py and decode.py
+themselves, with a model that looks its hidden states up in the recording. Knows no clock.
 """
 
 import dataclasses
@@ -21,21 +21,22 @@ from orthrus_jax.ahead import CHOICES, Scheme, likeliest
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import bucket
 from orthrus_jax.generate import Generator
+from orthrus_jax.metrics import acceptance_length
 from orthrus_jax.model import Segment, View, ar_segment
 
-FILLERS = 64  # ids that share what probability the likeliest guesses leave
-RIGHT = 1  # the answer's own token; 0 is none's
-ANCHORS = 32  # blocks a forward of `record`
+FILLER_IDS = 64  # ids that share the probability left by the likeliest guesses
+CORRECT = 1  # stands for the answer's own token; 0 for no token
+ANCHORS = 32  # blocks per forward of `record`
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What blocks of one length guessed along N answers of up to L tokens.
+    """The guesses of blocks of one length along N answers of up to L tokens.
 
     Attributes:
       lengths: int32[N], tokens of each answer.
-      guesses: int32[N, L, K, M], for the block anchored at token i, its row j: RIGHT where the
-        guess of that rank is the answer's token i + j + 1, else a number of the rank's own.
+      guesses: int32[N, L, K, M], for row j of the block anchored at token i: CORRECT where the
+        guess of that rank is the answer's token i + j + 1, else an id that stands for the rank.
       log_probs: float32[N, L, K, M].
     """
 
@@ -55,15 +56,15 @@ def record(
     """Run a block of `block` rows at each token of each answer.
 
     Args:
-      model: whose drafting view guesses.
-      prompts, answers: ids; the answers are the model's own, greedy.
+      model: the one whose drafting view guesses.
+      prompts, answers: ids; the answers are the model's own greedy ones.
       block: from 2 to the trained K.
     """
     inner, weights = model.engine.model, model.params
     choices = min(CHOICES, model.config.vocab_size)
     longest = max(map(len, answers))
     shape = (len(answers), longest, block, choices)
-    found, log_probs = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
+    guesses, log_probs = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
     slots = bucket(max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)))
     for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids = np.zeros((1, slots), np.int32)
@@ -75,10 +76,10 @@ def record(
             tokens, probs = (np.asarray(x)[: len(answer) - first] for x in rows)
             target = np.minimum(at[: len(tokens), None] + 1 + np.arange(block), slots - 1)
             equal = tokens == ids[0, target][..., None]
-            ranks = RIGHT + 1 + np.arange(choices)
-            found[n, first : first + len(tokens)] = np.where(equal, RIGHT, ranks)
+            ranks = CORRECT + 1 + np.arange(choices)
+            guesses[n, first : first + len(tokens)] = np.where(equal, CORRECT, ranks)
             log_probs[n, first : first + len(tokens)] = probs
-    return Recording(np.array([len(a) for a in answers], np.int32), found, log_probs)
+    return Recording(np.array([len(a) for a in answers], np.int32), guesses, log_probs)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -98,14 +99,14 @@ def _guesses(
     segment = Segment(flat(tokens), flat(at[:, None] + offset), View.DIFFUSION, block=block)
     (hidden,), _ = model.forward(weights, [segment], cache)
     scores = jax.nn.log_softmax(model.logits(weights, hidden), axis=-1)
-    found = likeliest(scores, min(CHOICES, scores.shape[-1]))
-    probs = jnp.take_along_axis(scores, found, axis=-1)
+    likeliest_ids = likeliest(scores, min(CHOICES, scores.shape[-1]))
+    probs = jnp.take_along_axis(scores, likeliest_ids, axis=-1)
     by_block = lambda x: x.reshape(len(at), block, -1)
-    return by_block(found), by_block(probs)
+    return by_block(likeliest_ids), by_block(probs)
 
 
 class NoCache(struct.PyTreeNode):
-    """Nothing is kept: what a row says follows from its position."""
+    """An empty cache: the replay model's output depends on position alone."""
 
     def compact(self, first: jax.Array, rows: jax.Array) -> "NoCache":
         """Return itself."""
@@ -114,58 +115,58 @@ class NoCache(struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class RecordedModel:
-    """`decode.DecodingModel` by recording. All of an answer is RIGHT, from position 1 on.
+class ReplayModel:
+    """A `decode.DecodingModel` of a recording: every answer is CORRECT from position 1 on.
 
-    A hidden state is the M guesses of a row and their log-probabilities. Where a block stands on
-    text that did not come about, it says what it would say on the text that did: nothing looks.
+    A hidden state is the M guesses of a row and their log-probabilities. A block anchored on
+    rejected text returns the guesses for the accepted text: no loop reads them.
     """
 
     config: ModelConfig
 
     def init_cache(self, batch: int, slots: int) -> NoCache:
-        """A cache of nothing."""
+        """Return an empty cache."""
         del batch, slots
         return NoCache()
 
     def forward(
         self, params: Any, segments: list[Segment], cache: NoCache
     ) -> tuple[list[jax.Array], NoCache]:
-        """Look up what each row says."""
+        """Look up the guesses of each row."""
         hidden = []
         for segment in segments:
             anchors = segment.positions
             if segment.view is View.AR:
                 rank = jnp.arange(params["guesses"].shape[3])
-                said = jnp.concatenate([rank + RIGHT, jnp.where(rank == 0, 0.0, -jnp.inf)])
-                hidden.append(jnp.broadcast_to(said, (*anchors.shape, len(said))))
+                row = jnp.concatenate([rank + CORRECT, jnp.where(rank == 0, 0.0, -jnp.inf)])
+                hidden.append(jnp.broadcast_to(row, (*anchors.shape, len(row))))
                 continue
             index = jnp.clip(anchors[:, :: segment.block] - 1, 0, params["guesses"].shape[1] - 1)
             take = lambda x, i=index: jnp.take_along_axis(x, i[..., None, None], axis=1)
-            said, log_probs = take(params["guesses"]), take(params["log_probs"])
-            both = jnp.concatenate([said.astype(jnp.float32), log_probs], axis=-1)
+            guesses, log_probs = take(params["guesses"]), take(params["log_probs"])
+            both = jnp.concatenate([guesses.astype(jnp.float32), log_probs], axis=-1)
             hidden.append(both.reshape(*anchors.shape, -1))
         return hidden, cache
 
     def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
-        """Log-probabilities of the guesses; what they leave is shared by ids that none is."""
+        """Log-probabilities of the guesses; filler ids, never guessed, share the rest."""
         tokens, log_probs = jnp.split(hidden, 2, axis=-1)
         left = jnp.maximum(1 - jnp.exp(log_probs).sum(-1, keepdims=True), 1e-30)
-        filler = jnp.minimum(jnp.log(left / FILLERS), log_probs.min(-1, keepdims=True) - 1e-3)
-        is_it = tokens[..., None] == jnp.arange(tokens.shape[-1] + RIGHT + 1)
-        scores = jnp.where(is_it, log_probs[..., None], -jnp.inf).max(axis=-2)
-        return jnp.concatenate([scores, jnp.repeat(filler, FILLERS, axis=-1)], axis=-1)
+        filler = jnp.minimum(jnp.log(left / FILLER_IDS), log_probs.min(-1, keepdims=True) - 1e-3)
+        matches = tokens[..., None] == jnp.arange(tokens.shape[-1] + CORRECT + 1)
+        scores = jnp.where(matches, log_probs[..., None], -jnp.inf).max(axis=-2)
+        return jnp.concatenate([scores, jnp.repeat(filler, FILLER_IDS, axis=-1)], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a cycle went along the recorded answers.
+class ReplayResult:
+    """Tokens, forwards and acceptance of a strategy along the recorded answers.
 
     Attributes:
       tokens, forwards: int[N], of each answer, its prefill counted.
-      accepted: mean drafts emitted a verification.
-      hits: of the verifications after the first, the share with a draft made for what came of the
-        one before; 1 where drafts are not made ahead.
+      accepted: mean drafts emitted per verification.
+      hits: of the verifications after the first, the share whose draft was made for the actual
+        outcome of the one before; 1 where drafts are not made ahead.
     """
 
     tokens: np.ndarray
@@ -174,16 +175,16 @@ class Outcome:
     hits: float
 
 
-def simulate(recording: Recording, cycle: str, scheme: Scheme) -> Outcome:
-    """Decode the recorded answers by a cycle of engine.CYCLES, or by "ar"."""
+def simulate(recording: Recording, cycle: str, scheme: Scheme) -> ReplayResult:
+    """Decode the recorded answers with a cycle of engine.CYCLES, or "ar"."""
     choices = recording.guesses.shape[3]
     config = ModelConfig(
-        vocab_size=choices + RIGHT + 1 + FILLERS,
+        vocab_size=choices + CORRECT + 1 + FILLER_IDS,
         hidden_size=2, intermediate_size=2, num_hidden_layers=1,
         num_attention_heads=1, num_key_value_heads=1, head_dim=2,
         block_size=recording.block_size, mask_token_id=0,
     )  # fmt: skip
-    model = RecordedModel(config)
+    model = ReplayModel(config)
     params = {"guesses": recording.guesses, "log_probs": recording.log_probs}
     params = jax.tree.map(jnp.asarray, params)
     batch, longest = recording.guesses.shape[:2]
@@ -201,23 +202,23 @@ def simulate(recording: Recording, cycle: str, scheme: Scheme) -> Outcome:
         state = ahead.two_forward_decode(model, params, state, scheme=scheme)
     else:
         state = state.replace(ahead=scheme.nothing(batch))
-        return _outcome(*_watched(model, params, state, scheme), forwards=1)
-    return _outcome(state, 1.0, forwards=1 if cycle == "ar" else 2)
+        return _result(*_decode_counting_hits(model, params, state, scheme), forwards=1)
+    return _result(state, 1.0, forwards=1 if cycle == "ar" else 2)
 
 
-def _watched(
-    model: RecordedModel, params: Any, state: decode.DecodeState, scheme: Scheme
+def _decode_counting_hits(
+    model: ReplayModel, params: Any, state: decode.DecodeState, scheme: Scheme
 ) -> tuple[decode.DecodeState, float]:
-    """Decode cycle by cycle; see which drafts are a block's own, and not what was left."""
+    """Decode cycle by cycle; count the drafts that come from a block made for that outcome."""
     hits = cycles = 0
-    known = _believed(np.asarray(params["log_probs"]), scheme.trust)
+    probs = _likeliest_probs(np.asarray(params["log_probs"]), scheme.trust)
     rows = np.arange(len(state.done))
     while not state.done.all():
         state = ahead.one_forward_decode(model, params, state, scheme=scheme, cycles=jnp.int32(1))
         going = ~np.asarray(state.done)
         index = np.asarray(state.position) - 1  # the anchor's, in its answer
-        early = known[rows, np.clip(index - 1, 0, known.shape[1] - 1)][:, 1:]
-        fresh = known[rows, np.minimum(index, known.shape[1] - 1)][:, :-1]
+        early = probs[rows, np.clip(index - 1, 0, probs.shape[1] - 1)][:, 1:]
+        fresh = probs[rows, np.minimum(index, probs.shape[1] - 1)][:, :-1]
         drafted = np.asarray(state.ahead.probs)[:, : early.shape[1], 0]
         hit = [np.isclose(drafted, by, rtol=0.02, atol=1e-6) for by in (early, fresh)]
         hits += ((hit[0].all(axis=1) | hit[1].all(axis=1)) & going).sum()
@@ -225,19 +226,18 @@ def _watched(
     return state, hits / max(cycles, 1)
 
 
-def _believed(log_probs: np.ndarray, trust: float) -> np.ndarray:
-    """The likeliest guesses' probabilities as ahead.guess finds them in RecordedModel.logits."""
+def _likeliest_probs(log_probs: np.ndarray, trust: float) -> np.ndarray:
+    """The likeliest guesses' probabilities, which ahead.guess computes from the logits."""
     left = np.maximum(1 - np.exp(log_probs).sum(-1), 1e-30)
-    filler = np.minimum(np.log(left / FILLERS), log_probs.min(-1) - 1e-3)
-    mass = np.exp(log_probs / trust).sum(-1) + FILLERS * np.exp(filler / trust)
+    filler = np.minimum(np.log(left / FILLER_IDS), log_probs.min(-1) - 1e-3)
+    mass = np.exp(log_probs / trust).sum(-1) + FILLER_IDS * np.exp(filler / trust)
     return np.exp(log_probs[..., 0] / trust) / np.maximum(mass, 1e-30)
 
 
-def _outcome(state: decode.DecodeState, hits: float, forwards: int) -> Outcome:
-    accepted = np.asarray(state.accepted)
-    return Outcome(
+def _result(state: decode.DecodeState, hits: float, forwards: int) -> ReplayResult:
+    return ReplayResult(
         tokens=np.asarray(state.count),
         forwards=1 + forwards * np.asarray(state.cycles),
-        accepted=float(accepted[accepted >= 0].mean()),
+        accepted=acceptance_length(row[row >= 0].tolist() for row in np.asarray(state.accepted)),
         hits=float(hits),
     )

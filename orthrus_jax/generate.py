@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from orthrus_jax import machine, planner, tune
+from orthrus_jax import machine, planner
 from orthrus_jax.checkpoint import load_checkpoint
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import MODES, Answer, Engine, Memory, Plan, Request
@@ -326,7 +326,7 @@ def load(
     """Load a Qwen3 or Orthrus checkpoint, from a directory or a hub id, with its tokenizer.
 
     A plain Qwen3 gets a diffusion view that copies its attention: exact, and slow until trained.
-    The draft length that orthrus_jax.tune measured on this kind of device, if any, is the default.
+    The default draft length is the one that eval.calibrate measured on this kind of device, if any.
 
     Args:
       source: directory or "owner/name".
@@ -339,14 +339,15 @@ def load(
     """
     checkpoint = load_checkpoint(source, dtype=dtype, mesh=mesh)
     tokenizer = load_tokenizer(checkpoint.directory)
+    calibration = planner.load(checkpoint.directory)
     return Generator(
         checkpoint.config,
         checkpoint.params,
         tokenizer,
         trained=checkpoint.trained,
-        draft_length=tune.preferred(checkpoint.directory, checkpoint.config.block_size),
+        draft_length=planner.preferred_draft_length(calibration, checkpoint.config.block_size),
         mesh=mesh,
-        calibration=planner.load(checkpoint.directory),
+        calibration=calibration,
     )
 
 

@@ -1,9 +1,11 @@
-"""Split a budget of rows among drafts and blocks: which cycle says most tokens a second here.
+"""Choose the cycle and draft length with the highest expected tokens per second on this device.
 
 Up to a device's ridge a forward of many rows costs little more than one of few; beyond it, or in a
-batch, rows are paid for. `eval.calibrate` measures both sides and keeps them beside the model in
-calibration.json: what each way to spend rows earns (tokens a forward, a property of the model) and
-what a forward costs (by rows and batch, a property of the device). Without the file, a rule.
+batch, every row adds cost. `eval.calibrate` measures and keeps beside the model, in
+calibration.json, any of three parts: tokens per forward of each way to spend rows (a property of
+the model), milliseconds per forward by rows and batch (a property of the device), and tokens/s of
+the paper's cycle by draft length (of both). This module is the file's one reader and writer.
+Without measured acceptance a rule chooses. Knows nothing of how the measuring is done.
 """
 
 import bisect
@@ -37,7 +39,7 @@ class Split:
 
     @property
     def scheme(self) -> Scheme:
-        """The same, as the loops of ahead.py are told."""
+        """The same, as the loops of ahead.py take it."""
         return Scheme(self.draft_length, self.tree_nodes, self.early_blocks, self.fresh_blocks)
 
     @property
@@ -65,14 +67,14 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Earned:
-    """A split and what it was measured to earn.
+    """A split and its measured tokens per forward.
 
     Attributes:
       tokens_per_forward: mean over prompts, prefill counted.
       interval: its 95 % interval.
       pooled: all tokens over all forwards.
-      accepted: drafts emitted a verification.
-      hits: share of drafts that were made for the very outcome that came about.
+      accepted: drafts emitted per verification.
+      hits: share of drafts that were made for exactly the outcome that occurred.
     """
 
     split: Split
@@ -84,35 +86,76 @@ class Earned:
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibration:
-    """A model's calibration.json.
+class LengthRates:
+    """Tokens per second of the paper's cycle by draft length, on one kind of device.
 
     Attributes:
-      earned: of each split that was measured.
-      cost: device kind -> batch -> [(rows, milliseconds), ...], rows ascending.
-      about: how it was measured: prompts, tokens, their digest.
-      trust: see ahead.Scheme; what earned most.
+      draft_length: the fastest.
+      tokens_per_second: by draft length.
     """
 
-    earned: tuple[Earned, ...]
-    cost: dict[str, dict[int, list[tuple[int, float]]]]
-    about: dict[str, Any]
+    draft_length: int
+    tokens_per_second: dict[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """A model's calibration.json; each part may be empty.
+
+    Attributes:
+      earned: acceptance, one entry per measured split.
+      cost: device kind -> batch -> [(rows, milliseconds), ...], rows ascending.
+      about: how acceptance was measured: prompts, tokens, their digest.
+      trust: see ahead.Scheme; the one with the most tokens per forward.
+      draft_length: device kind -> rates by draft length.
+    """
+
+    earned: tuple[Earned, ...] = ()
+    cost: dict[str, dict[int, list[tuple[int, float]]]] = dataclasses.field(default_factory=dict)
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
     trust: float = 1.0
+    draft_length: dict[str, LengthRates] = dataclasses.field(default_factory=dict)
 
     def save(self, directory: str | pathlib.Path) -> pathlib.Path:
-        """Write the file beside the model."""
+        """Write the parts that are not empty beside the model; return the file's path."""
         path = pathlib.Path(directory) / FILE
-        found: dict[str, Any] = {"about": self.about, "trust": self.trust, "earned": []}
-        for each in self.earned:
-            plain = dataclasses.asdict(each)
-            found["earned"].append(plain.pop("split") | {"rows": each.split.rows} | plain)
-        found["cost"] = self.cost
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        content: dict[str, Any] = {}
+        if self.earned:
+            content = {"about": self.about, "trust": self.trust, "earned": []}
+        for measured in self.earned:
+            fields = dataclasses.asdict(measured)
+            content["earned"].append(fields.pop("split") | {"rows": measured.split.rows} | fields)
+        if self.cost:
+            content["cost"] = self.cost
+        if self.draft_length:
+            content["draft_length"] = {
+                kind: dataclasses.asdict(rates) for kind, rates in self.draft_length.items()
+            }
+        part = path.with_name(f"{FILE}.part")
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(path)
         return path
 
 
+def check_writable(directory: str | pathlib.Path) -> None:
+    """Check that calibration.json can be written, before the minutes that measuring takes.
+
+    Raises:
+      UserError: naming the file.
+    """
+    path = pathlib.Path(directory) / FILE
+    part = path.with_name(f"{FILE}.part")
+    try:
+        part.write_text("")
+        part.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): the measurements are kept there"
+        ) from None
+
+
 def load(directory: str | pathlib.Path) -> Calibration | None:
-    """Read a model's calibration; None where there is none.
+    """Read a model's calibration; None if it has none.
 
     Raises:
       UserError: for a damaged file.
@@ -120,33 +163,69 @@ def load(directory: str | pathlib.Path) -> Calibration | None:
     path = pathlib.Path(directory) / FILE
     if not path.exists():
         return None
-    names = [field.name for field in dataclasses.fields(Split)]
     try:
-        found = json.loads(path.read_text())
-        earned = tuple(
-            Earned(
-                Split(*(each[name] for name in names)),
-                *(float(each["tokens_per_forward"]), tuple(each["interval"])),
-                *(float(each[name]) for name in ("pooled", "accepted", "hits")),
-            )
-            for each in found["earned"]
-        )
+        content = json.loads(path.read_text())
+        about: dict[str, Any] = {}
+        trust, earned = 1.0, tuple[Earned, ...]()
+        if "earned" in content:
+            about, trust = dict(content["about"]), float(content["trust"])
+            earned = tuple(map(_earned, content["earned"]))
         cost = {
             kind: {
                 int(b): [(int(r), float(ms)) for r, ms in points] for b, points in curves.items()
             }
-            for kind, curves in found["cost"].items()
+            for kind, curves in content.get("cost", {}).items()
         }
-        return Calibration(earned, cost, dict(found["about"]), float(found["trust"]))
+        lengths = {
+            kind: LengthRates(
+                int(entry["draft_length"]),
+                {int(k): float(rate) for k, rate in entry["tokens_per_second"].items()},
+            )
+            for kind, entry in content.get("draft_length", {}).items()
+        }
+        return Calibration(earned, cost, about, trust, lengths)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): delete it or run eval.calibrate"
         ) from None
 
 
+def _earned(entry: dict[str, Any]) -> Earned:
+    return Earned(
+        Split(*(entry[field.name] for field in dataclasses.fields(Split))),
+        *(float(entry["tokens_per_forward"]), tuple(entry["interval"])),
+        *(float(entry[name]) for name in ("pooled", "accepted", "hits")),
+    )
+
+
+def preferred_draft_length(
+    calibration: Calibration | None, block_size: int, kind: str | None = None
+) -> int | None:
+    """The fastest draft length measured on this kind of device; None if none was measured.
+
+    Args:
+      calibration: the model's, or None.
+      block_size: the trained K.
+      kind: device kind; None is this machine's.
+
+    Raises:
+      UserError: for a length that the model cannot draft.
+    """
+    lengths = {} if calibration is None else calibration.draft_length
+    rates = lengths.get(kind or jax.devices()[0].device_kind)
+    if rates is None:
+        return None
+    if not 2 <= rates.draft_length <= block_size:
+        raise UserError(
+            f"{FILE}: draft_length={rates.draft_length} must be from 2 to {block_size}; "
+            "delete the file and run eval.calibrate --only draft-length again"
+        )
+    return rates.draft_length
+
+
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What the planner chose, and why, in a sentence."""
+    """The chosen split, and the reason in a sentence."""
 
     split: Split
     why: str
@@ -155,11 +234,11 @@ class Choice:
 def choose(
     calibration: Calibration | None, rows: int, batch: int, block_size: int, kind: str | None = None
 ) -> Choice:
-    """The split of at most `rows` rows a forward that should say most tokens a second.
+    """The split of at most `rows` rows per forward with the most expected tokens per second.
 
     Args:
       calibration: the model's, or None.
-      rows: of one prompt's largest forward, at least 1.
+      rows: of one prompt in the largest forward, at least 1.
       batch: prompts decoded together.
       block_size: the trained K.
       kind: device kind; None is this machine's.
@@ -171,30 +250,30 @@ def choose(
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
     kind = kind or jax.devices()[0].device_kind
-    if calibration is None:
+    if calibration is None or not calibration.earned:
         return _by_rule(rows, batch, block_size, kind)
     curves = calibration.cost.get(kind)
-    of = (lambda n: _cost(curves, batch, n)) if curves else (lambda n: roofline(kind, batch * n))
+    cost = (lambda n: _cost(curves, batch, n)) if curves else (lambda n: roofline(kind, batch * n))
     source = "measured here" if curves else f"estimated: {kind} was not calibrated"
-    price = lambda e: sum(map(of, e.split.forwards)) / len(e.split.forwards) / of(1)
+    price = lambda e: sum(map(cost, e.split.forwards)) / len(e.split.forwards) / cost(1)
     speed = {e: e.pooled / price(e) for e in calibration.earned if e.split.rows <= rows}
     best = max(speed, key=speed.__getitem__, default=None)
     if best is None or speed[best] <= 1:
         gain = f"the best drafting split gives {speed[best]:.2f}" if best else "none fits"
         return Choice(
             Split("ar"),
-            f"one token a forward is fastest with {rows} rows at batch {batch}: {gain} of its "
+            f"one token per forward is fastest with {rows} rows at batch {batch}: {gain} of its "
             f"speed (costs {source})",
         )
     return Choice(
         best.split,
-        f"{best.pooled:.2f} tokens a forward at {price(best):.2f} times the cost of one row, "
+        f"{best.pooled:.2f} tokens per forward at {price(best):.2f} times the cost of one row, "
         f"{speed[best]:.2f} times AR's speed (costs {source})",
     )
 
 
 def roofline(kind: str, rows: int) -> float:
-    """A forward's time by rows, in forwards of one row: 1 up to the ridge, then in proportion."""
+    """A forward's time in units of a one-row forward: 1 up to the ridge, then in proportion."""
     return max(1.0, rows / _ridge(kind))
 
 
@@ -203,11 +282,13 @@ def _ridge(kind: str) -> int:
 
 
 def _by_rule(rows: int, batch: int, block: int, kind: str) -> Choice:
-    """No calibration: fill what is free, seven rows in ten with early blocks, with a tree else."""
+    """Without measured acceptance: fill the free rows, 70 % with early blocks, 30 % with a tree."""
     free = min(rows, _ridge(kind) // batch)
     early = max(1, int(0.7 * free / block))
     nodes = free - 1 - early * block
-    note = f"by rule: about {free} rows are free on {kind} at batch {batch}; no {FILE}"
+    note = (
+        f"by rule: about {free} rows are free on {kind} at batch {batch}; no acceptance in {FILE}"
+    )
     if free < 3:
         return Choice(Split("ar"), note)
     if nodes < 1:
@@ -216,14 +297,13 @@ def _by_rule(rows: int, batch: int, block: int, kind: str) -> Choice:
 
 
 def _cost(curves: dict[int, list[tuple[int, float]]], batch: int, rows: int) -> float:
-    """Milliseconds of a forward, between measured points; a batch in between goes by its rows."""
-    at = min(curves, key=lambda b: (abs(b - batch), b))
-    points = curves[at]
-    return interpolated(points, rows * batch / at)
+    """Milliseconds of a forward, on the nearest measured batch's curve at equal rows in all."""
+    nearest = min(curves, key=lambda b: (abs(b - batch), b))
+    return interpolated(curves[nearest], rows * batch / nearest)
 
 
 def interpolated(points: Sequence[tuple[int, float]], rows: float) -> float:
-    """Linear between points and, by the last two, beyond them."""
+    """Linear between points and, through the last two, beyond them."""
     if len(points) == 1:
         return points[0][1]
     right = min(max(bisect.bisect_left([n for n, _ in points], rows), 1), len(points) - 1)
