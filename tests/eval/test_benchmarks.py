@@ -54,7 +54,7 @@ HUB_ROWS = {
     },
     "mt_bench": {"prompt": ["Hi", "Why?"], "prompt_id": 7, "category": "writing", "reference": []},
     "spec_bench": {"question_id": 81, "category": "rag", "turns": ["Hi"]},
-    "demo_problems": {"question": "1+1?", "answer": "2", "operations": 1},
+    "demo": {"question": "1+1?", "answer": "2", "operations": 1},
 }
 MALFORMED = [
     "",
@@ -313,7 +313,7 @@ def test_a_sandbox_that_does_not_work_is_told_before_anything_is_decoded(monkeyp
     monkeypatch.setattr(benchmarks, "run_program", broken)
     with pytest.raises(UserError, match="an empty program cannot be run here: b"):
         BENCHMARKS["humaneval"].ready()
-    killed = sandbox.Outcome("memory", "no room")
+    killed = sandbox.SandboxResult("memory", "no room")
     monkeypatch.setattr(benchmarks, "run_program", lambda *_, **__: killed)
     with pytest.raises(UserError, match="memory: no room"):
         BENCHMARKS["mbpp"].ready()

@@ -424,13 +424,13 @@ def flat(right: bool) -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def judge(monkeypatch):
+def worker(monkeypatch):
     """A process of the test's own, with a short limit."""
-    judge = grading._Judge()
-    monkeypatch.setattr(grading, "_judge", judge)
+    worker = grading._Worker()
+    monkeypatch.setattr(grading, "_worker", worker)
     monkeypatch.setattr(grading, "SECONDS", 1.0)
-    yield judge
-    judge.close()
+    yield worker
+    worker.close()
 
 
 def test_the_table_is_large_and_says_nothing_twice():
@@ -543,7 +543,7 @@ def test_a_very_long_text_is_read_in_no_time():
     assert time.perf_counter() - begin < 60  # quadratic time would be hours
 
 
-def test_a_comparison_without_end_is_stopped_and_the_next_one_is_graded(judge):
+def test_a_comparison_without_end_is_stopped_and_the_next_one_is_graded(worker):
     assert grade_math(in_box(r"\frac12"), "0.5").correct
     begin = time.perf_counter()
     grade = grade_math(in_box("9^{9^{9^{9}}}"), r"\frac12")
@@ -552,16 +552,16 @@ def test_a_comparison_without_end_is_stopped_and_the_next_one_is_graded(judge):
     assert grade_math(in_box(r"\frac12"), "0.5").correct
 
 
-def test_a_process_that_died_is_replaced(judge):
+def test_a_process_that_died_is_replaced(worker):
     assert grade_math(in_box(r"\frac12"), "0.5").correct
-    judge._process.kill()
-    judge._process.wait()
+    worker._process.kill()
+    worker._process.wait()
     assert grade_math(in_box(r"\frac12"), "0.5").correct
 
 
-def test_an_interrupted_question_is_not_answered_to_the_next(judge, monkeypatch):
+def test_an_interrupted_question_is_not_answered_to_the_next(worker, monkeypatch):
     assert grade_math(in_box(r"\frac12"), "0.5").correct
-    process, stdout = judge._process, judge._process.stdout
+    process, stdout = worker._process, worker._process.stdout
 
     class Interrupted:
         close = stdout.close
@@ -592,18 +592,18 @@ def test_many_threads_may_grade_at_once():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_leaves_its_parents_process_alone(judge):
+def test_a_forked_child_leaves_its_parents_process_alone(worker):
     assert grade_math(in_box(r"\frac12"), "0.5").correct
-    before = judge._process.pid
-    judge._owner = -1  # what a fork's child sees
+    before = worker._process.pid
+    worker._owner = -1  # what a fork's child sees
     assert grade_math(in_box(r"\frac12"), "0.5").correct
-    assert judge._process.pid != before
+    assert worker._process.pid != before
     os.kill(before, 0)  # still there
     os.kill(before, 9)
     os.waitpid(before, 0)
 
 
-def test_a_missing_math_verify_is_told_in_one_line(judge, monkeypatch, tmp_path):
+def test_a_missing_math_verify_is_told_in_one_line(worker, monkeypatch, tmp_path):
     monkeypatch.setattr(grading, "WORKER", tmp_path / "absent.py")
     with pytest.raises(UserError, match="pip install 'math-verify"):
         grade_math(in_box(r"\frac12"), "0.5")
@@ -701,7 +701,7 @@ def test_every_gold_answer_of_math_500_is_right_without_exception():
         assert grade_math(problem["solution"], gold).correct, gold  # as its author boxed it
         # And to math-verify alone, though equal spellings never get that far.
         tidy = grading._tidy(gold)
-        assert grading._judge.ask(tidy, tidy) == "yes", gold
+        assert grading._worker.ask(tidy, tidy) == "yes", gold
 
 
 @needs_data

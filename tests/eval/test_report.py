@@ -137,6 +137,17 @@ def test_acceptance_and_tokens_per_forward_pooled_and_of_each_question():
     assert "acceptance_length" not in ar
 
 
+def test_drafts_accepted_beyond_the_block_are_counted():
+    """K = 4, but a tree or blocks drafted ahead had 5 drafts accepted in a cycle."""
+    rows = [both("a", [2, 5, 3]), both("b", [0])]
+    figures = numbers(recipe(), rows)["loops"]["orthrus"]
+    assert figures["acceptance_length"] == pytest.approx(10 / 4)
+    assert figures["acceptance_by_position"] == [0.75, 0.75, 0.5, 0.25, 0.25]
+    assert figures["accepted_distribution"] == [0.25, 0, 0.25, 0.25, 0, 0.25]
+    assert sum(figures["acceptance_by_position"]) == pytest.approx(figures["acceptance_length"])
+    assert sum(figures["accepted_distribution"]) == pytest.approx(1)
+
+
 def test_a_question_of_several_answers_is_one_question():
     """Samples and turns are pooled inside their question: 3 + 9 tokens in 3 + 7 forwards."""
     answers = [answer("orthrus", [1]), answer("orthrus", [2, 0, 3], turn=1)]

@@ -1,5 +1,5 @@
-"""Programs that try everything they may not: each is stopped and reported, nothing of it remains,
-and the next one runs. The kernel's layers are also tried alone, with the audit hook off."""
+"""Programs that try every forbidden thing: each is stopped and reported, nothing of it remains, and
+the next one runs. The kernel's layers are also tried alone, with the audit hook off."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import time
 import pytest
 
 from eval import sandbox
-from eval.sandbox import Outcome, check_humaneval, check_mbpp, program_of, run_program
+from eval.sandbox import SandboxResult, check_humaneval, check_mbpp, program_of, run_program
 from orthrus_jax.errors import UserError
 from tests.helpers import DATA
 
@@ -62,15 +62,15 @@ def nothing_remains():
     assert not own_processes()
 
 
-def run(source: str, **limits) -> Outcome:
+def run(source: str, **limits) -> SandboxResult:
     """Run a program, and after it one that must not notice."""
     found = run_program(textwrap.dedent(source), **{"seconds": 20} | limits)
-    assert run_program("assert 1 + 1 == 2", seconds=60) == Outcome("passed")
+    assert run_program("assert 1 + 1 == 2", seconds=60) == SandboxResult("passed")
     return found
 
 
 def test_a_program_that_ends_has_passed():
-    assert run("print('hello')\nassert sorted([2, 1]) == [1, 2]") == Outcome("passed")
+    assert run("print('hello')\nassert sorted([2, 1]) == [1, 2]") == SandboxResult("passed")
     assert run("").passed
 
 
@@ -125,7 +125,7 @@ def test_a_program_without_end_is_stopped(source):
 
 def test_a_thread_left_behind_does_not_hold_up_the_end():
     source = "import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()"
-    assert run(source) == Outcome("passed")
+    assert run(source) == SandboxResult("passed")
 
 
 @needs_linux
@@ -263,7 +263,7 @@ def test_the_kernel_refuses_a_write_outside_by_itself(source, namespaces, tmp_pa
 
 def test_in_namespaces_other_processes_are_out_of_sight(namespaces):
     source = "import os\nassert [n for n in os.listdir('/proc') if n.isdecimal()] == ['1']"
-    assert run(source) == Outcome("passed")
+    assert run(source) == SandboxResult("passed")
 
 
 def test_mounts_cannot_be_made_writable_again(namespaces):
@@ -275,7 +275,7 @@ def test_mounts_cannot_be_made_writable_again(namespaces):
         assert libc.umount2(b"/proc", 2) != 0
     """
     found = sandbox._run(textwrap.dedent(source), 20, 1024, namespaces=True, audit=False)
-    assert found == Outcome("passed")
+    assert found == SandboxResult("passed")
 
 
 def test_the_working_directory_is_writable_and_goes_away():
@@ -295,7 +295,7 @@ def test_the_working_directory_is_writable_and_goes_away():
         open("/dev/null", "w").write("x")
         os.mkdir("left", mode=0)
     """
-    assert run(source) == Outcome("passed")
+    assert run(source) == SandboxResult("passed")
 
 
 @pytest.mark.parametrize("within", [False, True])
@@ -316,7 +316,7 @@ def test_many_files_do_not_fill_the_disk(namespaces):
 
 
 def test_output_is_capped():
-    assert run("for _ in range(100): print('x' * 1_000_000)") == Outcome("passed")
+    assert run("for _ in range(100): print('x' * 1_000_000)") == SandboxResult("passed")
     found = run("import sys\nfor _ in range(9): sys.stderr.write('x' * 1_000_000)\n1 / 0")
     assert found.status == "failed"
     assert len(found.stderr) <= sandbox.TAIL_BYTES
@@ -361,7 +361,7 @@ def test_a_program_sees_no_environment_no_input_and_no_packages(monkeypatch):
 
         assert Point(1).x == 1
     """
-    assert run(source) == Outcome("passed")
+    assert run(source) == SandboxResult("passed")
 
 
 def test_sets_of_words_have_one_order_in_all_runs():
