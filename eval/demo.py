@@ -55,6 +55,16 @@ def cycle_cost(config: ModelConfig, weights: Params, block_size: int) -> dict[st
     return {"parameters": params.count(params.split(weights)[0]), **cost}
 
 
+def _costs(model: Generator, block_size: int) -> dict[str, Any]:
+    """The cost table: `cycle_cost` of this model, and of a larger one with random weights."""
+    larger = dataclasses.replace(model.config, **LARGER)
+    random = params.init(Model(larger), jax.random.key(0))
+    return {
+        "cost": cycle_cost(model.config, model.params, block_size),
+        "cost_of_larger_shape": cycle_cost(larger, random, block_size),
+    }
+
+
 def summarize(results: Sequence[Row]) -> dict[str, Any]:
     """The figures of the report from `metrics.numbers` of each repeat.
 
@@ -156,23 +166,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out = str(out if turn == 1 else out / f"repeat-{turn}")
         results.append(harness.measure(BENCHMARKS["demo"], args, model))
     figures = summarize(results)
+    figures |= _costs(model, figures["block_size"])
     training: list[dict[str, Any]] = []
-    stages: dict[str, Any] = {"seconds": {}}
+    seconds: dict[str, float] = {}
     if finished:
         stages = json.loads((run / "train.json").read_text())
-        lines = (run / "train.jsonl").read_text().split("\n")
-        training = [json.loads(line) for line in lines if line]
         figures |= {name: stages[name] for name in ("base_parameters", "trained_parameters")}
+        seconds = stages["seconds"]
+        lines = (run / "train.jsonl").read_text(encoding="utf-8").split("\n")
+        training = [json.loads(line) for line in lines if line]
     if rates is not None:
         figures["tokens_per_second_by_block_size"] = rates.tokens_per_second
-    larger = dataclasses.replace(model.config, **LARGER)
-    random = params.init(Model(larger), jax.random.key(0))
-    figures["cost"] = cycle_cost(model.config, model.params, figures["block_size"])
-    figures["cost_of_larger_shape"] = cycle_cost(larger, random, figures["block_size"])
-    figures["seconds"] = stages["seconds"] | {"measure": time.perf_counter() - begin}
+    figures["seconds"] = seconds | {"measure": time.perf_counter() - begin}
     where = run if finished else out
     report.write(where / "report.json", json.dumps(figures, indent=2) + "\n")
     draw(where / "report.png", figures, training)
+    if not finished:
+        print(report.text({out.name: results[0]}), end="\n\n")
     print(text(figures, args))
     print(f"written: {where / 'report.json'}, {where / 'report.png'}, {out / report.PAGE}")
 
@@ -208,6 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", dest="limit", type=positive, metavar="N", help="the same as --limit; default: "
         f"{PROMPTS}")  # fmt: skip
     add("--repeats", type=positive, default=3, metavar="N", help="default: %(default)s")
+    parser.description = "Measure the demo: both loops, greedy, float32 unless --dtype is given."
     parser.set_defaults(model=None, limit=PROMPTS, dtype="float32")
     return parser
 
