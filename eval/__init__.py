@@ -1,1 +1,1 @@
-"""Measurements of decoding: each command says what it ran, on what, and what it saw."""
+"""Measurements of decoding: benchmarks, exactness, speed, calibration."""

@@ -1,7 +1,7 @@
-r"""What is asked and what counts as right: the benchmarks, their files, prompts and graders.
+r"""The benchmarks: their files, prompts and graders.
 
 A row of a file, with the fields of its source or of the hub's copy, becomes a `Problem`. Prompts of
-mathematics are the Qwen3 model cards'. Knows nothing of models, runs or numbers.
+mathematics are the Qwen3 model cards'. Knows nothing of models, runs or figures.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from eval.grading import Grade, grade_integer, grade_math
-from eval.sandbox import Outcome, check_humaneval, check_mbpp, run_program
+from eval.sandbox import SandboxResult, check_humaneval, check_mbpp, run_program
 from orthrus_jax.errors import UserError
 from train.problems import boxed, problems
 
@@ -25,8 +25,8 @@ HUMANEVAL = "Complete this Python function. Answer with the whole function, and 
 it needs, in one ```python block.\n\n```python\n{prompt}\n```"
 MBPP = "{text}\nThe code has to pass these tests:\n\n```python\n{tests}\n```\n\nAnswer with the \
 whole code, and with every import it needs, in one ```python block."
-DEMO_SEED, DEMO_PROBLEMS = 10_002, 500  # the first of them are those that eval.demo measures
-MULTI_TURN = {  # the categories of MT-Bench, which Spec-Bench counts as one task
+DEMO_SEED, DEMO_PROBLEMS = 10_002, 500
+MULTI_TURN = {  # MT-Bench's categories, which Spec-Bench counts as one task
     *("writing", "roleplay", "reasoning", "math"),
     *("coding", "extraction", "stem", "humanities"),
 }
@@ -40,8 +40,8 @@ class Problem:
       id: unique in its benchmark.
       turns: the user's messages, at least one.
       gold: the right answer, where it is a text.
-      groups: what it is also counted under, {"level": "5"}.
-      tests: the fields that eval.sandbox needs of a programming problem.
+      groups: the groups it is also counted in, {"level": "5"}.
+      tests: of a programming problem, the fields that eval.sandbox needs.
     """
 
     id: str
@@ -52,7 +52,7 @@ class Problem:
 
 
 class Hub(NamedTuple):
-    """Where a benchmark lies on the Hugging Face hub."""
+    """A benchmark's place on the Hugging Face hub."""
 
     id: str
     split: str
@@ -66,14 +66,14 @@ class Benchmark:
     Attributes:
       name: of its command and its run directory.
       title: for people.
-      hub: None where there is no usual copy; then `made` or `source` says where rows come from.
-      read: a row as a problem; raises UserError for what is wrong with it. An id of "" stands for
-        the row's number.
-      grade: judges the final part of an answer; None where only speed is measured.
-      ready: fails early where `grade` would fail whatever the answer is.
-      runs_code: grading runs what the model wrote.
-      source: of the file, where it is not on the hub.
-      made: the rows, where they need no file.
+      hub: None if it has no usual copy there; rows then come from `generate_rows` or `source`.
+      read: turns a row into a problem; raises UserError for a bad row. An id of "" stands for the
+        row's number.
+      grade: grades the final part of an answer; None where only speed is measured.
+      ready: fails early if `grade` would fail for any answer.
+      runs_code: grading runs programs that the model wrote.
+      source: of the file, if it is not on the hub.
+      generate_rows: makes the rows, if they need no file.
     """
 
     name: str
@@ -84,11 +84,11 @@ class Benchmark:
     ready: Callable[[], Any] = lambda: None
     runs_code: bool = False
     source: str = ""
-    made: Callable[[], Iterator[Row]] | None = None
+    generate_rows: Callable[[], Iterator[Row]] | None = None
 
 
 def _value(row: Row, names: Sequence[str]) -> Any:
-    """The first of these fields that is there."""
+    """The first of these fields that the row has."""
     for name in names:
         if row.get(name) is not None:
             return row[name]
@@ -96,7 +96,7 @@ def _value(row: Row, names: Sequence[str]) -> Any:
 
 
 def _text(row: Row, *names: str) -> str:
-    """The first of these fields that is there, a text (or an integer, as a text)."""
+    """The first of these fields that the row has: a text, or an integer as a text."""
     value = _value(row, names)
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -112,11 +112,11 @@ def _text(row: Row, *names: str) -> str:
 
 
 def _texts(row: Row, *names: str) -> tuple[str, ...]:
-    """The first of these fields that is there, a list of texts with at least one in it."""
+    """The first of these fields that the row has: a list of at least one text."""
     value = _value(row, names)
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         raise UserError(f'"{names[0]}" must be a list of texts, not {value!r:.60}')
-    return tuple(_text({names[0]: each}, names[0]) for each in value)
+    return tuple(_text({names[0]: item}, names[0]) for item in value)
 
 
 def _integer(answer: str) -> str:
@@ -138,7 +138,7 @@ def read_math(row: Row) -> Problem:
 
 
 def read_gsm8k(row: Row) -> Problem:
-    """GSM8K: question, answer; the number behind the last #### is the gold answer."""
+    """GSM8K: question, answer; the number after the last #### is the gold answer."""
     gold = _text(row, "answer").rpartition("####")[2].strip()
     return Problem(id="", turns=(f"{_text(row, 'question')}\n{BOXED}",), gold=_integer(gold))
 
@@ -162,7 +162,7 @@ def read_humaneval(row: Row) -> Problem:
 def read_mbpp(row: Row) -> Problem:
     """MBPP, full (text, test_setup_code) or sanitized (prompt, test_imports): task_id, test_list.
 
-    The groups are the paper's splits: published figures are of "test".
+    The groups are the paper's splits; published figures are those of "test".
     """
     number = _text(row, "task_id")
     if not number.isdecimal():
@@ -205,57 +205,58 @@ def read_spec_bench(row: Row) -> Problem:
 
 
 def read_demo(row: Row) -> Problem:
-    """The demo's own: question, answer, and operations, how many equations it takes."""
+    """The demo: question, answer, and operations, the number of equations in the answer."""
     groups = {"operations": _text(row, "operations")}
     return Problem("", (_text(row, "question"),), _integer(_text(row, "answer")), groups)
 
 
 def _demo_rows() -> Iterator[Row]:
-    """Held-out problems of train/problems.py: no question of theirs was trained on."""
-    for made in problems("held-out", DEMO_SEED, DEMO_PROBLEMS):
-        operations = made.answer.count(" = ")
-        yield {"question": made.question, "answer": str(made.result), "operations": operations}
+    """Held-out problems of train/problems.py: none of their questions was trained on."""
+    for problem in problems("held-out", DEMO_SEED, DEMO_PROBLEMS):
+        operations = problem.answer.count(" = ")
+        answer = str(problem.result)
+        yield {"question": problem.question, "answer": answer, "operations": operations}
 
 
 def _demo(problem: Problem, text: str) -> Grade:
-    """As eval.demo grades: the last box must hold exactly the number."""
-    found = boxed(text)
-    if found is None:
+    """The last box must hold exactly the number, as train.problems.is_correct has it."""
+    answer = boxed(text)
+    if answer is None:
         return Grade(False, None, "no box")
-    return Grade(found.strip() == problem.gold, found.strip())
+    return Grade(answer.strip() == problem.gold, answer.strip())
 
 
-def _code(check: Callable[[Row, str], Outcome]) -> Callable[[Problem, str], Grade]:
-    """A grader that runs the answer; the note is how it ended and what it said last."""
+def _code(check: Callable[[Row, str], SandboxResult]) -> Callable[[Problem, str], Grade]:
+    """A grader that runs the answer; the note is its status and the end of its output."""
 
     def grade(problem: Problem, text: str) -> Grade:
-        outcome = check(problem.tests, text)
-        if outcome.passed:
+        result = check(problem.tests, text)
+        if result.passed:
             return Grade(True, None)
-        return Grade(False, None, f"{outcome.status}: {outcome.stderr[-200:]}")
+        return Grade(False, None, f"{result.status}: {result.stderr[-200:]}")
 
     return grade
 
 
 def final_part(text: str) -> str:
-    """What an answer says behind its thinking; a thinking part that never ended is no answer."""
+    """The answer after its thinking part; a thinking part that never ends leaves no answer."""
     return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 _math = lambda problem, text: grade_math(text, problem.gold)
 _aime = lambda problem, text: grade_integer(text, problem.gold)
 _gsm8k = lambda problem, text: grade_integer(text, problem.gold, last_number=True)
-_judge_ready = lambda: grade_math(r"\boxed{\frac12}", "0.5")
+_math_ready = lambda: grade_math(r"\boxed{\frac12}", "0.5")
 
 
 def _sandbox_ready() -> None:
     try:
-        outcome = run_program("", seconds=60)
-        told = "" if outcome.passed else f"{outcome.status}: {outcome.stderr}"
+        result = run_program("", seconds=60)
+        problem = "" if result.passed else f"{result.status}: {result.stderr}"
     except RuntimeError as error:  # it could not start
-        told = str(error)
-    if told:
-        raise UserError(f"an empty program cannot be run here: {told.splitlines()[-1]}")
+        problem = str(error)
+    if problem:
+        raise UserError(f"an empty program cannot be run here: {problem.splitlines()[-1]}")
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -267,7 +268,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             Hub("HuggingFaceH4/MATH-500", "test"),
             read_math,
             _math,
-            _judge_ready,
+            _math_ready,
         ),
         Benchmark("gsm8k", "GSM8K", Hub("openai/gsm8k", "test", "main"), read_gsm8k, _gsm8k),
         Benchmark("aime24", "AIME 2024", Hub("HuggingFaceH4/aime_2024", "train"), read_aime, _aime),
@@ -301,13 +302,13 @@ BENCHMARKS: Mapping[str, Benchmark] = {
             source="data/spec_bench/question.jsonl of github.com/hemingkx/Spec-Bench",
         ),
         Benchmark(
-            "demo_problems",
+            "demo",
             "the demo's problems",
             None,
             read_demo,
             _demo,
             source="rows of question, answer and operations",
-            made=_demo_rows,
+            generate_rows=_demo_rows,
         ),
     )
 }
@@ -320,15 +321,15 @@ def load(
 
     Args:
       benchmark: how its rows are read.
-      path: JSONL, or JSONL in gzip (.gz); None is the hub's copy, or the machine's cache of it, or
-        the rows that are made here.
+      path: JSONL, or JSONL in gzip (.gz); None is the hub's copy, or this machine's cache of it, or
+        the rows that are generated here.
       limit: None is all.
 
     Raises:
       UserError: in one line: the file and line, or the two ways to get the data.
     """
     rows = _usual_rows(benchmark) if path is None else _file_rows(benchmark, pathlib.Path(path))
-    found: dict[str, Problem] = {}
+    by_id: dict[str, Problem] = {}
     for number, (place, row) in enumerate(rows):
         try:
             if not isinstance(row, Mapping):
@@ -336,30 +337,30 @@ def load(
             problem = benchmark.read(row)
             if not problem.id:
                 problem = dataclasses.replace(problem, id=f"{benchmark.name}/{number}")
-            if problem.id in found:
+            if problem.id in by_id:
                 raise UserError(f"the id {problem.id} has come before")
         except UserError as error:
             raise UserError(f"{place} is no row of {benchmark.title}: {error}") from None
-        found[problem.id] = problem
-    if not found:
+        by_id[problem.id] = problem
+    if not by_id:
         raise UserError(f"{path} holds no problem: expected the rows of {benchmark.title}")
-    return list(found.values())[:limit]
+    return list(by_id.values())[:limit]
 
 
 def digest(problems: Sequence[Problem]) -> str:
-    """A checksum of all that is asked and all that counts as right."""
+    """A checksum of all questions and gold answers."""
     whole = [dataclasses.astuple(problem) for problem in problems]
     return hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:16]
 
 
 def _hub_words(benchmark: Benchmark) -> str:
     if benchmark.hub is None:
-        return f"it is {benchmark.source}"  # made ones too: a file of one's own may replace them
+        return f"it is {benchmark.source}"  # also of generated rows: a file may replace them
     return f"without --data it is fetched from the hub ({benchmark.hub.id})"
 
 
 def _file_rows(benchmark: Benchmark, path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """Each line's place, FILE:LINE, and its JSON value; blank lines are left out."""
+    """The place, FILE:LINE, and the JSON value of each line; blank lines are left out."""
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rb") as file:
@@ -378,8 +379,8 @@ def _file_rows(benchmark: Benchmark, path: pathlib.Path) -> Iterator[tuple[str, 
 
 
 def _usual_rows(benchmark: Benchmark) -> Iterator[tuple[str, Any]]:
-    if benchmark.made is not None:
-        return ((f"row {number}", row) for number, row in enumerate(benchmark.made()))
+    if benchmark.generate_rows is not None:
+        return ((f"row {number}", row) for number, row in enumerate(benchmark.generate_rows()))
     hub = benchmark.hub
     if hub is None:
         raise UserError(
@@ -387,16 +388,16 @@ def _usual_rows(benchmark: Benchmark) -> Iterator[tuple[str, Any]]:
             f"{benchmark.source}"
         )
     print(f"fetching {hub.id} from the hub (or this machine's cache of it)", file=sys.stderr)
-    for name in ("datasets", "huggingface_hub"):  # offline they tell each of many retries
+    for name in ("datasets", "huggingface_hub"):  # offline they log each of many retries
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         import datasets  # late: it takes seconds
 
         rows = datasets.load_dataset(hub.id, hub.config, split=hub.split)
     except Exception as error:  # offline, no such set, a damaged cache: the library raises anything
-        told = next(iter(str(error).splitlines()), "") or type(error).__name__
+        message = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
-            f"{hub.id} cannot be fetched from the hub ({told:.120}): give --data FILE.jsonl with "
-            f"the rows of {benchmark.title}, or go online"
+            f"{hub.id} cannot be fetched from the hub ({message:.120}): give --data FILE.jsonl "
+            f"with the rows of {benchmark.title}, or go online"
         ) from None
     return ((f"{hub.id} row {number}", row) for number, row in enumerate(rows))

@@ -1,33 +1,39 @@
-"""Measure the demo's checkpoint against its own AR decoding: `python -m eval.demo --run runs/demo`.
+"""Measure the demo: `python -m eval.demo --run runs/demo`, after train.main.
 
-Same weights, same held-out prompts, batch 1, both loops compiled and warm, runs interleaved. Writes
-report.json and report.png beside the model.
+The demo benchmark (held-out problems of train/problems.py, both loops, graded, by harness.py),
+repeated for a range of the speedup; and a cost table: the time of an AR step and of a draft-verify
+cycle, here and at a larger shape. Writes report.json and report.png beside the model of --run.
+`--model` measures any other model on the same problems. Knows no way of its own to decode or grade.
 """
 
 import argparse
 import dataclasses
 import json
 import pathlib
-import platform
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from tqdm import tqdm
 
 import orthrus_jax
+from eval import calibrate, harness, metrics, plots, report
+from eval.arguments import positive
+from eval.benchmarks import BENCHMARKS
+from eval.metrics import Row
 from eval.speed import time_forwards
-from orthrus_jax import cli, runtime, tune
+from orthrus_jax import cli
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.engine import planner
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.llm import Completion, Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, Params, params
 from orthrus_jax.tokenizer import encode
-from train.problems import Problem, is_correct, problems
+from train.problems import problems
 
+PROMPTS, NEW_TOKENS = 120, 224  # the longest answers fit
 LARGER: dict[str, Any] = {
     "hidden_size": 640,
     "intermediate_size": 1920,
@@ -39,159 +45,183 @@ LARGER: dict[str, Any] = {
 
 
 def cycle_cost(config: ModelConfig, weights: Params, block_size: int) -> dict[str, float]:
-    """Time an AR step and a draft-verify cycle at batch 1 behind 128 tokens.
+    """Time an AR step and a draft-verify cycle at batch 1 after 128 tokens.
 
-    Returns milliseconds of each and their ratio: the tokens a cycle must emit to break even.
+    Returns:
+      Milliseconds of each and their ratio, the tokens that a cycle must emit to break even; and the
+      number of frozen parameters.
     """
-    found = time_forwards(Model(config), weights, 1, 128, block_size, repeats=7)
-    cost = {name: found[name] for name in ("ar_step_ms", "cycle_ms", "cycle_in_ar_steps")}
+    times = time_forwards(Model(config), weights, 1, 128, block_size, repeats=7)
+    cost = {name: times[name] for name in ("ar_step_ms", "cycle_ms", "cycle_in_ar_steps")}
     return {"parameters": params.count(params.split(weights)[0]), **cost}
 
 
-def measure(
-    model: Generator, prompts: list[list[int]], repeats: int, **options: Any
-) -> dict[str, list[list[Completion]]]:
-    """Decode all prompts `repeats` times in each mode, in turn: AR, Orthrus, AR, Orthrus, ..."""
-    runs: dict[str, list[list[Completion]]] = {"ar": [], "orthrus": []}
-    for mode in runs:  # compile and warm
-        model.complete(prompts[:2], mode=mode, **options)
-    with tqdm(total=2 * repeats, desc="measure", unit="run") as bar:
-        for _ in range(repeats):
-            for mode, found in runs.items():
-                found.append(model.complete(prompts, mode=mode, **options))
-                bar.update()
-    return runs
-
-
-def tokens_per_second(run: list[Completion]) -> float:
-    """Return emitted tokens over wall-clock, prefill included, compilation excluded."""
-    return sum(len(c.tokens) for c in run) / sum(c.seconds for c in run)
-
-
-def report(
-    runs: dict[str, list[list[Completion]]], made: list[Problem], block_size: int
-) -> dict[str, Any]:
-    """Reduce the runs to the report's numbers; definitions are those of docs/design.md."""
-    ar, orthrus = runs["ar"][0], runs["orthrus"][0]
-    rates = {mode: [tokens_per_second(run) for run in found] for mode, found in runs.items()}
-    ratios = [o / a for a, o in zip(rates["ar"], rates["orthrus"], strict=True)]
-    cycles = np.concatenate([c.accepted for c in orthrus])
+def _costs(model: LLM, block_size: int) -> dict[str, Any]:
+    """The cost table: `cycle_cost` of this model, and of a larger one with random weights."""
+    larger = dataclasses.replace(model.config, **LARGER)
+    random = params.init(Model(larger), jax.random.key(0))
     return {
-        "prompts": len(made),
-        "block_size": block_size,
-        "exact_match": float(
-            np.mean([a.tokens == o.tokens for a, o in zip(ar, orthrus, strict=True)])
-        ),
-        "acceptance_length": float(cycles.mean()),
-        "acceptance_by_position": [float((cycles >= i).mean()) for i in range(1, block_size)],
-        "tokens_per_forward": float(np.mean([c.tokens_per_forward for c in orthrus])),
-        "tokens_per_forward_pooled": sum(len(c.tokens) for c in orthrus)
-        / sum(c.forwards for c in orthrus),
-        "speedup": statistics.median(ratios),
-        "speedup_range": [min(ratios), max(ratios)],
-        "tokens_per_second_ar": statistics.median(rates["ar"]),
-        "tokens_per_second_orthrus": statistics.median(rates["orthrus"]),
-        "accuracy_ar": float(
-            np.mean([is_correct(c.text, p) for c, p in zip(ar, made, strict=True)])
-        ),
-        "accuracy_orthrus": float(
-            np.mean([is_correct(c.text, p) for c, p in zip(orthrus, made, strict=True)])
-        ),
-        "hardware": f"{jax.devices()[0].device_kind}, {platform.machine()}, jax {jax.__version__}",
-        "dtype": "float32",
+        "cost": cycle_cost(model.config, model.params, block_size),
+        "cost_of_larger_shape": cycle_cost(larger, random, block_size),
     }
 
 
-def draw(path: pathlib.Path, result: dict[str, Any], training: list[dict[str, Any]]) -> None:
-    """Plot loss and acceptance against steps, acceptance by position, tokens/s of both loops."""
-    import matplotlib
+def summarize(results: Sequence[Row]) -> dict[str, Any]:
+    """The figures of the report from `metrics.numbers` of each repeat.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    The texts are the same in all repeats; times are medians, the speedup's range is that of the
+    repeats (of a single one, that of its chunks).
+    """
+    first, ratios = results[0], [result["speedup"] for result in results]
+    rate = lambda loop: statistics.median(r["loops"][loop]["tokens_per_second"] for r in results)
+    orthrus = first["loops"]["orthrus"]
+    names = ["acceptance_length", "acceptance_by_position"]
+    names += ["tokens_per_forward", "tokens_per_forward_pooled"]
+    return {
+        "prompts": first["answered"],
+        "block_size": first["loaded"]["draft_length"],
+        "exact_match": first["same_text"],
+        **{name: orthrus[name] for name in names},
+        "speedup": statistics.median(ratios),
+        "speedup_range": [min(ratios), max(ratios)] if ratios[1:] else first["speedup_range"],
+        **{f"tokens_per_second_{loop}": rate(loop) for loop in metrics.LOOPS},
+        **{f"accuracy_{loop}": first["loops"][loop]["accuracy"] for loop in metrics.LOOPS},
+        "hardware": first["hardware"],
+        "dtype": first["loaded"]["dtype"],
+    }
 
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
-    left.plot([r["step"] for r in training], [r["loss"] for r in training], color="tab:gray")
-    left.set(xlabel="step", ylabel="forward KL (nats)", title="Training", yscale="log")
-    found = [r for r in training if "acceptance_length" in r]
-    twin = left.twinx()
-    twin.plot([r["step"] for r in found], [r["acceptance_length"] for r in found], "o-")
+
+def draw(path: pathlib.Path, figures: Row, training: Sequence[Row]) -> None:
+    """Plot the training, if it is known, acceptance by position, and tokens/s of both loops."""
+    columns = 3 if training else 2
+    with plots.figure(path, columns, (4.4 * columns, 3.8)) as axes:
+        if training:
+            _draw_training(axes[0], training)
+        plots.draw_acceptance(axes[-2], {"": figures})
+        drafts = len(figures["acceptance_by_position"])
+        axes[-2].set(title=f"Acceptance, mean {figures['acceptance_length']:.2f} of {drafts}")
+        loops = {"ar": "AR", "orthrus": "Orthrus"}
+        plots.draw_rates(
+            axes[-1], [(name, figures[f"tokens_per_second_{loop}"]) for loop, name in loops.items()]
+        )
+        low, high = figures["speedup_range"]
+        axes[-1].set(
+            title=f"Speedup {figures['speedup']:.2f} ({low:.2f}-{high:.2f}), "
+            f"exact match {figures['exact_match']:.3f}"
+        )
+
+
+def _draw_training(axis: Any, records: Sequence[Row]) -> None:
+    """Plot loss and held-out acceptance against steps."""
+    axis.plot([r["step"] for r in records], [r["loss"] for r in records], color="tab:gray")
+    axis.set(xlabel="step", ylabel="forward KL (nats)", title="Training", yscale="log")
+    held_out = [r for r in records if "acceptance_length" in r]
+    twin = axis.twinx()
+    twin.plot([r["step"] for r in held_out], [r["acceptance_length"] for r in held_out], "o-")
     twin.set(ylim=(0, None))
     twin.set_ylabel("acceptance length, held-out", color="tab:blue")
 
-    shares = result["acceptance_by_position"]
-    middle.bar(range(1, len(shares) + 1), shares)
-    middle.set(
-        xlabel="draft position",
-        ylabel="accepted (share of cycles)",
-        ylim=(0, 1),
-        title=f"Acceptance, mean {result['acceptance_length']:.2f} of {len(shares)}",
+
+def text(figures: Row, args: argparse.Namespace) -> str:
+    """The figures for a terminal."""
+    cost, larger = figures["cost"], figures["cost_of_larger_shape"]
+    low, high = figures["speedup_range"]
+    return (
+        f"{figures['prompts']} held-out prompts, greedy, {figures['dtype']}, "
+        f"batch {args.batch_size}, {figures['hardware']}\n"
+        f"  exact match       {figures['exact_match']:.3f}\n"
+        f"  accuracy          {figures['accuracy_orthrus']:.3f} (AR {figures['accuracy_ar']:.3f})\n"
+        f"  acceptance length {figures['acceptance_length']:.2f} drafts of "
+        f"{len(figures['acceptance_by_position'])}\n"
+        f"  tokens/forward    {figures['tokens_per_forward']:.2f} "
+        f"(pooled {figures['tokens_per_forward_pooled']:.2f})\n"
+        f"  tokens/s          {figures['tokens_per_second_orthrus']:.0f} "
+        f"(AR {figures['tokens_per_second_ar']:.0f})\n"
+        f"  speedup           {figures['speedup']:.2f}x ({low:.2f}-{high:.2f} in "
+        f"{args.repeats} interleaved runs)\n"
+        f"  one cycle costs   {cost['cycle_in_ar_steps']:.2f} AR steps here, "
+        f"{larger['cycle_in_ar_steps']:.2f} at {larger['parameters'] / 1e6:.0f} M parameters "
+        "(random weights)"
     )
-    rates = [result["tokens_per_second_ar"], result["tokens_per_second_orthrus"]]
-    bars = right.bar(["AR", "Orthrus"], rates, color=["tab:gray", "tab:blue"])
-    right.bar_label(bars, fmt="%.0f")
-    right.set(
-        ylabel="tokens/s, batch 1",
-        title=f"Speedup {result['speedup']:.2f}, exact match {result['exact_match']:.3f}",
-    )
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m eval.demo", description=__doc__)
-    parser.add_argument(
-        "--run", default="runs/demo", help="directory of train.main; default: %(default)s"
-    )
-    parser.add_argument(
-        "--prompts", type=int, default=120, metavar="N", help="default: %(default)s"
-    )
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="default: %(default)s")
-    cli.add_compile_cache(parser)
-    args = parser.parse_args(argv)
-    runtime.enable_compilation_cache(args.compile_cache)
-    run = pathlib.Path(args.run)
-    if not (run / "train.json").exists():
+    args = _parser().parse_args(argv)
+    if args.mode != "both" or args.temperature:
+        raise UserError("eval.demo compares both loops greedily: leave out --mode, --temperature")
+    run, finished = pathlib.Path(args.run), args.model is None
+    if finished and not (run / "train.json").exists():
         raise UserError(f"{run} holds no finished training: run train.main first")
+    if args.out is None and not args.resume:
+        shutil.rmtree(run / "benchmark", ignore_errors=True)
+    out = pathlib.Path(args.out or run / "benchmark")
+    harness.Run(out, resume=args.resume)  # refused before anything is measured
     begin = time.perf_counter()
-    stages = json.loads((run / "train.json").read_text())
-    training = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    args.model = args.model or str(run / "model")
+    model = orthrus_jax.load(args.model, **cli.runtime_options(args))
+    rates = _tune(model, args) if finished else None
 
-    model = orthrus_jax.load(run / "model", dtype="float32")
-    ids = lambda made: [encode(model.tokenizer, p.question, chat=True) for p in made]
-    options = {"max_new_tokens": 224}
-    short = [prompt for prompt in ids(problems("train", 10_001, 60)) if len(prompt) <= 64][:12]
-    rates = tune.measure(model, short, repeats=2, **options)
-    block_size = tune.save(run / "model", rates)
-    made = list(problems("held-out", 10_002, args.prompts))
-    runs = measure(model, ids(made), args.repeats, draft_length=block_size, **options)
+    results = []
+    for turn in range(1, args.repeats + 1):
+        args.out = str(out if turn == 1 else out / f"repeat-{turn}")
+        results.append(harness.measure(BENCHMARKS["demo"], args, model))
+    figures = summarize(results)
+    figures |= _costs(model, figures["block_size"])
+    training: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    if finished:
+        stages = json.loads((run / "train.json").read_text())
+        figures |= {name: stages[name] for name in ("base_parameters", "trained_parameters")}
+        seconds = stages["seconds"]
+        lines = (run / "train.jsonl").read_text(encoding="utf-8").split("\n")
+        training = [json.loads(line) for line in lines if line]
+    if rates is not None:
+        figures["tokens_per_second_by_block_size"] = rates.tokens_per_second
+    figures["seconds"] = seconds | {"measure": time.perf_counter() - begin}
+    where = run if finished else out
+    report.write(where / "report.json", json.dumps(figures, indent=2) + "\n")
+    draw(where / "report.png", figures, training)
+    if not finished:
+        print(report.text({out.name: results[0]}), end="\n\n")
+    print(text(figures, args))
+    print(f"written: {where / 'report.json'}, {where / 'report.png'}, {out / report.PAGE}")
 
-    result = report(runs, made, block_size) | {"tokens_per_second_by_block_size": rates}
-    result |= {name: stages[name] for name in ("base_parameters", "trained_parameters")}
-    larger = dataclasses.replace(model.config, **LARGER)
-    result["cost"] = cycle_cost(model.config, model.params, block_size)
-    random = params.init(Model(larger), jax.random.key(0))
-    result["cost_of_larger_shape"] = cycle_cost(larger, random, block_size)
-    result["seconds"] = stages["seconds"] | {"measure": time.perf_counter() - begin}
-    (run / "report.json").write_text(json.dumps(result, indent=2) + "\n")
-    draw(run / "report.png", result, training)
-    print(
-        f"{result['prompts']} held-out prompts, greedy, float32, batch 1, {result['hardware']}\n"
-        f"  exact match       {result['exact_match']:.3f}\n"
-        f"  accuracy          {result['accuracy_orthrus']:.3f} (AR {result['accuracy_ar']:.3f})\n"
-        f"  acceptance length {result['acceptance_length']:.2f} drafts of {block_size - 1}\n"
-        f"  tokens/forward    {result['tokens_per_forward']:.2f} "
-        f"(pooled {result['tokens_per_forward_pooled']:.2f})\n"
-        f"  tokens/s          {result['tokens_per_second_orthrus']:.0f} "
-        f"(AR {result['tokens_per_second_ar']:.0f})\n"
-        f"  speedup           {result['speedup']:.2f}x "
-        f"({result['speedup_range'][0]:.2f}-{result['speedup_range'][1]:.2f} in "
-        f"{args.repeats} interleaved runs)\n"
-        f"  one cycle costs   {result['cost']['cycle_in_ar_steps']:.2f} AR steps here, "
-        f"{result['cost_of_larger_shape']['cycle_in_ar_steps']:.2f} at "
-        f"{result['cost_of_larger_shape']['parameters'] / 1e6:.0f} M parameters (random weights)\n"
-        f"written: {run / 'report.json'}, {run / 'report.png'}"
+
+def _tune(model: LLM, args: argparse.Namespace) -> planner.LengthRates | None:
+    """Measure and keep the draft length, unless an option sets it; a resumed run keeps its own."""
+    if args.draft_length is not None or args.rows is not None:
+        return None
+    if args.resume and model.calibration is not None and model.draft_length is not None:
+        return model.calibration.draft_length[jax.devices()[0].device_kind]
+    planner.check_writable(args.model)
+    prompts = (
+        encode(model.tokenizer, p.question, chat=True) for p in problems("train", 10_001, 60)
     )
+    short = [prompt for prompt in prompts if len(prompt) <= 64][:12]
+    rates = calibrate.measure_draft_lengths(
+        model, short, repeats=2, max_new_tokens=args.max_new_tokens
+    )
+    calibrate.add_draft_length(model.calibration, rates).save(args.model)
+    model.draft_length = rates.draft_length
+    return rates
+
+
+def _parser() -> argparse.ArgumentParser:
+    benchmark = BENCHMARKS["demo"]
+    parser = harness.command_parser(
+        *(benchmark.name, benchmark.title), model="RUN/model", data="made here",
+        new_tokens=NEW_TOKENS, out="RUN/benchmark, replaced",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--run", default="runs/demo", metavar="RUN", help="directory of train.main; default: "
+        "%(default)s")  # fmt: skip
+    add("--prompts", dest="limit", type=positive, metavar="N", help="the same as --limit; default: "
+        f"{PROMPTS}")  # fmt: skip
+    add("--repeats", type=positive, default=3, metavar="N", help="default: %(default)s")
+    parser.description = "Measure the demo: both loops, greedy, float32 unless --dtype is given."
+    parser.set_defaults(model=None, limit=PROMPTS, dtype="float32")
+    return parser
 
 
 if __name__ == "__main__":

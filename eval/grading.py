@@ -1,4 +1,4 @@
-r"""Judge what a model answered: the last \boxed{...} of its text against the gold answer.
+r"""Grade a model's answer: the last \boxed{...} of its text against the gold answer.
 
 Numbers and words are compared here, exactly; all other mathematics by math-verify. That runs in a
 process of its own, kept for the next question and killed when one takes too long, so grading works
@@ -21,7 +21,7 @@ from fractions import Fraction
 from orthrus_jax.errors import UserError
 
 WORKER = pathlib.Path(__file__).with_name("grading_worker.py")
-SECONDS = 10.0  # for one comparison; the usual one takes milliseconds
+SECONDS = 10.0  # for one comparison; most take milliseconds
 LONGEST = 2000  # characters of an answer; the longest gold answer of MATH-500 has 53
 
 SYMBOLS = str.maketrans(
@@ -42,7 +42,7 @@ SYMBOLS = str.maketrans(
         "∅": r"\emptyset ",
     }
 )
-# What math-verify misreads, put as it reads it right.
+# Rewrites of LaTeX that math-verify misreads.
 REWRITES = tuple(
     (re.compile(pattern), by)
     for pattern, by in (
@@ -72,15 +72,15 @@ UNIT = re.compile(
 
 @dataclass(frozen=True)
 class Grade:
-    """A verdict, the answer it is about (None: no box), and why that could not be graded, if so."""
+    """A verdict, the answer (None: no box), and why it could not be graded, if so."""
 
     correct: bool
     answer: str | None
     note: str = ""
 
 
-class _Judge:
-    """The process of `eval.grading_worker`: started when first asked, replaced when it ends."""
+class _Worker:
+    """The process of `eval.grading_worker`: started on first use, replaced when it ends."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -94,7 +94,7 @@ class _Judge:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
-            # The order of sympy's sets hangs on hashes: a grade is the same tomorrow.
+            # The order of sympy's sets depends on hashes: a fixed seed makes grades repeatable.
             env=os.environ | {"PYTHONHASHSEED": "0"},
             start_new_session=True,  # Ctrl-C is for us to handle
         )
@@ -118,12 +118,12 @@ class _Judge:
         for pipe in (process.stdin, process.stdout):
             try:
                 pipe.close()
-            except OSError:  # what it still held cannot be sent
+            except OSError:  # its buffer cannot be sent
                 continue
         return process.wait()
 
     def ask(self, answer: str, gold: str) -> str:
-        """The worker's word, or what became of it."""
+        """The worker's answer, or why there is none."""
         question = json.dumps({"answer": answer, "gold": gold, "seconds": SECONDS})
         with self._lock:
             process = self._process
@@ -152,12 +152,12 @@ class _Judge:
             self._end()
 
 
-_judge = _Judge()
-atexit.register(_judge.close)
+_worker = _Worker()
+atexit.register(_worker.close)
 
 
 def final_answer(text: str) -> str | None:
-    r"""What stands in the last complete \boxed{...} of `text`, the inner one of two nested."""
+    r"""The content of the last complete \boxed{...} of `text`, the inner one of two nested."""
     opened: list[int] = []  # where each open brace's content begins; negative for a plain brace
     begin, end = -1, -1
     for token in re.finditer(r"\\{1,2}boxed\s*\{|\\.|[{}]", text, re.DOTALL):
@@ -235,7 +235,7 @@ def grade_math(text: str, gold: str) -> Grade:
     same = _compare(tidy, wanted)
     if same is not None:
         return Grade(same, answer)
-    word = _judge.ask(tidy, wanted)
+    word = _worker.ask(tidy, wanted)
     return Grade(word == "yes", answer, "" if word in ("yes", "no") else word)
 
 
@@ -264,5 +264,5 @@ def grade_integer(text: str, gold: str, *, last_number: bool = False) -> Grade:
     while len(tidy) > 1 and tidy[0] + tidy[-1] in ("()", "{}"):
         tidy = tidy[1:-1].strip()
     number = NUMBER.match(tidy)
-    found = _number(number[0]) if number and UNIT.fullmatch(tidy, number.end()) else None
-    return Grade(found == wanted, answer, "" if found is not None else "not a number")
+    value = _number(number[0]) if number and UNIT.fullmatch(tidy, number.end()) else None
+    return Grade(value == wanted, answer, "" if value is not None else "not a number")

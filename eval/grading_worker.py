@@ -1,7 +1,7 @@
-"""The process where math-verify judges for `eval.grading`: a JSON question a line, a word back.
+"""The process where math-verify runs for `eval.grading`: a JSON question per line, a word back.
 
-Started by path. A question that takes too long ends the process, in whatever code it is: the
-watchdog is a thread of the interpreter's own that needs neither signals nor the interpreter lock.
+Started by path. A question that takes too long ends the process, whatever code is running: the
+watchdog is an interpreter thread that needs neither signals nor the interpreter lock.
 """
 
 import contextlib
@@ -16,32 +16,32 @@ MEMORY_BYTES = 4 << 30  # far above any honest answer; 9^9^9 is not to fill the 
 IMPORT_SECONDS = 120
 
 
-def judge(answer: str, gold: str) -> str:
+def compare(answer: str, gold: str) -> str:
     """Compare two pieces of LaTeX: "yes", "no", or "unreadable" for an answer that is no maths."""
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Basic, I, MatrixBase, evaluate
 
     def read(latex: str) -> list[Any]:
-        found = parse(
+        expressions = parse(
             rf"\boxed{{{latex}}}",
             [LatexExtractionConfig(boxed_match_priority=0)],
-            extraction_mode="first_match",  # what stands in the box, or nothing
+            extraction_mode="first_match",  # the content of the box, or nothing
             parsing_timeout=None,
         )
         # math-verify takes i for a variable. Unevaluated, or x = 2i would be false for a real x.
         with evaluate(False):
             return [
-                each.xreplace({s: I for s in each.free_symbols if str(s) == "i"})
-                if isinstance(each, Basic | MatrixBase)
-                else each
-                for each in found
+                x.xreplace({s: I for s in x.free_symbols if str(s) == "i"})
+                if isinstance(x, Basic | MatrixBase)
+                else x
+                for x in expressions
             ]
 
-    found = read(answer)
+    expressions = read(answer)
     # Inequalities may stand for intervals: x > 2 is (2, oo).
-    if verify(read(gold), found, allow_set_relation_comp=True, timeout_seconds=None):
+    if verify(read(gold), expressions, allow_set_relation_comp=True, timeout_seconds=None):
         return "yes"
-    return "no" if any(isinstance(each, Basic | MatrixBase) for each in found) else "unreadable"
+    return "no" if any(isinstance(x, Basic | MatrixBase) for x in expressions) else "unreadable"
 
 
 def main() -> None:
@@ -55,14 +55,14 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable(logging.CRITICAL)
-    judge("1", "1")  # imports, compiles patterns
+    compare("1", "1")  # imports, compiles patterns
     print("ready", file=answers, flush=True)
     faulthandler.cancel_dump_traceback_later()
     for line in sys.stdin:
         question = json.loads(line)
         faulthandler.dump_traceback_later(question["seconds"], exit=True, file=silence)
         try:
-            word = judge(question["answer"], question["gold"])
+            word = compare(question["answer"], question["gold"])
         except BaseException:  # sympy raises anything at all
             word = "unreadable"
         faulthandler.cancel_dump_traceback_later()

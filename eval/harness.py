@@ -1,21 +1,19 @@
-"""Run a benchmark: decode, grade, keep every answer, survive being killed. `eval.math500` and such.
+"""Run a benchmark: decode, grade, keep every answer, survive being killed. `eval.math500` etc.
 
 Problems go in chunks, each first through AR and then through Orthrus, so that a slow spell of the
 machine hits both. A chunk's lines are appended to OUT/answers.jsonl once it is graded; `--resume`
-does what is not there yet. What is asked is benchmarks.py; what it comes to is report.py.
+goes on with the problems that are missing there. Problems and graders are benchmarks.py, figures
+metrics.py and report.py, decoding runner.py.
 """
 
 import argparse
 import contextlib
-import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import platform
 import sys
-import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, BinaryIO
 
@@ -26,156 +24,34 @@ from tqdm import tqdm
 
 import orthrus_jax
 from eval import metrics, report
+from eval.arguments import positive
 from eval.benchmarks import BENCHMARKS, Benchmark, Problem, digest, final_part, load
 from eval.grading import Grade
+from eval.runner import Dialogue, Runner, checksum
 from orthrus_jax import cli
-from orthrus_jax.cli import add_cycle, add_rows, spend_rows
-from orthrus_jax.decoding.sampling import Rule
-from orthrus_jax.engine import BLOCKS, Answer, Plan, Request, SamplingParams
+from orthrus_jax.cli import add_cycle, add_rows, chosen_strategy, strategy_of
+from orthrus_jax.decoding import AcceptRule, Strategy
+from orthrus_jax.engine import Plan, Request, SamplingParams
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.llm import Generator as Answerer
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Params
-from orthrus_jax.tokenizer import decode, encode_messages
 
 MODEL = "Qwen/Qwen3-4B"
 NEW_TOKENS, THINKING_TOKENS = 2048, 32_768  # the paper's budget; the model cards' for thinking
-Served = Generator[tuple[int, Answer], None, None]  # places and answers, as they finish
-ROUNDS = 4  # batches in a chunk: what a killed run loses, against how often a batch runs empty
+ROUNDS = 4  # batches per chunk: a killed run loses a chunk, and at its end a batch runs empty
 GRADERS = 16  # programs run at once, at most
-# What --resume must find as it was; `batch_size` too, for it decides what is timed.
-ASKED = (
+# Options that --resume must find unchanged; `batch_size` too, for it changes the times.
+RECIPE_FIELDS = (
     *("model", "mode", "limit", "batch_size", "thinking"),
     *("temperature", "top_p", "top_k", "seed", "n", "accept", "rows"),
 )
-CYCLE = ("cycle", *BLOCKS)  # as told, or as --rows has it
 
 
-@dataclasses.dataclass
-class Dialogue:
-    """One sample of a problem in one loop: what was said so far, and its answers as recorded."""
-
-    problem: Problem
-    sample: int
-    messages: list[dict[str, str]] = dataclasses.field(default_factory=list)
-    prompt: list[int] = dataclasses.field(default_factory=list)
-    answers: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass(frozen=True)
-class Loops:
-    """A model and how it is to decode: problems in, answers and seconds out.
-
-    `plan` is that of all loops; each of `names` is its mode in turn.
-    """
-
-    model: Answerer
-    sampling: SamplingParams
-    names: Sequence[str]
-    plan: Plan
-    thinking: bool
-
-    def answer(self, problems: Sequence[Problem], loop: str) -> tuple[list[Dialogue], float]:
-        """Every sample of every problem, turn by turn; and the wall-clock seconds of decoding."""
-        every = [Dialogue(p, sample) for p in problems for sample in range(self.sampling.n)]
-        seconds = 0.0
-        for turn in range(max(len(p.turns) for p in problems)):
-            going = [d for d in every if turn < len(d.problem.turns) and self._ask(d, turn, loop)]
-            found, took = self._decode(going, loop) if going else ([], 0.0)
-            seconds += took
-            for dialogue, answer in zip(going, found, strict=True):
-                said = decode(self.model.tokenizer, answer.tokens)
-                dialogue.messages.append({"role": "assistant", "content": said})
-                forwards = 1 + self.of(loop).forwards * answer.cycles
-                dialogue.answers.append(_record(dialogue, turn, loop, answer, said, forwards))
-        return every, seconds
-
-    def warm(self, problems: Sequence[Problem]) -> None:
-        """Run each loop until its first answer, so that what a first run costs is paid."""
-        for loop in self.names:
-            every = [Dialogue(p, sample) for p in problems for sample in range(self.sampling.n)]
-            if going := [d for d in every if self._ask(d, 0, loop)]:
-                with contextlib.closing(self._serve(going, loop)) as answers:
-                    next(answers)
-
-    def fitted(self, problems: Sequence[Problem]) -> "Loops":
-        """These loops with a cache for the longest of all dialogues: every chunk's shape is one."""
-        new = self.sampling.max_new_tokens
-        longest = 0
-        for problem in problems:
-            said = [{"role": "user", "content": turn} for turn in problem.turns]
-            ids = encode_messages(self.model.tokenizer, said, thinking=self.thinking)
-            longest = max(longest, len(ids) + (len(said) - 1) * new)
-        longest = min(longest, self.model.config.max_position_embeddings - new)
-        slots = self.model.engine.slots(longest, new, self.plan)
-        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, slots=slots))
-
-    def _ask(self, dialogue: Dialogue, turn: int, loop: str) -> bool:
-        """Say the next turn; False where the prompt, or the one before, does not fit the model."""
-        if any("skipped" in answer for answer in dialogue.answers):
-            return False
-        dialogue.messages.append({"role": "user", "content": dialogue.problem.turns[turn]})
-        dialogue.prompt = encode_messages(
-            self.model.tokenizer, dialogue.messages, thinking=self.thinking
-        )
-        room = self.model.config.max_position_embeddings - self.sampling.max_new_tokens
-        if len(dialogue.prompt) <= room:
-            return True
-        why = f"{len(dialogue.prompt)} prompt tokens; there is room for {room}"
-        dialogue.answers.append(
-            {"loop": loop, "sample": dialogue.sample, "turn": turn, "skipped": why}
-        )
-        return False
-
-    def _serve(self, dialogues: Sequence[Dialogue], loop: str) -> Served:
-        requests = [Request(d.prompt, self.sampling, d.sample) for d in dialogues]
-        for event in self.model.engine.serve(requests, self.of(loop)):
-            if event.answer is not None:
-                yield event.index, event.answer
-
-    def of(self, loop: str) -> Plan:
-        """The plan of one loop."""
-        return dataclasses.replace(self.plan, mode=loop)
-
-    def _decode(self, dialogues: Sequence[Dialogue], loop: str) -> tuple[list[Answer], float]:
-        """Answers in the dialogues' order, and seconds without those the engine compiled in."""
-        engine = self.model.engine
-        compiled, begin = engine.compile_seconds, time.perf_counter()
-        answers = dict(self._serve(dialogues, loop))
-        seconds = time.perf_counter() - begin - (engine.compile_seconds - compiled)
-        return [answers[i] for i in range(len(dialogues))], seconds
-
-
-def _record(
-    d: Dialogue, turn: int, loop: str, answer: Answer, text: str, forwards: int
-) -> dict[str, Any]:
-    """An answer as a line of answers.jsonl holds it."""
-    orthrus = loop == "orthrus"
-    return {
-        "loop": loop,
-        "sample": d.sample,
-        "turn": turn,
-        "text": text,
-        "prompt_tokens": len(d.prompt),
-        "tokens": len(answer.tokens),
-        "digest": _checksum(np.array(answer.tokens, "<i4")),
-        "finish_reason": answer.finish_reason,
-        "cycles": answer.cycles,
-        "accepted": answer.accepted if orthrus else [],
-        "forwards": forwards,
-        "seconds": answer.seconds,
-        "first_seconds": answer.first_seconds,
-    }
-
-
-def _checksum(numbers: np.ndarray) -> str:
-    return hashlib.sha256(numbers.tobytes()).hexdigest()[:16]
-
-
-def mark(benchmark: Benchmark, pool: Executor, dialogues: Sequence[Dialogue]) -> None:
-    """Put the verdict on the last answer of each dialogue; equal answers are judged once."""
+def grade(benchmark: Benchmark, pool: Executor, dialogues: Sequence[Dialogue]) -> None:
+    """Put a grade on the last answer of each dialogue; equal answers are graded once."""
     if benchmark.grade is None:
         return
-    judged: dict[tuple[str, str], Future[Grade]] = {}
+    grades: dict[tuple[str, str], Future[Grade]] = {}
     waiting = []
     for dialogue in dialogues:
         answer = dialogue.answers[-1]
@@ -183,22 +59,22 @@ def mark(benchmark: Benchmark, pool: Executor, dialogues: Sequence[Dialogue]) ->
             answer |= {"correct": False, "note": "skipped"}
             continue
         key = (dialogue.problem.id, final_part(answer["text"]))
-        if key not in judged:
-            judged[key] = pool.submit(benchmark.grade, dialogue.problem, key[1])
-        waiting.append((answer, judged[key]))
-    for answer, verdict in waiting:
-        found = verdict.result()
-        answer |= {"correct": found.correct, "answer": found.answer, "note": found.note}
+        if key not in grades:
+            grades[key] = pool.submit(benchmark.grade, dialogue.problem, key[1])
+        waiting.append((answer, grades[key]))
+    for answer, future in waiting:
+        verdict = future.result()
+        answer |= {"correct": verdict.correct, "answer": verdict.answer, "note": verdict.note}
 
 
 class Run:
     """An --out directory: its recipe, and the answers it holds so far."""
 
     def __init__(self, directory: pathlib.Path, *, resume: bool) -> None:
-        """Look at the directory, change nothing.
+        """Read the directory; change nothing.
 
         Raises:
-          UserError: for one that exists and is not to be resumed, or is something else.
+          UserError: for one that exists without --resume, or holds something else.
         """
         self.directory = directory
         self.recipe: dict[str, Any] = {}
@@ -209,11 +85,11 @@ class Run:
                 f"--out {directory} exists: give another one, or --resume to go on with that run"
             )
         begun = any(path.suffix != ".part" for path in directory.iterdir())
-        if begun:  # else killed before it could say what it was
+        if begun:  # else it was killed before its recipe was written
             self.recipe = metrics.read_run(directory)[0]
 
     def check(self, part: str, recipe: dict[str, Any]) -> None:
-        """Refuse a recipe that is not the one the run was begun with, naming what differs."""
+        """Refuse a recipe other than that of the run's first start, naming the difference."""
         for name, now in recipe.items() if self.recipe else ():
             before = self.recipe[part].get(name)
             if before != now:
@@ -224,7 +100,7 @@ class Run:
 
     @contextlib.contextmanager
     def open(self, recipe: dict[str, Any]) -> Iterator[tuple[BinaryIO, set[str]]]:
-        """Give answers.jsonl, open for this process alone, and the ids that are in it."""
+        """Open answers.jsonl for this process alone; yield it and the ids that are in it."""
         if not self.recipe:
             report.write(self.directory / metrics.RECIPE, json.dumps(recipe, indent=2) + "\n")
         path = self.directory / metrics.ANSWERS
@@ -260,26 +136,26 @@ def _line(problem: Problem, dialogues: Sequence[Dialogue], seconds: dict[str, fl
 
 
 def answer_all(
-    loops: Loops, problems: Sequence[Problem], benchmark: Benchmark, file: BinaryIO
+    runner: Runner, problems: Sequence[Problem], benchmark: Benchmark, file: BinaryIO
 ) -> Iterator[int]:
-    """Answer and grade the problems chunk by chunk; append their lines; yield how many were done.
+    """Answer and grade the problems chunk by chunk; append their lines; yield each chunk's size.
 
-    The seconds of a chunk are shared out evenly over its problems: their sum is the run's
-    wall-clock, whichever of the lines a killed process got to write.
+    The seconds of a chunk are divided evenly among its problems: their sum is the run's wall-clock,
+    however many of the lines a killed process wrote.
     """
     with ThreadPoolExecutor(min(GRADERS, os.cpu_count() or 1)) as pool:
-        size = max(1, ROUNDS * loops.plan.batch_size // loops.sampling.n)
+        size = max(1, ROUNDS * runner.plan.batch_size // runner.sampling.n)
         for begin in range(0, len(problems), size):
             chunk = problems[begin : begin + size]
             if not begin:
-                loops.warm(chunk)
+                runner.warm(chunk)
             every: list[Dialogue] = []
             seconds: dict[str, float] = {}
-            for loop in loops.names:
-                dialogues, took = loops.answer(chunk, loop)
+            for loop in runner.names:
+                dialogues, loop_seconds = runner.answer(chunk, loop)
                 every += dialogues
-                seconds[loop] = took / len(chunk)
-            mark(benchmark, pool, every)
+                seconds[loop] = loop_seconds / len(chunk)
+            grade(benchmark, pool, every)
             lines = [_line(p, [d for d in every if d.problem is p], seconds) for p in chunk]
             file.write(b"".join(lines))
             file.flush()
@@ -290,19 +166,13 @@ def answer_all(
 def fingerprint(params: Params) -> str:
     """A checksum of all weights' bits, summed on the device: the same on every one."""
     sums = jax.device_get([_sum_of_bits(leaf) for leaf in jax.tree.leaves(params)])
-    return _checksum(np.array(sums, "<u4"))
+    return checksum(np.array(sums, "<u4"))
 
 
 @jax.jit
 def _sum_of_bits(x: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     return jax.lax.bitcast_convert_type(x, unsigned).sum(dtype=jnp.uint32)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def command_parser(
@@ -313,8 +183,9 @@ def command_parser(
     model: str = MODEL,
     data: str = "the copy on the hub",
     new_tokens: int | None = None,
+    out: str = "runs/NAME of the benchmark; must not exist",
 ) -> argparse.ArgumentParser:
-    """The options that all benchmarks share; a benchmark may have a model and budget of its own."""
+    """The options of all benchmarks; the other arguments are defaults to show."""
     default = SamplingParams()
     budget = new_tokens or f"{NEW_TOKENS}, {THINKING_TOKENS} with --thinking"
     parser = argparse.ArgumentParser(
@@ -322,27 +193,32 @@ def command_parser(
         description=f"Run {title}: accuracy where it is graded, acceptance and speed.",
     )
     add = parser.add_argument
-    add("--model", default=model, metavar="DIR_OR_ID", help="default: %(default)s")
+    add("--model", default=model, metavar="DIR_OR_ID", help=f"default: {model}")
     add("--data", metavar="FILE", help=f"JSONL, may end in .gz; default: {data}")
     add("--mode", choices=("orthrus", "ar", "both"), default="both", help="default: both")
-    add("--limit", type=_positive, metavar="N", help="the first N problems only")
-    add("--batch-size", type=_positive, default=1, metavar="N", help="default: %(default)s")
-    add("--max-new-tokens", type=_positive, default=new_tokens, metavar="N",
+    add("--limit", type=positive, metavar="N", help="the first N problems only")
+    add("--batch-size", type=positive, default=1, metavar="N", help="default: %(default)s")
+    add("--max-new-tokens", type=positive, default=new_tokens, metavar="N",
         help=f"default: {budget}")  # fmt: skip
     add("--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy")
     add("--top-p", type=float, default=default.top_p, metavar="X", help="default: 1, off")
     add("--top-k", type=int, default=default.top_k, metavar="N", help="default: 0, off")
     add("--seed", type=int, default=default.seed, metavar="N", help="default: %(default)s")
-    add("--n", type=_positive, default=1, metavar="N", help="samples a problem: mean@N, pass@k")
-    rules = [rule.value for rule in Rule]
+    add("--n", type=positive, default=1, metavar="N", help="samples per problem: mean@N, pass@k")
+    rules = [rule.value for rule in AcceptRule]
     add("--accept", choices=rules, default=rules[0], help="of sampled drafts; default: %(default)s")
-    add("--draft-length", type=_positive, metavar="K", help="default: tuned here, or the trained K")
+    add(
+        "--draft-length",
+        type=positive,
+        metavar="K",
+        help="default: as eval.calibrate measured here, or the trained K",
+    )
     add_cycle(parser)
     add_rows(parser)
     add("--thinking", action="store_true", help="let the model think first; the model cards ask "
         "for --temperature 0.6 --top-p 0.95 --top-k 20 then")  # fmt: skip
     cli.add_runtime(parser)
-    add("--out", metavar="DIR", help="default: runs/NAME of the benchmark; must not exist")
+    add("--out", metavar="DIR", help=f"default: {out}")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     if runs_code:
         add("--allow-code-execution", action="store_true", help="run the programs that the model "
@@ -356,61 +232,86 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**{name: getattr(args, name) for name in names}, max_new_tokens=budget)
 
 
-def _loops(args: argparse.Namespace, model: Answerer, sampling: SamplingParams) -> Loops:
-    """The loops asked for, checked against the model."""
+def _runner(
+    args: argparse.Namespace, model: LLM, sampling: SamplingParams, strategy: Strategy
+) -> Runner:
+    """The runner of the chosen loops, checked against the model."""
     names = metrics.LOOPS if args.mode == "both" else (args.mode,)
-    plan = Plan(
-        accept=Rule(args.accept),
-        draft_length=args.draft_length or model.draft_length or model.config.block_size,
-        cycle=args.cycle,
-        **{name: getattr(args, name) for name in BLOCKS},
-        batch_size=args.batch_size,
-        time_first=True,
-    )
-    loops = Loops(model, sampling, names, plan, args.thinking)
+    plan = Plan(strategy, batch_size=args.batch_size, time_first=True)
+    runner = Runner(model, sampling, names, plan, args.thinking)
     for name in names:
-        model.engine.check([Request([0], sampling)], loops.of(name))
+        model.engine.check([Request([0], sampling)], runner.plan_of(name))
     if args.mode != "ar" and not model.trained:
         print(
             "note: this model's diffusion view is untrained: its answers are exact, its acceptance "
-            "and speed say nothing of the method",
+            "and speed are not those of the method",
             file=sys.stderr,
         )
-    return loops
+    return runner
 
 
-def run(benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
-    """Run a benchmark as its command was told; print and return its numbers.
+def _strategy(args: argparse.Namespace, model: LLM) -> Strategy:
+    """The strategy of the loop "orthrus": by its flags, or the planner's with --rows.
 
     Raises:
-      UserError: for what cannot be done, before anything is decoded or written.
+      UserError: where the planner would not draft, and --mode says to measure drafting.
+    """
+    strategy = model.strategy(chosen_strategy(args, model, args.batch_size))
+    if strategy.method == "ar" and args.mode != "ar":
+        raise UserError(
+            f"--rows {args.rows}: one token per forward is fastest here, which --mode ar measures; "
+            f"for --mode {args.mode} choose a --cycle, or more rows"
+        )
+    return strategy
+
+
+def _recorded(strategy: Strategy, model: LLM) -> dict[str, Any]:
+    """The strategy as recipe.json holds it."""
+    plain = Strategy() if strategy.method == "ar" else strategy
+    flags = model.strategy(plain).resolve(model.config).flags()
+    return {name: value for name, value in flags.items() if name != "mode"}
+
+
+def measure(
+    benchmark: Benchmark, args: argparse.Namespace, model: LLM | None = None
+) -> dict[str, Any]:
+    """Run a benchmark into args.out; return its numbers, as they are in results.json there.
+
+    Args:
+      benchmark: the problems and their grader.
+      args: of `command_parser`.
+      model: the one of args.model, if it is loaded already.
+
+    Raises:
+      UserError: for options that do not fit, before anything is decoded or written.
     """
     if benchmark.runs_code and not args.allow_code_execution:
         raise UserError(
             f"{benchmark.title} is graded by running what the model writes: "
             "give --allow-code-execution to allow that"
         )
+    strategy_of(args)  # flags that do not fit each other are refused before a model is loaded
     sampling = _sampling(args)
-    found = Run(pathlib.Path(args.out or f"runs/{benchmark.name}"), resume=args.resume)
+    run_directory = Run(pathlib.Path(args.out), resume=args.resume)
     problems = load(benchmark, args.data)
-    asked = {name: getattr(args, name) for name in ASKED} | {
+    asked = {name: getattr(args, name) for name in RECIPE_FIELDS} | {
         "benchmark": benchmark.name,
         "data": digest(problems),
         "max_new_tokens": sampling.max_new_tokens,
     }
     problems = problems[: args.limit]
-    found.check("asked", asked)
+    run_directory.check("asked", asked)
     benchmark.ready()
-    model = orthrus_jax.load(args.model, **cli.runtime_options(args))
-    spend_rows(args, model, args.batch_size)
-    loops = _loops(args, model, sampling).fitted(problems)
-    loaded = {name: getattr(args, name) for name in CYCLE} | {
+    if model is None:
+        model = orthrus_jax.load(args.model, **cli.runtime_options(args))
+    strategy = _strategy(args, model)
+    runner = _runner(args, model, sampling, strategy).fitted(problems)
+    loaded = _recorded(strategy, model) | {
         "weights": fingerprint(model.params),
         "dtype": model.config.dtype,
-        "draft_length": loops.plan.draft_length,
         "device": jax.devices()[0].device_kind,
     }
-    found.check("loaded", loaded)
+    run_directory.check("loaded", loaded)
     recipe = {
         "title": benchmark.title,
         "model": args.model,
@@ -421,16 +322,22 @@ def run(benchmark: Benchmark, args: argparse.Namespace) -> dict[str, Any]:
         "asked": asked,
         "loaded": loaded,
     }
-    with found.open(recipe) as (file, done):
+    with run_directory.open(recipe) as (file, done):
         left = [problem for problem in problems if problem.id not in done]
         with tqdm(total=len(problems), initial=len(done), desc=benchmark.name) as bar:
-            for count in answer_all(loops, left, benchmark, file):
+            for count in answer_all(runner, left, benchmark, file):
                 bar.update(count)
-    result = report.finish(found.directory)
-    print(report.text({found.directory.name: result}))
-    pages = " and ".join(str(found.directory / name) for name in (report.RESULTS, report.PAGE))
+    return report.finish(run_directory.directory)
+
+
+def run(benchmark: Benchmark, args: argparse.Namespace) -> None:
+    """Run a benchmark as its command; print its numbers."""
+    args.out = args.out or f"runs/{benchmark.name}"
+    directory = pathlib.Path(args.out)
+    result = measure(benchmark, args)
+    print(report.text({directory.name: result}))
+    pages = " and ".join(str(directory / name) for name in (report.RESULTS, report.PAGE))
     print(f"\nwritten: {pages}")
-    return result
 
 
 def main(name: str, argv: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
-"""The baseline outside the house: transformers' `generate` on the weights that were loaded here.
+"""Baseline: transformers' `generate` with the weights loaded here.
 
-Greedy decoding of the frozen base in PyTorch, for eval.speed to time in turn with our own loops.
-Knows nothing of clocks or tables. Needs torch, which the project itself does not.
+Greedy decoding of the frozen base in PyTorch, which eval.speed times in turn with our own loops.
+Knows nothing of clocks or tables. Needs torch; the rest of the project does not.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ from orthrus_jax.model import Params
 
 
 def check_torch() -> None:
-    """Raise UserError where there is no torch."""
+    """Raise UserError if torch is not installed."""
     if importlib.util.find_spec("torch") is None:
         raise UserError("--modes hf needs torch: pip install torch, or leave hf out")
 
@@ -28,7 +28,7 @@ def check_torch() -> None:
 class HF:
     """transformers' Qwen3ForCausalLM with the frozen weights of `params`, in their dtype.
 
-    It is on a GPU where jax is on one and torch finds it, else on the CPU.
+    It runs on a GPU if jax does and torch finds one, else on the CPU.
 
     Raises:
       UserError: without torch.
@@ -48,7 +48,7 @@ class HF:
             name: self._tensor(leaves[spec.path], transpose=spec.transpose)
             for name, spec in tensor_specs(config, diffusion=False).items()
         }
-        # Their own way of loading, from these tensors in place of files.
+        # Loaded as transformers loads files, but from these tensors.
         theirs: Any = Qwen3ForCausalLM.from_pretrained(
             None,
             config=Qwen3Config(**config.to_hf(orthrus=False)),
@@ -65,7 +65,7 @@ class HF:
 
     @property
     def hardware(self) -> str:
-        """What it runs on, and in which version."""
+        """Versions and device, for the report."""
         import transformers
 
         threads = f", {self.torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
@@ -76,7 +76,7 @@ class HF:
 
     def _tensor(self, leaf: jax.Array, *, transpose: bool) -> Any:
         host = np.ascontiguousarray(np.asarray(leaf.T if transpose else leaf))
-        if host.dtype == jnp.bfloat16:  # which torch does not take from numpy
+        if host.dtype == jnp.bfloat16:  # a dtype that torch does not take from numpy
             bits = self.torch.tensor(host.view(np.int16))
             return bits.view(self.torch.bfloat16).to(self.device)
         return self.torch.tensor(host).to(self.device)
@@ -98,13 +98,13 @@ class HF:
             for i, prompt in enumerate(some):
                 ids[i, width - len(prompt) :] = torch.tensor(list(prompt))
                 mask[i, width - len(prompt) :] = 1
-            found = self.model.generate(
+            rows = self.model.generate(
                 ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
             )
-            answers += [self._cut(row) for row in found[:, width:].tolist()]
+            answers += [self._cut(row) for row in rows[:, width:].tolist()]
         return answers
 
     def _cut(self, row: list[int]) -> list[int]:
@@ -112,11 +112,11 @@ class HF:
         return row[: next((i + 1 for i, token in enumerate(row) if token in ends), len(row))]
 
     def steps(self, batch: int, context: int, count: int) -> Any:
-        """Prepare one-row forwards behind `context` tokens.
+        """Prepare one-row forwards after `context` tokens.
 
         Returns:
-          A function that takes `count` greedy steps and waits for the device; the context of each
-          call is a fresh one, made before the function is returned.
+          A function that takes `count` greedy steps and waits for the device; its context
+          is read before the function is returned.
         """
         torch = self.torch
         with torch.inference_mode():
@@ -135,6 +135,6 @@ class HF:
         return run
 
     def wait(self) -> None:
-        """Wait until the device has done all it was given."""
+        """Wait until the device has finished."""
         if self.device.type == "cuda":
             self.torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""What a run's answers come to, in numbers: accuracy, acceptance, speed, equal texts.
+"""Metrics of a benchmark run: accuracy, acceptance, speed, equal texts.
 
-Every number is made from RUN/recipe.json and RUN/answers.jsonl alone, by the definitions of
-docs/design.md. report.py shows them.
+Every number is computed from RUN/recipe.json and RUN/answers.jsonl alone, with the definitions of
+docs/design.md. report.py shows them. Knows no model and no clock.
 """
 
 import collections
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from orthrus_jax.errors import UserError
+from orthrus_jax.metrics import acceptance_length, tokens_per_forward
 
 RECIPE, ANSWERS = "recipe.json", "answers.jsonl"
 LOOPS = ("ar", "orthrus")  # in the order they take turns
@@ -22,7 +23,7 @@ Row = Mapping[str, Any]
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share of `count`; (0, 1) where there is none."""
+    """The 95 % Wilson score interval of a share of `count`; (0, 1) if `count` is 0."""
     if not count:
         return 0.0, 1.0
     z = Z95**2 / count
@@ -40,9 +41,9 @@ def pass_at(k: int, right: int, count: int) -> float:
 
 
 def read_answers(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of answers.jsonl, and how many bytes they take.
+    """The whole lines of answers.jsonl, and their size in bytes.
 
-    What stands behind them, the torn end of a killed run, is left out.
+    The torn end that a killed run may leave after them is left out.
 
     Raises:
       UserError: for a damaged line that is not the last, or a problem that comes twice.
@@ -91,16 +92,16 @@ def read_run(directory: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[s
 
 def numbers(recipe: Row, rows: Sequence[Row]) -> dict[str, Any]:
     """All figures of a run, as results.json holds them; see NOTES."""
-    asked = recipe["asked"]
-    loops = [loop for loop in LOOPS if asked["mode"] in (loop, "both")]
-    alone = asked["batch_size"] == 1
+    settings = recipe["asked"]
+    loops = [loop for loop in LOOPS if settings["mode"] in (loop, "both")]
+    alone = settings["batch_size"] == 1
     result: dict[str, Any] = {
         **recipe,
         "answered": len(rows),
         "loops": {loop: _loop(recipe, rows, loop) for loop in loops},
     }
-    for loop, found in result["loops"].items():
-        found |= _rate(found["tokens"], sum(row["seconds"][loop] for row in rows))
+    for loop, figures in result["loops"].items():
+        figures |= _rate(figures["tokens"], sum(row["seconds"][loop] for row in rows))
     if len(loops) == 2 and rows:
         pairs = [(row["seconds"]["ar"], row["seconds"]["orthrus"]) for row in rows]
         ratios = [ar / orthrus for ar, orthrus in pairs if orthrus]
@@ -108,7 +109,7 @@ def numbers(recipe: Row, rows: Sequence[Row]) -> dict[str, Any]:
             ar, orthrus = (sum(times) for times in zip(*pairs, strict=True))
             result["speedup"] = ar / orthrus
             result["speedup_range"] = [min(ratios), max(ratios)]
-        if asked["temperature"] == 0 or asked["accept"] == "coupled":
+        if settings["temperature"] == 0 or settings["accept"] == "coupled":
             result |= _same(rows)
     result["groups"] = {
         kind: {
@@ -128,8 +129,8 @@ def _group(recipe: Row, rows: Sequence[Row], loops: Sequence[str], alone: bool) 
     seconds = {
         loop: sum(a["seconds"] for row in rows for a in _answers(row, loop)) for loop in loops
     }
-    for loop, found in result["loops"].items():
-        found |= _rate(found["tokens"], seconds[loop])
+    for loop, figures in result["loops"].items():
+        figures |= _rate(figures["tokens"], seconds[loop])
     if len(loops) == 2 and seconds["orthrus"]:
         result["speedup"] = seconds["ar"] / seconds["orthrus"]
     return result
@@ -151,23 +152,21 @@ def _rate(tokens: int, seconds: float) -> dict[str, float]:
 
 
 def _loop(recipe: Row, rows: Sequence[Row], loop: str) -> dict[str, Any]:
-    """What one loop did with these problems."""
+    """One loop's figures over these problems."""
     decoded = [answers for row in rows if (answers := _answers(row, loop))]
     every = list(itertools.chain.from_iterable(decoded))
     whole = [a for row in rows for a in row["answers"] if a["loop"] == loop]
-    tokens, forwards = (sum(a[name] for a in every) for name in ("tokens", "forwards"))
-    of_each = [
-        sum(a["tokens"] for a in answers) / sum(a["forwards"] for a in answers)
-        for answers in decoded
-    ]
+    sums = lambda answers: [sum(a[name] for a in answers) for name in ("tokens", "forwards")]
+    tokens, forwards = sums(every)
+    rates = [tokens_per_forward(*sums(answers)) for answers in decoded]
     result: dict[str, Any] = {
         "problems": len(rows),
         "answers": len(every),
         "skipped": len(whole) - len(every),
         "tokens": tokens,
         "forwards": forwards,
-        "tokens_per_forward": statistics.mean(of_each) if of_each else 0.0,
-        "tokens_per_forward_pooled": tokens / forwards if forwards else 0.0,
+        "tokens_per_forward": statistics.mean(rates) if rates else 0.0,
+        "tokens_per_forward_pooled": tokens_per_forward(tokens, forwards),
         "first_token_ms": statistics.median(a["first_seconds"] * 1e3 for a in every)
         if every
         else 0.0,
@@ -181,21 +180,24 @@ def _loop(recipe: Row, rows: Sequence[Row], loop: str) -> dict[str, Any]:
 
 
 def _acceptance(decoded: Sequence[Sequence[Row]], block_size: int) -> dict[str, Any]:
-    """Accepted drafts: the mean a cycle, pooled and of each problem; shares by position, by count.
+    """Accepted drafts: the mean per cycle, pooled and by problem; shares by position, by count.
 
     counts of 3 cycles, K = 4: 2 0 3  ->  by position .67 .67 .33, distribution .33 0 .33 .33
+
+    A tree, or blocks drafted ahead, may have more than K - 1 drafts accepted in a cycle: the lists
+    then end with the most that were.
     """
     cycles = [[n for a in answers for n in a["accepted"]] for answers in decoded]
     counts = collections.Counter(itertools.chain.from_iterable(cycles))
-    total = counts.total()
-    share = lambda wanted: sum(counts[n] for n in wanted) / total if total else 0.0
-    means = [statistics.mean(each) for each in cycles if each]
+    total, most = counts.total(), max(block_size - 1, *counts, 0)
+    share = lambda numbers: sum(counts[n] for n in numbers) / total if total else 0.0
+    means = [acceptance_length([of_problem]) for of_problem in cycles if of_problem]
     return {
         "cycles": total,
-        "acceptance_length": sum(n * c for n, c in counts.items()) / total if total else 0.0,
+        "acceptance_length": acceptance_length(cycles),
         "acceptance_length_of_problems": statistics.mean(means) if means else 0.0,
-        "acceptance_by_position": [share(range(i, block_size)) for i in range(1, block_size)],
-        "accepted_distribution": [share([n]) for n in range(block_size)],
+        "acceptance_by_position": [share(range(i, most + 1)) for i in range(1, most + 1)],
+        "accepted_distribution": [share([n]) for n in range(most + 1)],
     }
 
 
@@ -228,7 +230,7 @@ def _digests(rows: Sequence[Row], loop: str) -> dict[tuple[str, int, int], str]:
 
 
 def _same(rows: Sequence[Row]) -> dict[str, Any]:
-    """How many answers are the same tokens in both loops, and which problems are not."""
+    """The share of answers with the same tokens in both loops, and the problems that differ."""
     ar, orthrus = (_digests(rows, loop) for loop in LOOPS)
     unlike = [key for key in ar if ar[key] != orthrus.get(key)]
     return {
@@ -238,9 +240,9 @@ def _same(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def across(runs: Mapping[str, tuple[Row, Sequence[Row]]]) -> list[str]:
-    """How many answers of each run are the first run's, where both were to say the same.
+    """The share of each run's answers that equal the first run's, where exactness promises it.
 
-    AR of the first run, if it has it, against Orthrus of the other, if it has it.
+    AR of the first run, if it has it, is compared with Orthrus of the other, if it has it.
     """
     (first, (recipe, rows)), *others = runs.items()
     sampling = ("temperature", "top_p", "top_k", "seed", "n")

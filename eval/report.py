@@ -1,7 +1,7 @@
-"""Tables and a page of what runs come to: `python -m eval.report RUN [RUN ...]`.
+"""Tables and an HTML page of benchmark runs: `python -m eval.report RUN [RUN ...]`.
 
-The numbers are those of metrics.py. Writes results.json and report.html for each run; for several,
-compares them.
+The numbers are those of metrics.py. Writes results.json and report.html for each run; several runs
+are compared. Knows no model.
 """
 
 import argparse
@@ -12,16 +12,17 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from eval import plots
 from eval.metrics import Row, across, numbers, read_run
-from orthrus_jax.engine import BLOCKS
+from orthrus_jax.cli import BLOCKS
 from orthrus_jax.errors import run_command
 
 RESULTS, PAGE = "results.json", "report.html"
 
-NOTES = """accuracy: 95 % Wilson interval over problems; of several samples, their mean a problem.
-acceptance length: accepted drafts a cycle, the AR view's own token not counted.
-tokens per forward: tokens / (1 prefill + 2 a cycle; AR: 1 a token), mean over problems / pooled; \
-not a speedup.
+NOTES = """accuracy: 95 % Wilson interval over problems; of several samples, their mean per problem.
+acceptance length: accepted drafts per cycle, the AR view's own token not counted.
+tokens per forward: tokens / (1 prefill + 2 per cycle; AR: 1 per token), mean over problems / \
+pooled; not a speedup.
 tokens/s: of all answers over the wall-clock of decoding, prefill included; tokenising, grading \
 and compiling are not. Every program is compiled ahead of time, outside the clock, and both loops \
 ran before it started.
@@ -32,7 +33,7 @@ in a batch, its whole prefill.
 same text: answers whose tokens are equal in both loops, greedy or coupled."""
 
 
-# What a table shows: a heading, and how a loop's figures (and the whole's) give the cell.
+# Columns: a heading, and the cell as a function of a loop's figures and the whole run's.
 def _share(value: float) -> str:
     return f"{100 * value:.1f} %"
 
@@ -47,7 +48,7 @@ def _accuracy_cell(loop: Row, whole: Row) -> str:
 def _speedup_cell(loop: Row, whole: Row) -> str:
     if "acceptance_length" not in loop or "speedup" not in whole:
         return ""
-    low, high = whole.get("speedup_range", (0, 0))  # of one chunk there is no range
+    low, high = whole.get("speedup_range", (0, 0))  # one chunk has no range
     return f"{whole['speedup']:.2f}" + (f" ({low:.2f}-{high:.2f})" if low < high else "")
 
 
@@ -75,11 +76,11 @@ Table = list[list[str]]  # the first row is the heading
 
 
 def _table(named: Iterable[tuple[Sequence[str], Row]], heading: Sequence[str]) -> Table:
-    """A line for each loop of each of these figures; columns without any entry are left out."""
+    """A line for each loop of these figures; columns without any entry are left out."""
     lines = [
-        [*names, loop, *(cell(found, whole) for cell in COLUMNS.values())]
+        [*names, loop, *(cell(figures, whole) for cell in COLUMNS.values())]
         for names, whole in named
-        for loop, found in whole["loops"].items()
+        for loop, figures in whole["loops"].items()
     ]
     whole_table = [[*heading, "loop", *COLUMNS], *lines]
     kept = [i for i, column in enumerate(zip(*lines, strict=True)) if any(column)]
@@ -95,7 +96,7 @@ def runs_table(results: Mapping[str, Row]) -> Table:
 
 
 def group_tables(result: Row) -> dict[str, Table]:
-    """A table for each way the problems are grouped."""
+    """A table for each grouping of the problems."""
     return {
         kind: _table((((name,), figures) for name, figures in groups.items()), (kind,))
         for kind, groups in result["groups"].items()
@@ -103,36 +104,36 @@ def group_tables(result: Row) -> dict[str, Table]:
 
 
 def details(result: Row) -> list[str]:
-    """Lines that say how a run went, beside its tables."""
-    asked, loaded = result["asked"], result["loaded"]
+    """Lines that complete a run's tables: settings, endings, notes, differing texts."""
+    settings, loaded = result["asked"], result["loaded"]
     lines = []
     if not result["trained"]:
         lines.append(
-            "the diffusion view is untrained: acceptance and speed say nothing of the method"
+            "the diffusion view is untrained: acceptance and speed are not those of the method"
         )
     if result["answered"] < result["problems"]:
         lines.append(f"unfinished: {result['answered']} of {result['problems']} problems")
     chosen = "greedy"
-    if asked["temperature"]:
+    if settings["temperature"]:
         names = ("temperature", "top_p", "top_k", "seed", "n", "accept")
-        chosen = ", ".join(f"{name} {asked[name]}" for name in names)
+        chosen = ", ".join(f"{name} {settings[name]}" for name in names)
     ahead = ""
     if loaded.get("cycle", "paper") != "paper":
         spent = [f"{loaded[kind]} {kind.replace('_', ' ')}" for kind in BLOCKS if loaded[kind]]
         ahead = ", ".join(["", f"{loaded['cycle']} cycle", *spent])
     lines.append(
-        f"{chosen}; {'thinking' if asked['thinking'] else 'not thinking'}; at most "
-        f"{asked['max_new_tokens']} new tokens; batch {asked['batch_size']}; "
+        f"{chosen}; {'thinking' if settings['thinking'] else 'not thinking'}; at most "
+        f"{settings['max_new_tokens']} new tokens; batch {settings['batch_size']}; "
         f"K = {loaded['draft_length']}{ahead}; {loaded['dtype']}; {result['hardware']}"
     )
-    for loop, found in result["loops"].items():
-        told = [f"{_share(found['ended'])} of the answers ended by themselves"]
-        if found["skipped"]:
-            told.append(f"{found['skipped']} did not fit the model's positions")
-        if len(found.get("pass_at", {})) > 1:
-            told += [f"pass@{k} {_share(v)}" for k, v in found["pass_at"].items()]
-        told += [f"{note}: {count}" for note, count in found.get("notes", {}).items()]
-        lines.append(f"{loop}: {'; '.join(told)}")
+    for loop, figures in result["loops"].items():
+        parts = [f"{_share(figures['ended'])} of the answers ended by themselves"]
+        if figures["skipped"]:
+            parts.append(f"{figures['skipped']} did not fit the model's positions")
+        if len(figures.get("pass_at", {})) > 1:
+            parts += [f"pass@{k} {_share(v)}" for k, v in figures["pass_at"].items()]
+        parts += [f"{note}: {count}" for note, count in figures.get("notes", {}).items()]
+        lines.append(f"{loop}: {'; '.join(parts)}")
     if unlike := result.get("unlike"):
         more = f" and {len(unlike) - 10} more" if len(unlike) > 10 else ""
         lines.append(f"not the same text in both loops: {', '.join(unlike[:10])}{more}")
@@ -160,7 +161,7 @@ def text(results: Mapping[str, Row]) -> str:
 
 
 def page(results: Mapping[str, Row], lines: Sequence[str] = ()) -> str:
-    """The same as one HTML page, with plots and further lines; it needs nothing from anywhere."""
+    """The tables as one HTML page, with plots and further lines; it loads nothing else."""
     body = [_html_table(runs_table(results)), _html_list(lines), *_plots(results)]
     for run, result in results.items():
         body.append(f"<h2>{html.escape(run)}: {html.escape(result['title'])}</h2>")
@@ -202,36 +203,29 @@ def _html_table(table: Table) -> str:
 def _plots(results: Mapping[str, Row]) -> list[str]:
     """Inline SVG: acceptance by position and by count, tokens/s, and the groups of a single run."""
     drafted = {run: r["loops"]["orthrus"] for run, r in results.items() if "orthrus" in r["loops"]}
-    drafted = {run: found for run, found in drafted.items() if found["cycles"]}
+    drafted = {run: figures for run, figures in drafted.items() if figures["cycles"]}
 
     def acceptance(left: Any, middle: Any, right: Any) -> None:
-        for run, found in drafted.items():
-            shares = found["acceptance_by_position"]
-            left.plot(range(1, len(shares) + 1), shares, "o-", label=run)
-            shares = found["accepted_distribution"]
+        plots.draw_acceptance(left, drafted)
+        for run, figures in drafted.items():
+            shares = figures["accepted_distribution"]
             middle.plot(range(len(shares)), shares, "o-", label=run)
-        left.set(xlabel="draft position", ylabel="accepted (share of cycles)", ylim=(0, 1.02))
         middle.set(xlabel="drafts accepted in a cycle", ylabel="share of cycles", ylim=(0, None))
-        for axis in (left, middle):
-            axis.xaxis.get_major_locator().set_params(integer=True)
+        middle.xaxis.get_major_locator().set_params(integer=True)
         if len(drafted) > 1:
             left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
         rates = [
-            (loop if len(results) == 1 else f"{run}\n{loop}", found["tokens_per_second"])
+            (loop if len(results) == 1 else f"{run}\n{loop}", figures["tokens_per_second"])
             for run, r in results.items()
-            for loop, found in r["loops"].items()
+            for loop, figures in r["loops"].items()
         ]
-        bars = right.bar(range(len(rates)), [rate for _, rate in rates], color="tab:gray")
-        right.bar_label(bars, fmt="%.0f")
-        right.margins(y=0.12)  # room for the labels
-        right.set_xticks(range(len(rates)), [name for name, _ in rates], fontsize=8)
-        right.set(ylabel="tokens/s")
+        plots.draw_rates(right, rates)
 
-    plots = [_svg("acceptance", 3, acceptance)]
+    images = [_svg("acceptance", 3, acceptance)]
     if len(results) == 1:
         (result,) = results.values()
-        plots += [_group_plot(kind, groups) for kind, groups in result["groups"].items()]
-    return plots
+        images += [_group_plot(kind, groups) for kind, groups in result["groups"].items()]
+    return images
 
 
 def _group_plot(kind: str, groups: Mapping[str, Row]) -> str:
@@ -264,28 +258,24 @@ def _group_plot(kind: str, groups: Mapping[str, Row]) -> str:
 
 
 def _svg(name: str, columns: int, draw: Callable[..., None], height: float = 3.4) -> str:
-    """A figure of so many axes as an <svg> element; its ids are of its own name."""
+    """A row of axes as an <svg> element whose ids depend on `name` alone."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure, axes = pyplot.subplots(
-            1, columns, figsize=(4.2 * columns, height), layout="constrained", squeeze=False
-        )
-        draw(*axes[0])
-        out = io.StringIO()
-        figure.savefig(
-            out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Type", "Format"))
-        )
-        pyplot.close(figure)
+    out = io.StringIO()
+    anonymous = dict.fromkeys(("Date", "Creator", "Type", "Format"))
+    with (
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}),
+        plots.figure(
+            out, columns, (4.2 * columns, height), format="svg", metadata=anonymous
+        ) as axes,
+    ):
+        draw(*axes)
     whole = out.getvalue()
     return whole[whole.index("<svg") :]
 
 
 def write(path: pathlib.Path, content: str) -> None:
-    """Write a whole file or none: under a temporary name first."""
+    """Write a whole file or none: to a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_text(content, encoding="utf-8")
@@ -293,7 +283,7 @@ def write(path: pathlib.Path, content: str) -> None:
 
 
 def finish(directory: pathlib.Path) -> dict[str, Any]:
-    """Make a run's numbers and write its results.json and report.html."""
+    """Compute a run's numbers and write its results.json and report.html."""
     result = numbers(*read_run(directory))
     write(directory / RESULTS, json.dumps(result, indent=2) + "\n")
     write(directory / PAGE, page({directory.name: result}))
@@ -308,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="--out directory of an eval command")
     parser.add_argument(
-        "--html", metavar="FILE", help="default: RUN/report.html, of several compare.html"
+        "--html", metavar="FILE", help="default: RUN/report.html, for several runs compare.html"
     )
     args = parser.parse_args(argv)
     results = {run: finish(pathlib.Path(run)) for run in dict.fromkeys(args.runs)}

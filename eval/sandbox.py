@@ -1,7 +1,8 @@
 """Run a generated program with limits of time, memory, files, processes and network.
 
-Each program gets a fresh interpreter with nothing but the standard library, an empty environment,
-no input, and a working directory that is gone afterwards. Around it stand, each where it exists:
+Each program gets a fresh interpreter with only the standard library, an empty environment, no
+input, and a working directory that is deleted afterwards. These layers guard it, each where the
+system has it:
 
 - Linux namespaces (`unshare`): no network, no sight of other processes, all mounts read-only but
   the working directory; everything in them dies with the program;
@@ -11,10 +12,10 @@ no input, and a working directory that is gone afterwards. Around it stand, each
   program and is reported;
 - a wall clock: the whole process group is killed.
 
-This stops accidents, which is what a model's answers to HumanEval and MBPP have. It is no security
-boundary: it shares the kernel with a program that is free to read whatever its user can read, and
-on macOS only the audit hook, which a determined program gets round, guards files and the network.
-For hostile code use a virtual machine.
+This stops accidents, the usual trouble with a model's answers to HumanEval and MBPP. It is no
+security boundary: the program shares the kernel and may read all that its user can read, and on
+macOS only the audit hook, which a determined program can evade, guards files and the network. For
+hostile code use a virtual machine.
 """
 
 import contextlib
@@ -48,11 +49,11 @@ Status = Literal["passed", "failed", "timeout", "memory", "blocked"]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a program ended, and the tail of what it or the sandbox had to say.
+class SandboxResult:
+    """How a program ended, and the end of its or the sandbox's error output.
 
-    `passed` says that it ran to its last line; `blocked`, that it tried what it may not; `failed`
-    is anything else: an exception, a crash, an early exit.
+    Status `passed`: it ran to its last line; `blocked`: it tried something forbidden; `failed`:
+    anything else, an exception, a crash, an early exit.
     """
 
     status: Status
@@ -75,33 +76,33 @@ def _kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _outcome(code: int | None, verdict: list[str], stderr: str) -> Outcome:
+def _result(code: int | None, verdict: list[str], stderr: str) -> SandboxResult:
     """Read the verdict; `code` is None if time ran out."""
     if code is None or code == -signal.SIGXCPU:
-        return Outcome("timeout", stderr)
+        return SandboxResult("timeout", stderr)
     if "started" not in verdict:
         raise RuntimeError(f"the sandbox did not start (exit {code}): {stderr}")
     match [word.partition(" ") for word in verdict[1:2]]:
         case [("blocked", _, what)]:
-            return Outcome("blocked", f"{stderr}\nnot allowed: {what}".strip())
+            return SandboxResult("blocked", f"{stderr}\nnot allowed: {what}".strip())
         case [("passed" | "failed" | "memory" as status, _, _)]:
-            return Outcome(status, stderr)
+            return SandboxResult(status, stderr)
     if code == -signal.SIGKILL:  # not by us: the kernel was out of memory
-        return Outcome("memory", stderr)
-    return Outcome("failed", f"{stderr}\nended without a verdict (exit {code})".strip())
+        return SandboxResult("memory", stderr)
+    return SandboxResult("failed", f"{stderr}\nended without a verdict (exit {code})".strip())
 
 
 def _run(
     source: str, seconds: float, memory_mb: int, *, namespaces: bool, audit: bool = True
-) -> Outcome:
-    """Run in the layers asked for; the tests take some away to see the others hold."""
+) -> SandboxResult:
+    """Run in the given layers; tests remove some to check that the others hold."""
     with (
         tempfile.TemporaryDirectory(prefix="orthrus-", ignore_cleanup_errors=True) as directory,
         tempfile.TemporaryFile() as settings,
         tempfile.TemporaryFile() as result,
         tempfile.TemporaryFile() as stderr,  # a file, not a pipe: nobody can keep it from ending
     ):
-        told = {
+        request = {
             "source": source,
             "directory": directory,
             "seconds": seconds,
@@ -110,7 +111,7 @@ def _run(
             "audit": audit,
             "result": result.fileno(),
         }
-        settings.write(json.dumps(told).encode())
+        settings.write(json.dumps(request).encode())
         settings.seek(0)
         unshare = [shutil.which("unshare") or "unshare", *UNSHARE, "--"] if namespaces else []
         process = subprocess.Popen(
@@ -131,12 +132,12 @@ def _run(
             _kill(process)
         result.seek(0)
         verdict = result.read().decode("utf-8", "replace").splitlines()
-        return _outcome(code, verdict, _tail(stderr))
+        return _result(code, verdict, _tail(stderr))
 
 
 @functools.cache
 def has_namespaces() -> bool:
-    """Whether programs run in Linux namespaces of their own here; many containers forbid it."""
+    """Whether programs run in their own Linux namespaces here; many containers forbid it."""
     if sys.platform != "linux" or shutil.which("unshare") is None:
         return False
     try:
@@ -145,7 +146,7 @@ def has_namespaces() -> bool:
         return False
 
 
-def run_program(source: str, *, seconds: float = 10, memory_mb: int = 1024) -> Outcome:
+def run_program(source: str, *, seconds: float = 10, memory_mb: int = 1024) -> SandboxResult:
     """Run a program to its end, or to the first limit it meets; nothing of it remains.
 
     Its standard output is thrown away; `if __name__ == "__main__"` does not hold in it. Raises
@@ -170,26 +171,26 @@ def program_of(answer: str, names: set[str]) -> str:
         if language.strip().lower() in ("", "py", "python", "python3")
     ]
     definitions = re.compile(rf"^\s*(?:def|class)\s+(?:{'|'.join(map(re.escape, names))})\b", re.M)
-    found = [fence for fence in fences if names and definitions.search(fence)]
-    return (found or fences or [answer])[-1]
+    defining = [fence for fence in fences if names and definitions.search(fence)]
+    return (defining or fences or [answer])[-1]
 
 
-def check_humaneval(problem: Mapping[str, Any], completion: str, **limits: Any) -> Outcome:
+def check_humaneval(problem: Mapping[str, Any], completion: str, **limits: Any) -> SandboxResult:
     """Whether a completion, of the bare prompt or in a chat, passes a HumanEval problem's test.
 
-    A program that defines the function follows what stands above it in the prompt, imports and
-    helpers; anything else continues the prompt.
+    A program that defines the function is put after the part of the prompt before that function,
+    imports and helpers; anything else continues the prompt.
     """
     prompt, name = problem["prompt"], problem["entry_point"]
     program = program_of(completion, {name})
     definition = re.compile(rf"^def\s+{re.escape(name)}\b", re.M)
     if definition.search(program):
-        found = definition.search(prompt)
-        prompt = prompt[: found.start()] if found else ""
+        start = definition.search(prompt)
+        prompt = prompt[: start.start()] if start else ""
     return run_program(f"{prompt}{program}\n{problem['test']}\ncheck({name})\n", **limits)
 
 
-def check_mbpp(problem: Mapping[str, Any], completion: str, **limits: Any) -> Outcome:
+def check_mbpp(problem: Mapping[str, Any], completion: str, **limits: Any) -> SandboxResult:
     """Whether a completion, bare or in a chat, passes the tests of an MBPP problem."""
     tests = "\n".join([problem["test_setup_code"], *problem["test_list"]])
     program = program_of(completion, set(re.findall(r"\b([A-Za-z_]\w*)\s*\(", tests)))

@@ -1,7 +1,7 @@
 """The inside of `eval.sandbox`: locks its own process down, then runs the program it is given.
 
 Started by path in an interpreter without site packages, so it knows nothing of this project. Reads
-its settings as JSON from standard input; writes its verdict, a word a line, to a file of its own.
+its settings as JSON from standard input; writes its verdict, one word per line, to its own file.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ REFUSED = {
     "subprocess.Popen",
 }
 REFUSED_FAMILIES = ("ctypes.", "socket.", "syslog.")
-# What changes files: where the event's arguments hold a path and its directory's descriptor.
+# Events that change files: where their arguments hold a path and its directory's descriptor.
 CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
     "os.chflags": ((0, None),),
     "os.chmod": ((0, 2),),
@@ -54,7 +54,7 @@ CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
 }
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
-# machine: (its audit number, clone, what is refused). By number, as there is no libseccomp to ask:
+# machine: (its audit number, clone, refused calls). By number, without libseccomp:
 # execve, execveat, socket, socketpair, ptrace, kill, tkill, tgkill, rt_sigqueueinfo,
 # rt_tgsigqueueinfo, pidfd_send_signal, unshare, setns, mount, bpf, io_uring_setup; fork and vfork
 # where they exist.
@@ -95,7 +95,7 @@ def drop_capabilities(libc: Any) -> None:
 def refuse_syscalls(libc: Any) -> bool:
     """Have the kernel refuse processes, programs, sockets and signals; threads stay possible.
 
-    Returns False where it cannot: another system, an unknown machine, a kernel that says no.
+    Returns False where it cannot: another system, an unknown machine, a kernel that refuses.
     """
     machine = os.uname().machine
     if sys.platform != "linux" or sys.maxsize < 2**32 or machine not in SYSCALLS:
@@ -133,7 +133,7 @@ def refuse_syscalls(libc: Any) -> bool:
 
 
 def limit(seconds: float, memory_mb: int, processes: bool) -> None:
-    """Set the resource limits; `processes` says that forking has yet to be stopped."""
+    """Set the resource limits; with `processes`, also on forking, which nothing stops yet."""
     cpu = int(seconds) + 2
     wanted = {
         resource.RLIMIT_AS: memory_mb * MIB,
@@ -145,12 +145,12 @@ def limit(seconds: float, memory_mb: int, processes: bool) -> None:
     if processes:
         wanted[resource.RLIMIT_NPROC] = 1
     for kind, value in wanted.items():
-        with contextlib.suppress(ValueError, OSError):  # macOS knows no limit of address space
+        with contextlib.suppress(ValueError, OSError):  # macOS has no limit of address space
             resource.setrlimit(kind, (value, value))
 
 
 def watch(directory: str, report: Callable[[str], object]) -> None:
-    """End this process, with a report, at the first audit event that is not for a mere program."""
+    """End this process, with a report, at the first audit event that a program may not cause."""
     join, real, separator, leave = os.path.join, os.path.realpath, os.sep, os._exit
 
     def refuse(event: str, *args: object) -> NoReturn:
@@ -215,7 +215,7 @@ def main() -> None:
     settings = json.load(sys.stdin)
     directory, result = os.path.realpath(settings["directory"]), settings["result"]
     report = lambda text: os.write(result, text.encode("utf-8", "replace") + b"\n")
-    # Only for the case that nobody is left outside to stop it.
+    # In case the process outside, which stops it, has died.
     faulthandler.dump_traceback_later(settings["seconds"] + 5, exit=True)
     libc = ctypes.CDLL(None, use_errno=True)
     if settings["namespaces"]:

@@ -5,7 +5,7 @@ size and context, with the memory of both programs and the floor set by reading 
 Text: tokens/s of both loops over the same prompts, their runs interleaved. `--modes ar,orthrus,hf`
 times transformers' greedy decoding of the same weights in the same turns. Everything is compiled
 and warm before a clock starts, and every clock waits for the device. `--random-weights PRESET`
-measures a size without its weights: forwards only, for acceptance cannot be claimed there.
+measures a size without its weights: forwards only, since acceptance would mean nothing there.
 """
 
 import argparse
@@ -27,18 +27,23 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import orthrus_jax
+from eval import plots
+from eval.arguments import positive, positive_list
 from eval.hf import HF, check_torch
 from orthrus_jax import cli, decoding, sharding
-from orthrus_jax.cli import add_blocks, read_prompts
+from orthrus_jax.cli import BLOCKS, add_blocks, read_prompts
 from orthrus_jax.config import PRESETS
-from orthrus_jax.engine import BLOCKS, CYCLES, bucket
+from orthrus_jax.decoding import CYCLES, Strategy
+from orthrus_jax.drafters import DiffusionDrafter
+from orthrus_jax.engine import bucket
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, params
 from orthrus_jax.tokenizer import encode
 
-TIMED_CYCLES = 16  # of one timed call; the context grows by what they emit
-MODES = ("ar", "orthrus", *CYCLES[1:], "hf")  # orthrus: the paper's cycle
+TIMED_CYCLES = 16  # per timed call; the context grows by the tokens they emit
+METHODS = {"ar": "ar", "orthrus": "orthrus"} | {c: m for c, m in CYCLES.items() if c != "paper"}
+MODES = (*METHODS, "hf")  # orthrus: the paper's cycle
 
 
 def copy_bandwidth(repeats: int = 5) -> float:
@@ -55,7 +60,7 @@ def copy_bandwidth(repeats: int = 5) -> float:
 
 
 def standing_at(model: Model, batch: int, context: int, slots: int) -> decoding.DecodeState:
-    """A state whose rows stand behind `context` tokens (of zero keys) and never end."""
+    """A state whose rows have `context` tokens (of zero keys) in the cache and never end."""
     full = lambda n: jnp.full(batch, n, jnp.int32)
     width = TIMED_CYCLES * model.config.block_size + 1
     make = lambda: decoding.DecodeState(
@@ -76,7 +81,7 @@ def standing_at(model: Model, batch: int, context: int, slots: int) -> decoding.
 def time_forwards(
     model: Model, weights: Any, batch: int, context: int, block_size: int, repeats: int
 ) -> dict[str, Any]:
-    """Milliseconds a forward of each kind (medians), spreads, memory; see the module."""
+    """Milliseconds per forward of each kind (medians), ranges, memory; see the module."""
     slots = bucket(context + (TIMED_CYCLES + 1) * block_size)  # as generation rounds them
     limit = jnp.int32(TIMED_CYCLES)
     alone = lambda body: jax.jit(
@@ -84,16 +89,17 @@ def time_forwards(
             0, TIMED_CYCLES, lambda i, s: s.replace(anchor=body(weights, s)), state
         )
     )
-    drafting = lambda w, s: decoding.draft(model, w, s, block_size).tokens[:, 0] % 7 + s.anchor % 2
+    drafter = DiffusionDrafter(model, block_size)
+    drafting = lambda w, s: drafter.propose(w, s)[0].tokens[:, 0] % 7 + s.anchor % 2
 
     def verifying(w: Any, s: Any) -> Any:
         guesses = decoding.Drafts(jnp.tile(s.anchor[:, None], (1, block_size - 1)))
-        logits, _ = decoding.verify(model, w, s, guesses)
+        logits, _, _ = decoding.verify(model, w, s, guesses)
         return decoding.choose(s, logits)[:, 0]
 
     loops: dict[str, tuple[Any, dict[str, Any]]] = {
         "ar_step": (decoding.ar_decode, {}),
-        "cycle": (decoding.orthrus_decode, {"block_size": block_size}),
+        "cycle": (decoding.speculative_decode, {"drafter": drafter}),
     }
     make = lambda: standing_at(model, batch, context, slots)
     result: dict[str, Any] = {"batch": batch, "context": context, "block_size": block_size}
@@ -101,12 +107,12 @@ def time_forwards(
     calls: dict[str, Callable[[Any], Any]] = {}
     for name, (loop, static) in loops.items():
         begin = time.perf_counter()
-        lowered = loop.lower(model, weights, make(), cycles=limit, **static)
+        lowered = loop.lower(model, weights, make(), max_cycles=limit, **static)
         program = lowered.compile()
         result[f"{name}_compile_seconds"] = time.perf_counter() - begin
         memory = program.memory_analysis()
         result[f"{name}_temporary_bytes"] = getattr(memory, "temp_size_in_bytes", None)
-        calls[name] = functools.partial(program, weights, cycles=limit)
+        calls[name] = functools.partial(program, weights, max_cycles=limit)
     for name, body in {"draft": drafting, "verify": verifying}.items():
         program = alone(body).lower(weights, make()).compile()
         calls[name] = functools.partial(program, weights)
@@ -119,9 +125,9 @@ def time_forwards(
             begin = time.perf_counter()
             jax.block_until_ready(call(state))
             times[name].append((time.perf_counter() - begin) / TIMED_CYCLES * 1e3)
-    for name, found in times.items():
-        result[f"{name}_ms"] = statistics.median(found)
-        result[f"{name}_ms_range"] = [min(found), max(found)]
+    for name, runs in times.items():
+        result[f"{name}_ms"] = statistics.median(runs)
+        result[f"{name}_ms_range"] = [min(runs), max(runs)]
     result["cycle_in_ar_steps"] = result["cycle_ms"] / result["ar_step_ms"]
     return result
 
@@ -138,53 +144,56 @@ def floor_ms(model: Model, weights: Any, batch: int, context: int, bandwidth: fl
 
 
 def time_hf(theirs: HF, batch: int, context: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds of transformers' one-row forward behind `context` tokens, median and range."""
+    """Milliseconds of transformers' one-row forward after `context` tokens, median and range."""
     theirs.steps(batch, context, TIMED_CYCLES)()
-    found = []
+    times = []
     for _ in range(repeats):
         run = theirs.steps(batch, context, TIMED_CYCLES)  # reads the context, outside the clock
         begin = time.perf_counter()
         run()
-        found.append((time.perf_counter() - begin) / TIMED_CYCLES * 1e3)
-    return {"hf_step_ms": statistics.median(found), "hf_step_ms_range": [min(found), max(found)]}
+        times.append((time.perf_counter() - begin) / TIMED_CYCLES * 1e3)
+    return {"hf_step_ms": statistics.median(times), "hf_step_ms_range": [min(times), max(times)]}
 
 
 Variant = Callable[[list[list[int]]], list[list[int]]]  # prompts to answers, all of them ids
 
 
+def strategy_of_mode(mode: str, args: argparse.Namespace) -> Strategy:
+    """The strategy of one of --modes, with those row counts that its method has."""
+    method = METHODS[mode]
+    counts = {name: getattr(args, name) for name, methods in BLOCKS.items() if method in methods}
+    given: dict[str, Any] = {name: n for name, n in counts.items() if n is not None}
+    return Strategy(method, None if method == "ar" else args.draft_length, **given)
+
+
 def text_variants(
-    model: Generator, theirs: HF | None, args: argparse.Namespace, batch: int
+    model: LLM, theirs: HF | None, args: argparse.Namespace, batch: int
 ) -> dict[str, Variant]:
-    """What is timed at this batch size, by name."""
+    """The functions timed at this batch size, by name."""
     budget = args.max_new_tokens
 
     def ours(mode: str, **options: Any) -> Variant:
-        options |= {"draft_length": args.draft_length, "max_new_tokens": budget}
-        if mode in CYCLES:
-            options |= {name: getattr(args, name) for name in BLOCKS}
-            options |= {"mode": "orthrus", "cycle": mode}
-        else:
-            options |= {"mode": mode}
+        options |= {"strategy": strategy_of_mode(mode, args), "max_new_tokens": budget}
         return lambda prompts: [
             c.tokens for c in model.complete(prompts, batch_size=batch, **options)
         ]
 
     def reference(prompts: list[list[int]]) -> list[list[int]]:
-        assert theirs is not None, "asked for, hence loaded"
+        assert theirs is not None, "--modes names hf, hence it is loaded"
         return theirs.complete(prompts, max_new_tokens=budget, batch_size=batch)
 
-    found: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     for mode in args.modes:
-        found[mode] = reference if mode == "hf" else ours(mode)
+        variants[mode] = reference if mode == "hf" else ours(mode)
         if args.refill and batch > 1 and mode != "hf":
-            found[f"{mode}, no refill"] = ours(mode, refill=False)
-    return found
+            variants[f"{mode}, no refill"] = ours(mode, refill=False)
+    return variants
 
 
 def time_text(
     prompts: list[list[int]], repeats: int, variants: dict[str, Variant]
 ) -> dict[str, Any]:
-    """Tokens/s of each variant over all prompts, interleaved; whether they say the same."""
+    """Tokens/s of each variant over all prompts, interleaved; share equal to the first's."""
     runs: dict[str, list[float]] = {name: [] for name in variants}
     texts: dict[str, list[list[int]]] = {}
     for call in variants.values():
@@ -210,86 +219,73 @@ def time_text(
 
 
 def draw(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Plot time a cycle against context and, where texts were timed, tokens/s against batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = 2 if result["text"] else 1
-    size = (5 * panels, 3.8)
-    figure, axes = pyplot.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
-    left = axes[0, 0]
-    for batch in sorted({f["batch"] for f in result["forwards"]}):
-        found = [f for f in result["forwards"] if f["batch"] == batch]
-        contexts = [f["context"] for f in found]
-        for name, style in {"ar_step": "o--", "cycle": "s-", "hf_step": "x:"}.items():
-            if f"{name}_ms" not in found[0]:
-                continue
-            label = f"{name.replace('_', ' ')}, batch {batch}"
-            left.plot(contexts, [f[f"{name}_ms"] for f in found], style, label=label)
-    left.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="ms", title="Time")
-    left.legend(fontsize=8)
-    lines = collections.defaultdict(list)
+    """Plot time per cycle by context and, where texts were timed, tokens/s by batch size."""
+    rates = collections.defaultdict(list)
     for text in result["text"]:
         for name, timed in text.items():
             if isinstance(timed, dict):
-                lines[name].append((text["batch"], timed["tokens_per_second"]))
-    if lines:
-        right = axes[0, 1]
-        for name, points in lines.items():
-            right.plot(*zip(*points, strict=True), "o-", label=name)
-        right.set(xscale="log", yscale="log", xlabel="batch", ylabel="tokens/s", title="Text")
-        right.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def numbers(text: str) -> list[int]:
-    """Parse a list like 1,4,16, as an option takes it."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,4,16") from None
+                rates[name].append((text["batch"], timed["tokens_per_second"]))
+    panels = 2 if rates else 1
+    with plots.figure(path, panels, (5 * panels, 3.8)) as axes:
+        left = axes[0]
+        for batch in sorted({f["batch"] for f in result["forwards"]}):
+            forwards = [f for f in result["forwards"] if f["batch"] == batch]
+            contexts = [f["context"] for f in forwards]
+            for name, style in {"ar_step": "o--", "cycle": "s-", "hf_step": "x:"}.items():
+                if f"{name}_ms" not in forwards[0]:
+                    continue
+                label = f"{name.replace('_', ' ')}, batch {batch}"
+                left.plot(contexts, [f[f"{name}_ms"] for f in forwards], style, label=label)
+        left.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="ms", title="Time")
+        left.legend(fontsize=8)
+        for name, points in rates.items():
+            axes[1].plot(*zip(*points, strict=True), "o-", label=name)
+        if rates:
+            labels = {"xlabel": "batch", "ylabel": "tokens/s", "title": "Text"}
+            axes[1].set(xscale="log", yscale="log", **labels)
+            axes[1].legend(fontsize=8)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__)
+    add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint or hub id")
     source.add_argument("--random-weights", choices=sorted(PRESETS), help="a size, no weights")
-    parser.add_argument(
-        "--prompts", metavar="FILE.jsonl", help='one {"prompt": TEXT} a line; without: no text part'
+    add(
+        "--prompts",
+        metavar="FILE.jsonl",
+        help='one {"prompt": TEXT} per line; none: no text part',
     )
-    parser.add_argument("--limit", type=int, default=64, help="prompts used; default: %(default)s")
-    parser.add_argument(
+    add("--limit", type=positive, default=64, help="prompts used; default: %(default)s")
+    add(
         "--modes",
         default="ar,orthrus",
         help="of ar, orthrus (the paper's cycle), two-forward and one-forward (text only), hf "
         "(transformers' generate; needs torch); default: %(default)s",
     )
     add_blocks(parser)
-    parser.add_argument("--batch-sizes", type=numbers, default=[1], help="default: 1")
-    parser.add_argument("--contexts", type=numbers, default=[128, 1024], help="default: 128,1024")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="default: %(default)s")
-    parser.add_argument("--draft-length", type=int, metavar="K", help="default: the trained K")
+    add("--batch-sizes", type=positive_list, default=[1], help="default: 1")
+    add("--contexts", type=positive_list, default=[128, 1024], help="default: 128,1024")
+    add("--max-new-tokens", type=positive, default=256, help="default: %(default)s")
+    add("--draft-length", type=int, metavar="K", help="default: the trained K")
     cli.add_runtime(parser)
-    parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--refill", action="store_true", help="also time batches without refill")
-    parser.add_argument("--json", metavar="OUT", help="write all figures there")
-    parser.add_argument("--plot", metavar="OUT.png", help="draw them")
+    add("--repeats", type=positive, default=5, help="default: %(default)s")
+    add("--refill", action="store_true", help="also time batches without refill")
+    add("--json", metavar="OUT", help="write all figures there")
+    add("--plot", metavar="OUT.png", help="draw them")
     return parser
 
 
-def _loaded(args: argparse.Namespace) -> Generator:
-    told = cli.runtime_options(args)
+def _loaded(args: argparse.Namespace) -> LLM:
+    options = cli.runtime_options(args)
     if args.model:
-        return orthrus_jax.load(args.model, **told)
+        return orthrus_jax.load(args.model, **options)
     sizes = dataclasses.replace(PRESETS[args.random_weights], dtype=args.dtype or "bfloat16")
     make = lambda key: jax.tree.map(lambda x: x.astype(sizes.dtype), params.init(Model(sizes), key))
-    key, mesh = jax.random.key(0), told["mesh"]
+    key, mesh = jax.random.key(0), options["mesh"]
     where = mesh and sharding.of_tree(jax.eval_shape(make, key), mesh)
-    return Generator(sizes, jax.jit(make, out_shardings=where)(key), mesh=mesh)
+    return LLM(sizes, jax.jit(make, out_shardings=where)(key), mesh=mesh)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -298,8 +294,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.modes = args.modes.split(",")
     if unknown := sorted(set(args.modes) - set(MODES)):
         raise UserError(f"--modes names {', '.join(unknown)}: expected some of {', '.join(MODES)}")
+    for name, methods in BLOCKS.items():
+        if getattr(args, name) is not None and not {METHODS.get(m) for m in args.modes} & {
+            *methods
+        }:
+            cycles = [cycle for cycle, method in CYCLES.items() if method in methods]
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise UserError(f"{flag} needs {' or '.join(cycles)} among --modes")
     if args.prompts and not args.model:
-        raise UserError("--prompts needs --model: random weights make no text worth timing")
+        raise UserError("--prompts needs --model: the texts of random weights are not worth timing")
     if "hf" in args.modes:
         check_torch()
     model = _loaded(args)
@@ -319,11 +322,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["hf"] = theirs.hardware
     shapes = [(b, c) for b in args.batch_sizes for c in args.contexts]
     for batch, context in tqdm(shapes, desc="forwards", file=sys.stderr):
-        found = time_forwards(inner, weights, batch, context, block_size, args.repeats)
-        found["ar_step_floor_ms"] = floor_ms(inner, weights, batch, context, bandwidth)
+        times = time_forwards(inner, weights, batch, context, block_size, args.repeats)
+        times["ar_step_floor_ms"] = floor_ms(inner, weights, batch, context, bandwidth)
         if theirs is not None:
-            found |= time_hf(theirs, batch, context, args.repeats)
-        result["forwards"].append(found)
+            times |= time_hf(theirs, batch, context, args.repeats)
+        result["forwards"].append(times)
     if args.prompts:
         texts = read_prompts(args.prompts)[: args.limit]
         ids = [encode(model.tokenizer, text, chat=True) for text in texts]

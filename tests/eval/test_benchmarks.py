@@ -54,7 +54,7 @@ HUB_ROWS = {
     },
     "mt_bench": {"prompt": ["Hi", "Why?"], "prompt_id": 7, "category": "writing", "reference": []},
     "spec_bench": {"question_id": 81, "category": "rag", "turns": ["Hi"]},
-    "demo_problems": {"question": "1+1?", "answer": "2", "operations": 1},
+    "demo": {"question": "1+1?", "answer": "2", "operations": 1},
 }
 MALFORMED = [
     "",
@@ -87,7 +87,7 @@ def write(path, *rows) -> str:
 
 @needs_data
 @pytest.mark.parametrize("name", FILES)
-def test_a_real_file_is_read_whole(name):
+def test_real_file_is_read_whole(name):
     file, count = FILES[name]
     problems = load(BENCHMARKS[name], DATA / file)
     assert len(problems) == count
@@ -99,7 +99,7 @@ def test_a_real_file_is_read_whole(name):
 
 
 @needs_data
-def test_the_real_files_groups_are_those_of_their_papers():
+def test_groups_of_real_files_are_those_of_their_papers():
     counts = {}
     for name in FILES:
         for problem in load(BENCHMARKS[name], DATA / FILES[name][0]):
@@ -121,12 +121,12 @@ def test_the_real_files_groups_are_those_of_their_papers():
 
 
 @needs_data
-def test_compressed_files_are_read_too():
+def test_compressed_files_are_read():
     assert len(load(BENCHMARKS["gsm8k"], DATA / "gsm8k_train.jsonl.gz")) == 7473
 
 
 @needs_data
-def test_prompts_hold_the_question_and_the_model_cards_words():
+def test_prompts_hold_the_question_and_the_model_cards_wording():
     rows = [json.loads(line) for line in (DATA / "math500_test.jsonl").read_text().splitlines()]
     for row, problem in zip(
         rows, load(BENCHMARKS["math500"], DATA / "math500_test.jsonl"), strict=True
@@ -142,7 +142,7 @@ def test_prompts_hold_the_question_and_the_model_cards_words():
 
 @needs_data
 @pytest.mark.parametrize("name", ["math500", "gsm8k", "aime24", "humaneval", "mbpp"])
-def test_the_files_own_solutions_are_right_and_others_are_not(name):
+def test_solutions_in_the_files_are_right_and_others_wrong(name):
     file = DATA / FILES[name][0]
     rows = [json.loads(line) for line in file.read_text().splitlines()[:4]]
     benchmark = BENCHMARKS[name]
@@ -160,11 +160,11 @@ def test_the_files_own_solutions_are_right_and_others_are_not(name):
 
 
 @pytest.mark.parametrize("name", HUB_ROWS)
-def test_a_row_of_the_hub_is_read_from_there_and_from_a_file(name, tmp_path, monkeypatch):
-    asked = []
+def test_hub_row_is_read_from_the_hub_and_from_a_file(name, tmp_path, monkeypatch):
+    calls = []
 
     def load_dataset(*names, **options):
-        asked.append((names, options))
+        calls.append((names, options))
         return [HUB_ROWS[name]]
 
     fake = types.SimpleNamespace(load_dataset=load_dataset)
@@ -173,13 +173,13 @@ def test_a_row_of_the_hub_is_read_from_there_and_from_a_file(name, tmp_path, mon
     from_file = load(benchmark, write(tmp_path / "rows.jsonl", HUB_ROWS[name]))
     if benchmark.hub is not None:
         assert load(benchmark) == from_file
-        assert asked == [((benchmark.hub.id, benchmark.hub.config), {"split": benchmark.hub.split})]
+        assert calls == [((benchmark.hub.id, benchmark.hub.config), {"split": benchmark.hub.split})]
     (problem,) = from_file
     assert problem.id
     assert problem.turns[0]
 
 
-def test_gold_answers_and_tests_are_what_graders_take(tmp_path):
+def test_gold_answers_and_tests_fit_their_graders(tmp_path):
     read = lambda name: load(BENCHMARKS[name], write(tmp_path / "rows.jsonl", HUB_ROWS[name]))[0]
     assert read("gsm8k").gold == "1,002"
     assert read("gsm8k").id == "gsm8k/0"
@@ -197,12 +197,12 @@ def test_gold_answers_and_tests_are_what_graders_take(tmp_path):
 
 @pytest.mark.parametrize("name", [n for n, b in BENCHMARKS.items() if b.grade])
 @pytest.mark.parametrize("text", MALFORMED, ids=range(len(MALFORMED)))
-def test_malformed_answers_are_wrong_and_no_more(name, text, tmp_path):
+def test_malformed_answers_are_wrong_without_an_error(name, text, tmp_path):
     (problem,) = load(BENCHMARKS[name], write(tmp_path / "rows.jsonl", HUB_ROWS[name]))
     assert not BENCHMARKS[name].grade(problem, final_part(text)).correct
 
 
-def test_the_part_behind_the_thinking_is_what_counts():
+def test_final_part_comes_after_the_thinking():
     assert final_part("<think>\\boxed{1}</think>\n\\boxed{2}") == "\n\\boxed{2}"
     assert final_part("a</think>b</think>c") == "c"
     assert final_part("no thinking") == "no thinking"
@@ -232,27 +232,27 @@ BAD_ROWS = [
 
 
 @pytest.mark.parametrize(("name", "row", "message"), BAD_ROWS)
-def test_a_bad_row_is_named_by_file_and_line(name, row, message, tmp_path):
+def test_bad_row_is_named_by_file_and_line(name, row, message, tmp_path):
     path = write(tmp_path / "rows.jsonl", HUB_ROWS[name])
     with open(path, "a") as file:
         file.write("\n" + json.dumps(row) + "\n")
     with pytest.raises(UserError) as error:
         load(BENCHMARKS[name], path)
-    told = str(error.value)
-    assert told.startswith(f"{path}:3 is no row of {BENCHMARKS[name].title}: ")
-    assert message in told
-    assert "\n" not in told
+    error_message = str(error.value)
+    assert error_message.startswith(f"{path}:3 is no row of {BENCHMARKS[name].title}: ")
+    assert message in error_message
+    assert "\n" not in error_message
 
 
 @pytest.mark.parametrize("line", [b"{", b"\xff\xfe", b'{"a": NaN', b"[" * 100_000, b"{} {}"])
-def test_a_line_that_is_no_json_is_named(line, tmp_path):
+def test_line_that_is_no_json_is_named(line, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(HUB_ROWS["gsm8k"]).encode() + b"\r\n" + line + b"\n")
     with pytest.raises(UserError, match=":2 is not JSON"):
         load(BENCHMARKS["gsm8k"], path)
 
 
-def test_a_line_separator_inside_a_text_is_no_end_of_line(tmp_path):
+def test_line_separator_inside_a_text_ends_no_line(tmp_path):
     row = {"question": "one\u2028two\u0085three", "answer": "5"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
     (problem,) = load(BENCHMARKS["gsm8k"], tmp_path / "rows.jsonl")
@@ -267,7 +267,7 @@ def test_equal_ids_and_empty_files_are_refused(tmp_path):
         load(BENCHMARKS["mt_bench"], write(tmp_path / "rows.jsonl"))
 
 
-def test_files_that_cannot_be_read_are_told_with_both_ways(tmp_path):
+def test_unreadable_file_is_named_with_both_ways_to_get_data(tmp_path):
     broken = tmp_path / "rows.jsonl.gz"
     broken.write_bytes(gzip.compress(b"x" * 1000)[:-20])
     not_gzip = tmp_path / "plain.jsonl.gz"
@@ -282,7 +282,7 @@ def test_files_that_cannot_be_read_are_told_with_both_ways(tmp_path):
         load(BENCHMARKS["spec_bench"], tmp_path / "absent.jsonl")
 
 
-def test_the_hub_out_of_reach_is_told_with_both_ways(monkeypatch):
+def test_unreachable_hub_is_named_with_both_ways_to_get_data(monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError("no network\nand a long story")
 
@@ -297,7 +297,7 @@ def test_the_hub_out_of_reach_is_told_with_both_ways(monkeypatch):
         load(BENCHMARKS["spec_bench"])
 
 
-def test_the_digest_is_of_questions_and_gold_answers(tmp_path):
+def test_digest_depends_on_questions_and_gold_answers(tmp_path):
     first = load(BENCHMARKS["gsm8k"], write(tmp_path / "a.jsonl", HUB_ROWS["gsm8k"]))
     again = load(BENCHMARKS["gsm8k"], write(tmp_path / "b.jsonl", HUB_ROWS["gsm8k"]))
     other = {**HUB_ROWS["gsm8k"], "answer": "3"}
@@ -305,7 +305,7 @@ def test_the_digest_is_of_questions_and_gold_answers(tmp_path):
     assert digest(first) != digest(load(BENCHMARKS["gsm8k"], write(tmp_path / "c.jsonl", other)))
 
 
-def test_a_sandbox_that_does_not_work_is_told_before_anything_is_decoded(monkeypatch):
+def test_broken_sandbox_is_reported_before_decoding(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("the sandbox did not start (exit 1): a\nb")
 
@@ -313,7 +313,7 @@ def test_a_sandbox_that_does_not_work_is_told_before_anything_is_decoded(monkeyp
     monkeypatch.setattr(benchmarks, "run_program", broken)
     with pytest.raises(UserError, match="an empty program cannot be run here: b"):
         BENCHMARKS["humaneval"].ready()
-    killed = sandbox.Outcome("memory", "no room")
+    killed = sandbox.SandboxResult("memory", "no room")
     monkeypatch.setattr(benchmarks, "run_program", lambda *_, **__: killed)
     with pytest.raises(UserError, match="memory: no room"):
         BENCHMARKS["mbpp"].ready()

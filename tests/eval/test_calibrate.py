@@ -1,31 +1,32 @@
-"""Calibration: what is played through a recording is what decoding does, cycle for cycle."""
+"""Calibration: replays match decoding cycle by cycle, and each part is measured and kept."""
 
 import dataclasses
+import itertools
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
+from tests.helpers import random_params, tiny_config
 
 from eval import calibrate
-from eval.recorded import Outcome, record, simulate
+from eval.replay import ReplayResult, record, simulate
 from orthrus_jax import generate
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.engine import Plan, planner
-from orthrus_jax.engine.planner import Calibration, Split
+from orthrus_jax.engine.planner import Calibration, LengthRates, Split
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import Generator
 from orthrus_jax.model import params
-from tests.support.configs import tiny_config
 from tests.support.tokenizers import small_tokenizer
-from tests.support.weights import random_params
 
 VOCAB = 400
 CONFIG = tiny_config(vocab_size=VOCAB, mask_token_id=VOCAB - 1, num_hidden_layers=1, block_size=6)
 
 
 def half_right(seed: int) -> dict:
-    """Weights whose drafting view is near the AR view, and both like a few tokens best."""
+    """Weights whose drafting view is near the AR view, and both prefer a few tokens."""
     frozen, _ = params.split(random_params(CONFIG, seed, gain=2.0))
     table = np.array(frozen["embed_tokens"]["embedding"])
     table[np.arange(0, VOCAB, 40)] *= 2.5
@@ -35,14 +36,14 @@ def half_right(seed: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def told():
-    """A model, prompts, and its own answers, some ending early."""
+def answered():
+    """A model, prompts, and its own answers, one of them cut short."""
     rng = np.random.default_rng(2)
     prompts = [rng.integers(8, VOCAB - 2, n).tolist() for n in (3, 9, 14, 5)]
     model = Generator(CONFIG, half_right(1))
-    said = [c.tokens for c in model.complete(prompts, mode="ar", max_new_tokens=40)]
-    said[1] = said[1][:17]
-    return model, prompts, said
+    answers = [c.tokens for c in model.complete(prompts, mode="ar", max_new_tokens=40)]
+    answers[1] = answers[1][:17]
+    return model, prompts, answers
 
 
 @pytest.mark.parametrize(
@@ -58,53 +59,54 @@ def told():
     ],
     ids=lambda s: f"{s.cycle} {s.tree_nodes} {s.early_blocks}+{s.fresh_blocks}",
 )
-def test_what_is_played_through_is_what_decoding_does(told, split: Split) -> None:
-    model, prompts, said = told
-    outcome = simulate(record(model, prompts, said, split.draft_length), split.cycle, split.scheme)
-    budgets = [len(answer) for answer in said]
-    assert outcome.tokens.tolist() == budgets
-    for i, (prompt, answer) in enumerate(zip(prompts, said, strict=True)):
+def test_replay_takes_the_cycles_that_decoding_takes(answered, split: Split) -> None:
+    model, prompts, answers = answered
+    recording = record(model, prompts, answers, split.draft_length)
+    replayed = simulate(recording, split.cycle, split.scheme)
+    assert replayed.tokens.tolist() == [len(answer) for answer in answers]
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         real = model.complete([prompt], max_new_tokens=len(answer), **split.options)[0]
         assert real.tokens == answer
-        assert real.forwards == outcome.forwards[i]
-    assert outcome.accepted > 0.2, "a drafter that is never right tests little"
-    assert 0 < outcome.hits <= 1
+        assert real.forwards == replayed.forwards[i]
+    assert replayed.accepted > 0.2, "a drafter that is never right tests little"
+    assert 0 < replayed.hits <= 1
 
 
 @pytest.mark.parametrize("trust", [1.0, 0.5])
-def test_confidence_is_trusted_as_far_as_it_earns(told, trust: float, monkeypatch) -> None:
-    """Of two, the one with more tokens a forward; and the engine decodes with what it is told."""
-    model, prompts, said = told
-    recording = record(model, prompts, said, 6)
+def test_draft_temperature_with_most_tokens_is_fitted_and_used(
+    answered, trust, monkeypatch
+) -> None:
+    """Of two, the one with more tokens per forward; the engine decodes with the calibrated one."""
+    model, prompts, answers = answered
+    recording = record(model, prompts, answers, 6)
     monkeypatch.setattr(calibrate, "TRUSTS", (1.0, 0.5))
-    earns = lambda r, cycle, scheme: dataclasses.replace(
-        OUTCOME, forwards=np.array([10 if scheme.trust == trust else 11])
+    forwards = lambda scheme: np.array([10 if scheme.trust == trust else 11])
+    monkeypatch.setattr(
+        calibrate,
+        "simulate",
+        lambda recording, cycle, scheme: ReplayResult(np.array([20]), forwards(scheme), 1.0, 1.0),
     )
-    monkeypatch.setattr(calibrate, "simulate", earns)
-    assert calibrate.trusted(recording) == trust
-    found = Generator(CONFIG, model.params, calibration=Calibration((), {}, {}, trust))
+    assert calibrate.fit_draft_temperature(recording) == trust
+    calibrated = Generator(CONFIG, model.params, calibration=Calibration(trust=trust))
     plan = Plan(cycle="one-forward", tree_nodes=8)
-    assert found.engine._scheme(plan).trust == trust
-    answers = found.complete(prompts, max_new_tokens=17, cycle="one-forward", tree_nodes=8)
-    assert [c.tokens for c in answers] == [text[:17] for text in said]
+    assert calibrated.engine._scheme(plan).trust == trust
+    texts = calibrated.complete(prompts, max_new_tokens=17, cycle="one-forward", tree_nodes=8)
+    assert [c.tokens for c in texts] == [answer[:17] for answer in answers]
 
 
-OUTCOME = Outcome(np.array([20]), np.array([10]), 1.0, 1.0)
-
-
-def test_ar_is_one_forward_a_token(told) -> None:
-    model, prompts, said = told
-    outcome = simulate(record(model, prompts, said, 6), "ar", Split("paper", 6).scheme)
-    np.testing.assert_array_equal(outcome.forwards, outcome.tokens)
+def test_replayed_ar_takes_one_forward_per_token(answered) -> None:
+    model, prompts, answers = answered
+    replayed = simulate(record(model, prompts, answers, 6), "ar", Split("paper", 6).scheme)
+    np.testing.assert_array_equal(replayed.forwards, replayed.tokens)
 
 
 def test_splits_spend_at_most_their_budget() -> None:
-    found = calibrate.splits(8, (32, 64))
-    assert len(set(found)) == len(found)
-    assert {s.cycle for s in found} == {"paper", "two-forward", "one-forward"}
-    assert max(s.rows for s in found) == 64
-    assert all(s.early_blocks <= s.scheme.drafts + 1 for s in found)
-    assert any(s.fresh_blocks for s in found)
+    splits = calibrate.splits(8, (32, 64))
+    assert len(set(splits)) == len(splits)
+    assert {s.cycle for s in splits} == {"paper", "two-forward", "one-forward"}
+    assert max(s.rows for s in splits) == 64
+    assert all(s.early_blocks <= s.scheme.drafts + 1 for s in splits)
+    assert any(s.fresh_blocks for s in splits)
 
 
 @pytest.fixture
@@ -120,43 +122,114 @@ def directory(tmp_path):
     return path
 
 
-def test_the_command_keeps_both_sides_beside_the_model(directory, capsys, monkeypatch) -> None:
+@pytest.fixture
+def command(directory, monkeypatch):
+    """Run the command on few splits and budgets; its options end with those given."""
     few = [Split("paper", 6), Split("two-forward", 6, 9), Split("one-forward", 6, 5, 1)]
     monkeypatch.setattr(calibrate, "splits", lambda block, budgets: few)
     monkeypatch.setattr(calibrate, "BUDGETS", (16,))
-    monkeypatch.setattr(calibrate, "trusted", lambda recording: 0.8)
-    options = ["--model", str(directory), "--prompts", str(directory.parent / "prompts.jsonl")]
-    options += [
-        "--max-new-tokens",
-        "12",
-        "--batches",
-        "1,2",
-        "--repeats",
-        "1",
-        "--dtype",
-        "float32",
-    ]
+    monkeypatch.setattr(calibrate, "LENGTHS", (2, 4, 16))
+    monkeypatch.setattr(calibrate, "fit_draft_temperature", lambda recording: 0.8)
+    prompts = str(directory.parent / "prompts.jsonl")
+    sizes = ["--max-new-tokens", "12", "--batches", "1,2", "--repeats", "1", "--dtype", "float32"]
+    return lambda *more: calibrate.main(
+        ["--model", str(directory), "--prompts", prompts, *sizes, *more]
+    )
+
+
+def test_command_keeps_all_parts_beside_the_model(directory, command, capsys, monkeypatch) -> None:
     plot = directory.parent / "rows.png"
-    calibrate.main([*options, "--plot", str(plot)])
+    command("--plot", str(plot))
     assert plot.stat().st_size > 1000
     out = capsys.readouterr().out
     assert "| 12 | one-forward | 6 | 5 | 1 | 0 |" in out
-    found = planner.load(directory)
-    assert [e.split for e in found.earned] == few
-    assert found.trust == 0.8
-    (curves,) = found.cost.values()
+    kept = planner.load(directory)
+    assert [e.split for e in kept.earned] == calibrate.splits(6, ())
+    assert kept.trust == 0.8
+    (curves,) = kept.cost.values()
     assert [[n for n, _ in points] for points in curves.values()] == [[1, 6, 16]] * 2
     assert all(ms > 0 for points in curves.values() for _, ms in points)
+    (rates,) = kept.draft_length.values()
+    assert list(rates.tokens_per_second) == [2, 4, 6]
+    assert rates.tokens_per_second[rates.draft_length] == max(rates.tokens_per_second.values())
+    assert f"draft length {rates.draft_length:3d}" in out
+    assert out.count("<- best") == 1
 
-    # Again: acceptance is kept, costs are taken anew; other prompts are not mixed in unasked.
+    # Again: acceptance is kept, costs are measured anew; other prompts need --overwrite.
     monkeypatch.setattr(calibrate, "record", None)
-    calibrate.main(options)
-    assert planner.load(directory).earned == found.earned
+    command("--only", "costs")
+    again = planner.load(directory)
+    assert again.earned == kept.earned
+    assert again.draft_length == kept.draft_length
     with pytest.raises(UserError, match=r"acceptance on other prompts .*--overwrite"):
-        calibrate.main([*options, "--limit", "1"])
+        command("--limit", "1")
 
     capsys.readouterr()
     generate.main(
         ["--model", str(directory), "--prompt", "Hi", "--max-new-tokens", "5", "--rows", "16"]
     )
     assert "--rows 16: --mode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["costs", "draft-length"])
+def test_command_measures_one_part_alone(part: str, directory, command, monkeypatch) -> None:
+    monkeypatch.setattr(calibrate, "record", None)
+    command("--only", part)
+    kept = planner.load(directory)
+    assert kept.earned == ()
+    assert bool(kept.cost) == (part == "costs")
+    assert bool(kept.draft_length) == (part == "draft-length")
+    assert "by rule" in generate.load(directory).plan(16).why
+
+
+def test_measured_draft_length_is_the_default_of_a_loaded_model(directory) -> None:
+    assert generate.load(directory).draft_length is None
+    kind = jax.devices()[0].device_kind
+    elsewhere = LengthRates(3, {3: 1.0})
+    Calibration(draft_length={"another device": elsewhere}).save(directory)
+    assert generate.load(directory).draft_length is None
+    here = LengthRates(4, {2: 1.0, 4: 2.0})
+    calibrate.add_draft_length(planner.load(directory), here).save(directory)
+    assert generate.load(directory).draft_length == 4
+    assert planner.load(directory).draft_length == {"another device": elsewhere, kind: here}
+
+
+def test_draft_lengths_take_turns_and_the_first_turn_is_not_timed(monkeypatch) -> None:
+    """Each length answers once per turn; tokens over seconds, the median of the timed turns."""
+    order = []
+
+    def complete(prompts, draft_length, **options):
+        assert options == {"max_new_tokens": 7}
+        order.append(draft_length)
+        return [types.SimpleNamespace(tokens=[0] * 4 * draft_length)] * len(prompts)
+
+    model = types.SimpleNamespace(config=types.SimpleNamespace(block_size=5), complete=complete)
+    clock = itertools.count()
+    monkeypatch.setattr(calibrate.time, "perf_counter", lambda: next(clock))
+    rates = calibrate.measure_draft_lengths(model, [[1], [2]], 2, max_new_tokens=7)
+    assert order == [2, 3, 4, 5] * 3
+    assert rates == LengthRates(5, {k: 8.0 * k for k in (2, 3, 4, 5)})
+
+
+def test_unwritable_model_is_refused_before_anything_is_measured(command, monkeypatch) -> None:
+    def refuse(directory):
+        raise UserError("calibration.json cannot be written")
+
+    monkeypatch.setattr(planner, "check_writable", refuse)
+    monkeypatch.setattr(calibrate, "load", None)
+    with pytest.raises(UserError, match="cannot be written"):
+        command()
+
+
+def test_bad_input_is_refused_by_name(directory, command, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(calibrate, "load", None)
+    refused = {"--limit": "0", "--batches": "1,0", "--repeats": "-1", "--batch-size": "x"}
+    for flag, value in refused.items():
+        with pytest.raises(SystemExit) as end:
+            command(flag, value)
+        assert end.value.code == 2
+        assert f"argument {flag}: {value!r} is not a " in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"--prompts FILE\.jsonl is needed, except with"):
+        calibrate.main(["--model", str(directory)])
+    with pytest.raises(UserError, match=r"--model absent is no directory: calibration\.json"):
+        calibrate.main(["--model", "absent"])

@@ -16,7 +16,7 @@ from tests.support.paths import DATA
 
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the shared data is not here")
 
-# (gold, answers that are right, answers that are wrong); each answer stands in a box.
+# (gold, answers that are right, answers that are wrong); each answer is put in a box.
 # fmt: off
 PAIRS = [
     # integers
@@ -424,39 +424,39 @@ def flat(right: bool) -> list[tuple[str, str]]:
 
 
 @pytest.fixture
-def judge(monkeypatch):
+def worker(monkeypatch):
     """A process of the test's own, with a short limit."""
-    judge = grading._Judge()
-    monkeypatch.setattr(grading, "_judge", judge)
+    worker = grading._Worker()
+    monkeypatch.setattr(grading, "_worker", worker)
     monkeypatch.setattr(grading, "SECONDS", 1.0)
-    yield judge
-    judge.close()
+    yield worker
+    worker.close()
 
 
-def test_the_table_is_large_and_says_nothing_twice():
+def test_table_is_large_and_has_no_duplicates():
     rows = flat(True) + flat(False) + [(gold, answer) for gold, answer, _ in KNOWN]
     assert len(rows) == len(set(rows)) >= 400
 
 
 @pytest.mark.parametrize(("gold", "answer"), flat(True))
-def test_right_answers(gold, answer):
+def test_right_answers_are_graded_right(gold, answer):
     assert grade_math(in_box(answer), gold) == Grade(True, answer.strip())
 
 
 @pytest.mark.parametrize(("gold", "answer"), flat(False))
-def test_wrong_answers(gold, answer):
+def test_wrong_answers_are_graded_wrong(gold, answer):
     grade = grade_math(in_box(answer), gold)
     assert not grade.correct
     assert grade.answer == answer
 
 
 @pytest.mark.parametrize(("gold", "answer", "graded"), KNOWN)
-def test_known_disagreements_with_mathematics_stay_as_they_are(gold, answer, graded):
+def test_known_misgradings_stay_as_they_are(gold, answer, graded):
     assert grade_math(in_box(answer), gold).correct is graded
 
 
 @pytest.mark.parametrize("gold", sorted({gold for gold, _, _ in PAIRS}))
-def test_every_gold_answer_is_right_and_an_unlike_one_is_wrong(gold):
+def test_gold_answer_is_right_and_another_is_wrong(gold):
     assert grade_math(in_box(gold), gold).correct
     assert not grade_math(in_box("98765"), gold).correct
 
@@ -497,7 +497,7 @@ def test_every_gold_answer_is_right_and_an_unlike_one_is_wrong(gold):
         (r"\fbox{5}", None),
     ],
 )
-def test_the_box_is_the_last_complete_one(text, answer):
+def test_final_answer_is_the_last_complete_box(text, answer):
     assert final_answer(text) == answer
 
 
@@ -516,17 +516,17 @@ def test_the_box_is_the_last_complete_one(text, answer):
         (r"\boxed{" + "5" * 3000 + "}", False, "too long"),
     ],
 )
-def test_boxes_and_their_notes(text, correct, note):
+def test_grade_notes_say_why_a_box_is_ungraded(text, correct, note):
     grade = grade_math(text, "5")
     assert (grade.correct, grade.note) == (correct, note)
 
 
-def test_a_box_of_words_is_no_mathematics():
+def test_unreadable_box_is_noted():
     assert grade_math(in_box(r"\begin{pmatrix}"), r"\frac12").note == "unreadable"
 
 
 @pytest.mark.parametrize("answer", MALFORMED, ids=range(len(MALFORMED)))
-def test_malformed_answers_are_wrong_and_no_more(answer, monkeypatch):
+def test_malformed_answers_are_wrong_without_an_error(answer, monkeypatch):
     monkeypatch.setattr(grading, "SECONDS", 1.0)  # some of them never end
     assert not grade_math(in_box(answer), r"\frac{5}{7}").correct
     assert not grade_math(in_box(answer), r"\text{five}").correct
@@ -534,7 +534,7 @@ def test_malformed_answers_are_wrong_and_no_more(answer, monkeypatch):
     grade_integer(answer, "7", last_number=True)
 
 
-def test_a_very_long_text_is_read_in_no_time():
+def test_very_long_text_is_read_in_linear_time():
     begin = time.perf_counter()
     for text in ("\\" * 200_000, r"\boxed{" * 50_000, "{" * 200_000, "}" * 200_000, "1," * 100_000):
         assert not grade_math(text, "5").correct
@@ -543,7 +543,7 @@ def test_a_very_long_text_is_read_in_no_time():
     assert time.perf_counter() - begin < 60  # quadratic time would be hours
 
 
-def test_a_comparison_without_end_is_stopped_and_the_next_one_is_graded(judge):
+def test_endless_comparison_is_stopped_and_the_next_is_graded(worker):
     assert grade_math(in_box(r"\frac12"), "0.5").correct
     begin = time.perf_counter()
     grade = grade_math(in_box("9^{9^{9^{9}}}"), r"\frac12")
@@ -552,16 +552,16 @@ def test_a_comparison_without_end_is_stopped_and_the_next_one_is_graded(judge):
     assert grade_math(in_box(r"\frac12"), "0.5").correct
 
 
-def test_a_process_that_died_is_replaced(judge):
+def test_dead_process_is_replaced(worker):
     assert grade_math(in_box(r"\frac12"), "0.5").correct
-    judge._process.kill()
-    judge._process.wait()
+    worker._process.kill()
+    worker._process.wait()
     assert grade_math(in_box(r"\frac12"), "0.5").correct
 
 
-def test_an_interrupted_question_is_not_answered_to_the_next(judge, monkeypatch):
+def test_interrupted_question_does_not_answer_the_next(worker, monkeypatch):
     assert grade_math(in_box(r"\frac12"), "0.5").correct
-    process, stdout = judge._process, judge._process.stdout
+    process, stdout = worker._process, worker._process.stdout
 
     class Interrupted:
         close = stdout.close
@@ -576,34 +576,34 @@ def test_an_interrupted_question_is_not_answered_to_the_next(judge, monkeypatch)
     assert not grade_math(in_box(r"\frac13"), "0.5").correct
 
 
-def test_many_threads_may_grade_at_once():
-    found: dict[int, list[bool]] = {}
+def test_threads_may_grade_at_once():
+    grades: dict[int, list[bool]] = {}
 
     def work(n: int) -> None:
         pairs = [(n, n), (n, n + 1)] * 5
-        found[n] = [grade_math(in_box(rf"\frac{{{a}}}{{7}}"), f"{b}/7").correct for a, b in pairs]
+        grades[n] = [grade_math(in_box(rf"\frac{{{a}}}{{7}}"), f"{b}/7").correct for a, b in pairs]
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {n: [True, False] * 5 for n in range(8)}
+    assert grades == {n: [True, False] * 5 for n in range(8)}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_leaves_its_parents_process_alone(judge):
+def test_forked_child_leaves_the_parents_process_alone(worker):
     assert grade_math(in_box(r"\frac12"), "0.5").correct
-    before = judge._process.pid
-    judge._owner = -1  # what a fork's child sees
+    before = worker._process.pid
+    worker._owner = -1  # as in a forked child
     assert grade_math(in_box(r"\frac12"), "0.5").correct
-    assert judge._process.pid != before
+    assert worker._process.pid != before
     os.kill(before, 0)  # still there
     os.kill(before, 9)
     os.waitpid(before, 0)
 
 
-def test_a_missing_math_verify_is_told_in_one_line(judge, monkeypatch, tmp_path):
+def test_missing_math_verify_is_reported_in_one_line(worker, monkeypatch, tmp_path):
     monkeypatch.setattr(grading, "WORKER", tmp_path / "absent.py")
     with pytest.raises(UserError, match="pip install 'math-verify"):
         grade_math(in_box(r"\frac12"), "0.5")
@@ -652,7 +652,7 @@ def test_a_missing_math_verify_is_told_in_one_line(judge, monkeypatch, tmp_path)
         ("", "25", False),
     ],
 )
-def test_integers(text, gold, correct):
+def test_integers_are_graded_exactly(text, gold, correct):
     grade = grade_integer(text, gold)
     assert grade.correct is correct
     assert not (grade.correct and grade.note)
@@ -675,13 +675,13 @@ def test_integers(text, gold, correct):
         ("none", None),
     ],
 )
-def test_the_last_number_stands_in_for_a_box_where_asked(text, answer):
+def test_last_number_replaces_a_box_with_last_number(text, answer):
     grade = grade_integer(text, "25", last_number=True)
     assert grade.answer == answer
     assert grade.correct is (answer in ("25", "$25"))
 
 
-def test_a_gold_answer_that_is_no_integer_is_a_mistake_of_the_caller():
+def test_gold_answer_that_is_no_integer_raises():
     for gold in ("", "2.5", "five", r"\frac12"):
         with pytest.raises(ValueError, match="integer"):
             grade_integer(r"\boxed{5}", gold)
@@ -694,18 +694,18 @@ def lines(name: str) -> list[dict]:
 
 
 @needs_data
-def test_every_gold_answer_of_math_500_is_right_without_exception():
+def test_every_gold_answer_of_math_500_is_right():
     for problem in lines("math500_test.jsonl"):
         gold = problem["answer"]
         assert grade_math(in_box(gold), gold).correct, gold
         assert grade_math(problem["solution"], gold).correct, gold  # as its author boxed it
         # And to math-verify alone, though equal spellings never get that far.
         tidy = grading._tidy(gold)
-        assert grading._judge.ask(tidy, tidy) == "yes", gold
+        assert grading._worker.ask(tidy, tidy) == "yes", gold
 
 
 @needs_data
-def test_every_gold_answer_of_aime_and_gsm8k_is_right_without_exception():
+def test_every_gold_answer_of_aime_and_gsm8k_is_right():
     for name in ("aime24.jsonl", "aime25.jsonl"):
         for problem in lines(name):
             gold = problem["answer"]

@@ -1,5 +1,5 @@
 """Benchmark runs end to end: the same text in both loops, real grades, runs that are killed and go
-on, and what is refused before anything is decoded."""
+on, and refusals before anything is decoded."""
 
 import dataclasses
 import functools
@@ -14,10 +14,11 @@ import time
 import pytest
 
 import orthrus_jax
-from eval import aime, demo_problems, harness, metrics, report
+from eval import aime, demo, harness, metrics, report
 from eval.benchmarks import BENCHMARKS, load
 from eval.grading import grade_integer
-from eval.harness import Loops, Run, fingerprint
+from eval.harness import Run, fingerprint
+from eval.runner import Runner
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.engine import Plan, SamplingParams
 from orthrus_jax.errors import UserError
@@ -53,7 +54,7 @@ _load = functools.cache(orthrus_jax.load)
 
 @pytest.fixture(autouse=True)
 def _cheap(monkeypatch):
-    """A checkpoint is loaded and compiled once for all tests; plots are test_report's."""
+    """A checkpoint is loaded and compiled once for all tests; test_report tests the plots."""
     monkeypatch.setattr(orthrus_jax, "load", _load)
     monkeypatch.setattr(report, "_svg", lambda *given, **more: "<svg></svg>")
 
@@ -76,7 +77,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """96 rows of GSM8K, all unlike."""
+    """96 rows of GSM8K, all different."""
     rows = [
         {"question": f"How many apples are {i} and {i % 7}?", "answer": f"#### {i + i % 7}"}
         for i in range(96)
@@ -101,7 +102,7 @@ def rows_of(out) -> list[dict]:
 
 
 def timeless(value):
-    """Numbers without those that a clock gave."""
+    """Figures without times."""
     if isinstance(value, dict):
         return {name: timeless(part) for name, part in value.items() if name not in TIMES}
     return [timeless(part) for part in value] if isinstance(value, list) else value
@@ -114,17 +115,17 @@ def whole(directory, data, tmp_path_factory):
     return out, gsm8k(directory, data, out)
 
 
-def test_a_run_keeps_every_answer_and_what_it_was_asked(directory, data, whole):
+def test_run_keeps_every_answer_and_its_problem(directory, data, whole):
     out, result = whole
     model = orthrus_jax.load(directory)
     rows = rows_of(out)
-    asked = load(BENCHMARKS["gsm8k"], data)
-    assert [row["id"] for row in rows] == [problem.id for problem in asked]
+    problems = load(BENCHMARKS["gsm8k"], data)
+    assert [row["id"] for row in rows] == [problem.id for problem in problems]
     expected = {
-        loop: model.generate([p.turns[0] for p in asked[:5]], mode=loop, max_new_tokens=24)
+        loop: model.generate([p.turns[0] for p in problems[:5]], mode=loop, max_new_tokens=24)
         for loop in metrics.LOOPS
     }
-    for i, (row, problem) in enumerate(zip(rows, asked, strict=True)):
+    for i, (row, problem) in enumerate(zip(rows, problems, strict=True)):
         assert row["turns"] == list(problem.turns)
         assert row["gold"] == problem.gold
         assert [a["loop"] for a in row["answers"]] == ["ar", "orthrus"]
@@ -149,13 +150,13 @@ def test_a_run_keeps_every_answer_and_what_it_was_asked(directory, data, whole):
     assert (out / report.PAGE).read_text().startswith("<!doctype html>")
 
 
-def test_a_chunk_goes_through_ar_and_orthrus_in_turn(directory, data, tmp_path, monkeypatch):
+def test_chunks_go_through_ar_and_orthrus_in_turn(directory, data, tmp_path, monkeypatch):
     order = []
-    answer = Loops.answer
+    answer = Runner.answer
     monkeypatch.setattr(
-        Loops,
+        Runner,
         "answer",
-        lambda self, asked, loop: order.append((loop, len(asked))) or answer(self, asked, loop),
+        lambda self, chunk, loop: order.append((loop, len(chunk))) or answer(self, chunk, loop),
     )
     gsm8k(directory, data, tmp_path / "run", "--limit", "20", "--batch-size", "2")
     assert order == [
@@ -166,27 +167,28 @@ def test_a_chunk_goes_through_ar_and_orthrus_in_turn(directory, data, tmp_path, 
 
 def test_compiling_is_not_timed(directory, data):
     model = _load.__wrapped__(directory)  # with nothing compiled
-    loops = Loops(
+    runner = Runner(
         model, SamplingParams(max_new_tokens=4), ["ar"], Plan(draft_length=4, batch_size=2), False
     )
-    asked = load(BENCHMARKS["gsm8k"], data, 2)
+    problems = load(BENCHMARKS["gsm8k"], data, 2)
     begin = time.perf_counter()
-    _, seconds = loops.answer(asked, "ar")
+    _, seconds = runner.answer(problems, "ar")
     passed, compiled = time.perf_counter() - begin, model.engine.compile_seconds
     assert 0 < compiled < passed
     assert 0 < seconds <= passed - compiled
 
 
-def test_chunks_of_other_lengths_compile_no_loop_of_their_own(directory, data):
+def test_chunks_of_other_lengths_share_the_compiled_loop(directory, data):
     model = _load.__wrapped__(directory)
-    asked = load(BENCHMARKS["gsm8k"], data, 2)
-    longer = [dataclasses.replace(asked[0], turns=(asked[0].turns[0] * 3, "And why?"))]
-    loops = Loops(
+    problems = load(BENCHMARKS["gsm8k"], data, 2)
+    turns = (problems[0].turns[0] * 3, "And why?")
+    longer = [dataclasses.replace(problems[0], turns=turns)]
+    runner = Runner(
         model, SamplingParams(max_new_tokens=4), ["ar"], Plan(draft_length=4, batch_size=2), False
     )
-    loops = loops.fitted([*asked, *longer])
-    for chunk in asked, longer:
-        loops.answer(chunk, "ar")
+    runner = runner.fitted([*problems, *longer])
+    for chunk in problems, longer:
+        runner.answer(chunk, "ar")
     compiled = [key[0].__name__ for key in model.engine._programs]
     assert compiled.count("prefill") > compiled.count("ar_decode") == 1
 
@@ -198,7 +200,7 @@ def test_answers_do_not_depend_on_the_batch(directory, data, whole, batch_size, 
     assert digests(rows_of(tmp_path / "run")) == digests(rows_of(whole[0])[:30])
 
 
-def test_samples_are_several_and_coupled_ones_are_ars_own(directory, data, tmp_path):
+def test_samples_differ_and_coupled_ones_equal_ars(directory, data, tmp_path):
     options = ("--limit", "6", "--n", "3", "--temperature", "1.5", "--top-k", "50", "--seed", "5")
     options += ("--batch-size", "4", "--max-new-tokens", "12")
     result = gsm8k(directory, data, tmp_path / "coupled", *options, "--accept", "coupled")
@@ -213,7 +215,7 @@ def test_samples_are_several_and_coupled_ones_are_ars_own(directory, data, tmp_p
     assert "same_text" not in gsm8k(directory, data, tmp_path / "rejection", *options)
 
 
-def test_the_second_turn_sees_the_first(directory, tmp_path):
+def test_second_turn_sees_the_first(directory, tmp_path):
     rows = [
         {"question_id": i, "category": "math", "turns": [f"How many are {i}?", "And 12 apples?"]}
         for i in range(3)
@@ -238,7 +240,7 @@ def test_the_second_turn_sees_the_first(directory, tmp_path):
     assert "accuracy" not in result["loops"]["ar"]
 
 
-def test_a_prompt_that_does_not_fit_is_told_and_counted_wrong(directory, tmp_path, capsys):
+def test_prompt_that_does_not_fit_is_reported_and_counted_wrong(directory, tmp_path, capsys):
     rows = [
         {"question": "How many? " + "1 " * 300, "answer": "1"},
         {"question": "How many?", "answer": "2"},
@@ -252,11 +254,11 @@ def test_a_prompt_that_does_not_fit_is_told_and_counted_wrong(directory, tmp_pat
     assert all("skipped" not in answer for answer in short["answers"])
     assert result["loops"]["orthrus"]["skipped"] == 1
     assert "1 did not fit the model's positions" in capsys.readouterr().out
-    alone = gsm8k(directory, data, tmp_path / "alone", "--limit", "1")  # nothing at all to decode
+    alone = gsm8k(directory, data, tmp_path / "alone", "--limit", "1")  # nothing to decode
     assert alone["loops"]["ar"]["tokens"] == 0
 
 
-def test_a_second_turn_that_does_not_fit_ends_its_dialogue(directory, tmp_path):
+def test_second_turn_that_does_not_fit_ends_its_dialogue(directory, tmp_path):
     turns = ["How many?", "1 " * 300, "And why?"]
     rows = [{"question_id": 1, "category": "math", "turns": turns}]
     arguments = ["--model", directory, "--data", write(tmp_path / "mt.jsonl", rows)]
@@ -266,29 +268,42 @@ def test_a_second_turn_that_does_not_fit_ends_its_dialogue(directory, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demos_problems_are_graded_as_the_demo_grades_them(tiny_base, tmp_path):
-    """Real accuracy of a real, if small, model; and AR = Orthrus to the token."""
-    made = list(problems("held-out", 10_002, 24))
-    told = {p.question: p for p in made}
+def test_demo_measures_real_accuracy_and_the_same_text(tiny_base, tmp_path, monkeypatch):
+    """Real accuracy of a real, if small, model; AR and Orthrus equal to the token."""
+    monkeypatch.setattr(demo, "LARGER", {"hidden_size": 48})  # saves seconds
+    held_out = list(problems("held-out", 10_002, 24))
+    by_question = {p.question: p for p in held_out}
     arguments = ["--model", str(tiny_base), "--limit", "24", "--dtype", "float32"]
     arguments += ["--batch-size", "8", "--draft-length", "4", "--out", str(tmp_path / "run")]
-    demo_problems.main(arguments)
+    demo.main([*arguments, "--repeats", "2"])
     result = json.loads((tmp_path / "run" / report.RESULTS).read_text())
     assert result["same_text"] == 1.0
-    assert [row["turns"] for row in rows_of(tmp_path / "run")] == [[p.question] for p in made]
+    assert [row["turns"] for row in rows_of(tmp_path / "run")] == [[p.question] for p in held_out]
     assert set(result["groups"]["operations"]) == {"2", "3", "4"}
     right = 0
     for row in rows_of(tmp_path / "run"):
         ar, orthrus = row["answers"]
         assert ar["text"] == orthrus["text"]
-        assert ar["correct"] == orthrus["correct"] == is_correct(ar["text"], told[row["turns"][0]])
+        assert (
+            ar["correct"]
+            == orthrus["correct"]
+            == is_correct(ar["text"], by_question[row["turns"][0]])
+        )
         right += ar["correct"]
-    assert 4 <= right < 24  # neither hopeless nor perfect: both verdicts are put to the test
+    assert 4 <= right < 24  # some right, some wrong: both verdicts are tested
     assert result["loops"]["ar"]["accuracy"] == right / 24
     assert result["loops"]["orthrus"]["accuracy"] == right / 24
+    figures = json.loads((tmp_path / "run" / "report.json").read_text())
+    again = json.loads((tmp_path / "run" / "repeat-2" / report.RESULTS).read_text())
+    assert figures["accuracy_ar"] == figures["accuracy_orthrus"] == right / 24
+    assert figures["exact_match"] == 1.0
+    assert figures["speedup_range"] == sorted([result["speedup"], again["speedup"]])
+    assert timeless(again) == timeless(result)
+    assert "trained_parameters" not in figures
+    assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(directory, data, whole, tmp_path):
+def test_killed_run_resumes_to_the_same_numbers(directory, data, whole, tmp_path):
     out = tmp_path / "killed"
     arguments = ["--model", directory, "--data", data, "--out", str(out), "--max-new-tokens", "24"]
     command = [sys.executable, "-m", "eval.gsm8k", *arguments, "--resume"]
@@ -330,14 +345,14 @@ def test_any_torn_file_is_resumed(directory, data, whole, kept, torn, tmp_path):
     assert [row["id"] for row in rows_of(out)] == [f"gsm8k/{i}" for i in range(96)]
 
 
-def test_a_run_killed_before_it_said_what_it_was_begins_anew(directory, data, tmp_path):
+def test_run_killed_before_its_recipe_was_written_begins_anew(directory, data, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "recipe.json.part").write_text('{"ti')
     assert gsm8k(directory, data, out, "--resume", "--limit", "2")["answered"] == 2
 
 
-def test_resuming_a_run_that_is_not_there_begins_it(directory, data, tmp_path):
+def test_resume_without_a_run_begins_one(directory, data, tmp_path):
     options = ("--resume", "--limit", "2", "--mode", "ar")
     assert gsm8k(directory, data, tmp_path / "run", *options)["answered"] == 2
     before = (tmp_path / "run" / metrics.ANSWERS).read_bytes()
@@ -363,7 +378,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("options", "message"), CHANGES)
-def test_a_changed_recipe_is_refused_by_name(directory, data, whole, options, message):
+def test_changed_recipe_is_refused_by_name(directory, data, whole, options, message):
     before = (whole[0] / metrics.ANSWERS).read_bytes()
     with pytest.raises(UserError, match=f"--resume {whole[0]}: {message}"):
         gsm8k(directory, data, whole[0], "--resume", *options)
@@ -388,7 +403,7 @@ def test_other_data_another_benchmark_and_other_weights_are_refused(
 
 
 def test_refusals_come_first_and_in_one_line(directory, data, whole, tmp_path, monkeypatch):
-    """None of these gets as far as loading a model, or writes anything."""
+    """None of these loads a model or writes anything."""
     refused = {
         (): f"--out {whole[0]} exists: give another one, or --resume",
         ("--out", str(tmp_path), "--resume"): f"{tmp_path} holds no run",
@@ -413,13 +428,13 @@ def test_refusals_come_first_and_in_one_line(directory, data, whole, tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])
-def test_generated_programs_are_run_only_where_allowed(name, tmp_path):
+def test_generated_programs_are_run_only_if_allowed(name, tmp_path):
     arguments = ["--model", "absent", "--data", "absent", "--out", str(tmp_path / "run")]
     with pytest.raises(UserError, match="--allow-code-execution"):
         harness.main(name, arguments)
     assert not (tmp_path / "run").exists()
     with pytest.raises(SystemExit):
-        harness.main("gsm8k", [*arguments, "--allow-code-execution"])  # it has no use for it
+        harness.main("gsm8k", [*arguments, "--allow-code-execution"])  # it runs no code
 
 
 def test_two_processes_do_not_write_one_run(tmp_path):
@@ -433,7 +448,7 @@ def test_two_processes_do_not_write_one_run(tmp_path):
         pass
 
 
-def test_an_unreadable_run_is_named(tmp_path):
+def test_unreadable_run_is_named(tmp_path):
     (tmp_path / metrics.RECIPE).write_text("{")
     with pytest.raises(UserError, match="holds no run"):
         Run(tmp_path, resume=True)
@@ -481,7 +496,7 @@ def test_every_real_file_runs_whole(name, tiny_base, tmp_path):
     assert result["same_text"] == 1.0
 
 
-@pytest.mark.parametrize("name", ["math500", "gsm8k", "aime", "humaneval", "mbpp", "demo_problems"])
+@pytest.mark.parametrize("name", ["math500", "gsm8k", "aime", "humaneval", "mbpp", "demo"])
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_every_command_has_help(name, monkeypatch, capsys):
     assert _help(name, monkeypatch, capsys).startswith(f"usage: python -m eval.{name}")
@@ -500,9 +515,21 @@ def _help(name, monkeypatch, capsys) -> str:
     return capsys.readouterr().out
 
 
-def test_the_command_ends_with_one_line_and_status_2(tmp_path):
+def test_demo_refuses_what_it_cannot_compare(tmp_path):
+    with pytest.raises(UserError, match=r"holds no finished training: run train\.main first"):
+        demo.main(["--run", str(tmp_path)])
+    for options in (["--mode", "ar"], ["--temperature", "0.5"]):
+        with pytest.raises(UserError, match=r"eval\.demo compares both loops greedily"):
+            demo.main(["--model", "absent", *options])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "something").write_text("else")
+    with pytest.raises(UserError, match="exists: give another one, or --resume"):
+        demo.main(["--model", "absent", "--out", str(tmp_path / "run")])
+
+
+def test_command_ends_with_one_line_and_status_2(tmp_path):
     command = [sys.executable, "-m", "eval.humaneval", "--out", str(tmp_path / "run")]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.returncode == 2
-    assert found.stderr.count("\n") == 1
-    assert found.stderr.startswith("error: HumanEval is graded by running what the model writes")
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("error: HumanEval is graded by running what the model writes")

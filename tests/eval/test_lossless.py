@@ -1,7 +1,7 @@
-"""The audit passes an exact decoder and refuses inexact ones: faults planted in rule and cache.
+"""The audit passes an exact decoder and fails inexact ones: faults planted in rule and cache.
 
 Every model here is tiny, and its diffusion view untrained: a copy of the AR attention, or random.
-A fault is traced into programs of its own, because each model has its own config: a name, told by
+A fault is traced into programs of its own, because each model has its own config: they differ in
 `max_position_embeddings`, which nothing computes with.
 """
 
@@ -18,13 +18,14 @@ import pytest
 from scipy import stats
 
 from eval import audit as audit_module
-from eval import judges, lossless
-from eval.audit import Audit, Options, audit
-from eval.judges import Law, near_tie
-from eval.lossless import table
+from eval import audit_law, lossless, reference
+from eval.audit import Audit, Options
+from eval.lossless import audit, table
+from eval.reference import TokenStats, near_tie
 from orthrus_jax.attention import cache
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import sampling, speculative
+from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.decoding.sampling import Proposal, Purpose
 from orthrus_jax.decoding.speculative import Verdict
 from orthrus_jax.engine import Answer
@@ -56,33 +57,33 @@ def generator(*, view: str = "copy", **changes) -> Generator:
     return Generator(config, jax.tree.map(lambda x: x.astype(config.dtype), weights))
 
 
-def audited(*parts: str, made: Generator | None = None, **options) -> dict:
+def audited(*parts: str, model: Generator | None = None, **options) -> dict:
     some = SAMPLED if "rejection" in parts else TOKENS
-    if made is None:
-        # A tied head says again and again what it has said: good drafts, and a law that hardly
-        # tells one position from the next.
-        made = generator(tie_word_embeddings="rejection" not in parts)
-    return audit(made, PROMPTS, Options(parts=parts, **{**some, **options}))
+    if model is None:
+        # A tied head repeats its tokens: good drafts, but distributions that hardly differ from
+        # one position to the next.
+        model = generator(tie_word_embeddings="rejection" not in parts)
+    return audit(model, PROMPTS, Options(parts=parts, **{**some, **options}))
 
 
 # --- The honest rule -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("view", ["copy", "random"])
-def test_the_honest_rule_passes_token_by_token(view: str) -> None:
+def test_honest_rule_passes_token_by_token(view: str) -> None:
     texts = {"coupled": 16} if view == "copy" else {"greedy": 8}
-    made = generator(view=view, num_hidden_layers=2)
-    result = audited(*texts, made=made, seeds=2, batch_size=6)
+    model = generator(view=view, num_hidden_layers=2)
+    result = audited(*texts, model=model, seeds=2, batch_size=6)
     assert not result["failures"]
     assert table(result).endswith("\nPASS")
     for part, count in texts.items():
-        found = result["parts"][part]
-        assert found["texts"] == count
-        assert found["divergences"] == []
-        assert found["acceptance_length"] > (0.2 if view == "copy" else 0.01)
-        for f in (found["orthrus"], *found["floor"].values()):
+        figures = result["parts"][part]
+        assert figures["texts"] == count
+        assert figures["divergences"] == []
+        assert figures["acceptance_length"] > (0.2 if view == "copy" else 0.01)
+        for f in (figures["orthrus"], *figures["floor"].values()):
             assert f["exact_match"] == 1.0
-        for f in (found["orthrus"], found["floor"]["AR, no cache"]):
+        for f in (figures["orthrus"], figures["floor"]["AR, no cache"]):
             assert f["flips"] == 0
             assert f["tokens"] > 8 * count
             assert f["largest_gap"] == 0
@@ -91,41 +92,41 @@ def test_the_honest_rule_passes_token_by_token(view: str) -> None:
 @pytest.mark.parametrize(
     ("view", "proposal"), [("copy", "draw"), pytest.param("random", "argmax", marks=slow)]
 )
-def test_the_honest_rule_passes_in_law(view: str, proposal: str) -> None:
-    made = generator(view=view, tie_word_embeddings=False)
-    result = audited("rejection", made=made, proposal=proposal)
+def test_honest_rule_passes_in_distribution(view: str, proposal: str) -> None:
+    model = generator(view=view, tie_word_embeddings=False)
+    result = audited("rejection", model=model, proposal=proposal)
     assert not result["failures"], result["failures"]
-    found = result["parts"]["rejection"]
-    assert found["tokens"] > 1000
-    assert found["acceptance_length"] > 0.03
-    assert all(abs(z) < 3 for z in found["z"].values()), found["z"]
+    figures = result["parts"]["rejection"]
+    assert figures["tokens"] > 1000
+    assert figures["acceptance_length"] > 0.03
+    assert all(abs(z) < 3 for z in figures["z"].values()), figures["z"]
 
 
 TREE = {"cycle": "one-forward", "early_blocks": 2, "fresh_blocks": 1, "tree_nodes": 6}
 
 
 @pytest.mark.parametrize("part", ["coupled", pytest.param("greedy", marks=slow)])
-def test_a_tree_verified_while_drafting_passes(part: str) -> None:
+def test_tree_verified_while_drafting_passes(part: str) -> None:
     result = audited(part, seeds=2, **TREE)
     assert not result["failures"]
     assert result["parts"][part]["orthrus"]["exact_match"] == 1.0
     assert result["parts"][part]["acceptance_length"] > 0, "no draft was audited"
 
 
-def test_a_tree_s_slots_left_where_they_were_show(monkeypatch) -> None:
+def test_tree_slots_left_uncompacted_are_failures(monkeypatch) -> None:
     monkeypatch.setattr(cache.KVCache, "compact", lambda self, first, rows: self)
-    cases = audited("greedy", **TREE)["failures"]
-    assert {case.text for case in cases} == {"orthrus"}
-    assert all(case.gap > case.limit for case in cases)
+    failures = audited("greedy", **TREE)["failures"]
+    assert {failure.text for failure in failures} == {"orthrus"}
+    assert all(failure.gap > failure.limit for failure in failures)
 
 
-def test_the_law_is_not_asked_of_a_cycle_without_a_rule_of_its_own() -> None:
-    with pytest.raises(UserError, match=r"--cycle two-forward says AR's own .* greedy,coupled"):
+def test_rejection_part_is_refused_for_cycles_that_emit_ar_draws() -> None:
+    with pytest.raises(UserError, match=r"--cycle two-forward emits AR's own .* greedy,coupled"):
         Options(cycle="two-forward")
 
 
 @slow
-def test_the_draft_length_asked_for_is_the_one_audited() -> None:
+def test_draft_length_option_is_the_one_audited() -> None:
     result = audited("greedy", draft_length=2)
     assert not result["failures"]
     assert 0 < result["parts"]["greedy"]["acceptance_length"] <= 1
@@ -133,22 +134,22 @@ def test_the_draft_length_asked_for_is_the_one_audited() -> None:
 
 @slow
 def test_bfloat16_passes_within_its_near_ties_and_shows_its_noise_floor() -> None:
-    """Its roundings do turn tokens: without an allowance the same model fails."""
-    made = generator(num_hidden_layers=3, dtype="bfloat16")
-    some = {"seeds": 8, "temperature": 0.5, "batch_size": 16}
-    result = audited("coupled", made=made, **some)
+    """Its roundings do change tokens: without an allowance the same model fails."""
+    model = generator(num_hidden_layers=3, dtype="bfloat16")
+    options = {"seeds": 8, "temperature": 0.5, "batch_size": 16}
+    result = audited("coupled", model=model, **options)
     assert not result["failures"], result["failures"]
-    found = result["parts"]["coupled"]
-    floor = found["floor"]["AR, no cache"]
+    figures = result["parts"]["coupled"]
+    floor = figures["floor"]["AR, no cache"]
     assert 0 < floor["flips"] < 0.05 * floor["tokens"]
     assert 0.5 < floor["exact_match"] < 1
-    assert found["orthrus"]["exact_match"] > 0.5
-    assert 0 < floor["largest_relative_gap"] < near_tie(made.config)
-    assert len(found["divergences"]) == round(64 * (1 - found["orthrus"]["exact_match"]))
-    for d in found["divergences"]:
+    assert figures["orthrus"]["exact_match"] > 0.5
+    assert 0 < floor["largest_relative_gap"] < near_tie(model.config)
+    assert len(figures["divergences"]) == round(64 * (1 - figures["orthrus"]["exact_match"]))
+    for d in figures["divergences"]:
         assert abs(d["gap"]) <= d["limit"]
-    strict = audited("coupled", made=made, near_tie=0.0, **some)
-    assert {case.why for case in strict["failures"]} >= {"no cache"}
+    strict = audited("coupled", model=model, near_tie=0.0, **options)
+    assert {failure.why for failure in strict["failures"]} >= {"no cache"}
 
 
 # --- Planted faults ------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def always_accept_equal(drafts, predicted) -> Verdict:
 
 
 def bonus_off_by_one(drafts, predicted) -> Verdict:
-    """What follows the accepted drafts is taken from the row before the one behind them."""
+    """The token after the accepted drafts is taken one row too early."""
     accepted = sampling.accept_equal(drafts, predicted).accepted
     index = jnp.arange(predicted.shape[1])
     source = jnp.where((index == accepted[:, None]) & (accepted[:, None] > 0), index - 1, index)
@@ -171,7 +172,7 @@ write = cache.LayerCache.write
 
 
 def written_late(kv, k, v, start):
-    """Only what verify writes: the rows of a block."""
+    """Only the rows of a block, which verify writes."""
     return write(kv, k, v, start + (k.shape[1] == K))
 
 
@@ -181,7 +182,7 @@ def accepted_drafts_not_written(kv, k, v, start):
 
 
 def all_written_late(kv, k, v, start):
-    """In every loop alike, the judge's among them: AR decoding agrees with it."""
+    """In every loop alike, the reference's among them: AR decoding agrees with it."""
     return write(kv, k, v, start + 1)
 
 
@@ -201,52 +202,52 @@ CHOICE_FAULTS = {
         for name in CHOICE_FAULTS
     ],
 )
-def test_a_fault_shows_in_greedy_texts(fault: str, monkeypatch) -> None:
+def test_fault_shows_in_greedy_texts(fault: str, monkeypatch) -> None:
     monkeypatch.setattr(*CHOICE_FAULTS[fault])
     result = audited("greedy")
-    cases = result["failures"]
-    assert cases
-    ours = [case for case in cases if case.text == "orthrus" and case.gap is not None]
-    assert all(case.gap > case.limit > 0 for case in ours)
-    assert all(case.token != case.ar_token for case in ours)
-    judges = {case.why for case in ours}
+    failures = result["failures"]
+    assert failures
+    ours = [f for f in failures if f.text == "orthrus" and f.gap is not None]
+    assert all(f.gap > f.limit > 0 for f in ours)
+    assert all(f.token != f.ar_token for f in ours)
+    references = {f.why for f in ours}
     if fault == "all a slot late":
         assert result["parts"]["greedy"]["orthrus"]["exact_match"] == 1.0
-        assert judges == {"no cache"}
-        assert any(case.text == "ar" for case in cases)
+        assert references == {"no cache"}
+        assert any(f.text == "ar" for f in failures)
     else:
-        assert judges == {"one row", "no cache"}
-        found = result["parts"]["greedy"]
-        assert found["orthrus"]["exact_match"] < 1
-        # The first divergence is judged at a context both share: there the gap is the case's.
-        by_place = {(c.prompt, c.position): c for c in ours if c.why == "one row"}
-        for d in found["divergences"]:
+        assert references == {"one row", "no cache"}
+        figures = result["parts"]["greedy"]
+        assert figures["orthrus"]["exact_match"] < 1
+        # Both texts share the context of the first divergence: there the gap is the failure's.
+        by_place = {(f.prompt, f.position): f for f in ours if f.why == "one row"}
+        for d in figures["divergences"]:
             assert by_place[d["prompt"], d["position"]].gap == pytest.approx(d["gap"])
-    said = table(result)
-    assert "\nFAIL: " in said
-    assert str(cases[0]) in said
+    text = table(result)
+    assert "\nFAIL: " in text
+    assert str(failures[0]) in text
 
 
 @slow
-def test_an_always_accept_rule_shows_in_coupled_texts(monkeypatch) -> None:
-    monkeypatch.setattr(speculative, "accept_equal", always_accept_equal)
+def test_always_accept_rule_shows_in_coupled_texts(monkeypatch) -> None:
+    monkeypatch.setattr(decode, "accept_equal", always_accept_equal)
     result = audited("coupled", seeds=1)
-    assert {case.part for case in result["failures"]} == {"coupled"}
+    assert {failure.part for failure in result["failures"]} == {"coupled"}
     assert result["parts"]["coupled"]["orthrus"]["exact_match"] < 0.2
 
 
-def replacing(whose):
-    """The rejection rule, but its own token is drawn from another row of p where `whose` says.
+def replacing(fault):
+    """The rejection rule, but its own token is drawn from another row of p where `fault` says so.
 
-    `whose` maps accepted int32[B] and the drafts' number to: the number accepted in its stead, the
-    row of p, and where all this is so.
+    `fault` maps accepted int32[B] and the number of drafts to: the number accepted in its stead,
+    the row of p, and a mask of the rows where both apply.
     """
 
     def rule(drafts, target, sampler, positions) -> Verdict:
         honest = sampling.accept_rejection(drafts, target, sampler, positions)
         drafted = jnp.pad(drafts.tokens, ((0, 0), (0, 1)))
         rows = drafted.shape[1]
-        count, row, here = whose(honest.accepted, rows - 1)
+        count, row, here = fault(honest.accepted, rows - 1)
         probs = sampling._at(target, row)
         own = sampling.draw(probs, sampler, sampling._at(positions, count), Purpose.TOKEN)
         tokens = jnp.where(jnp.arange(rows) < count[:, None], drafted, own)
@@ -284,23 +285,23 @@ LAW_FAULTS = {
         ),
     ],
 )
-def test_a_fault_shows_in_the_law_of_tokens(fault: str, proposal: str, monkeypatch) -> None:
+def test_fault_shows_in_the_distribution_of_tokens(fault: str, proposal: str, monkeypatch) -> None:
     monkeypatch.setattr(*LAW_FAULTS[fault])
-    # Two rows a block: full acceptance, which a bonus follows, is then often.
-    made = {"draft_length": 2} if fault == "bonus off by one" else {}
-    result = audited("rejection", proposal=proposal, **made)
-    cases = [str(case) for case in result["failures"]]
+    # Two rows per block: full acceptance, which a bonus follows, is then frequent.
+    changes = {"draft_length": 2} if fault == "bonus off by one" else {}
+    result = audited("rejection", proposal=proposal, **changes)
+    messages = [str(failure) for failure in result["failures"]]
     if fault in RULE_FAULTS:
-        assert all("z = " in case for case in cases), cases
+        assert all("z = " in message for message in messages), messages
         assert max(abs(z) for z in result["parts"]["rejection"]["z"].values()) > 8
     else:
-        assert len([case for case in cases if "log p" in case]) > 500
-    assert any(case in table(result) for case in cases)
+        assert len([message for message in messages if "log p" in message]) > 500
+    assert any(message in table(result) for message in messages)
 
 
-def test_an_answer_that_ends_early_or_late_is_a_case(monkeypatch) -> None:
-    made = generator()
-    honest = made.engine.serve
+def test_answer_that_ends_too_early_is_a_failure(monkeypatch) -> None:
+    model = generator()
+    honest = model.engine.serve
 
     def cut(requests, plan):
         for event in honest(requests, plan):
@@ -309,11 +310,11 @@ def test_an_answer_that_ends_early_or_late_is_a_case(monkeypatch) -> None:
                 event = dataclasses.replace(event, answer=answer)
             yield event
 
-    monkeypatch.setattr(made.engine, "serve", cut)
-    result = audited("greedy", made=made)
-    (case,) = result["failures"]
-    assert (case.prompt, case.text) == (3, "orthrus")
-    assert "must end after" in str(case)
+    monkeypatch.setattr(model.engine, "serve", cut)
+    result = audited("greedy", model=model)
+    (failure,) = result["failures"]
+    assert (failure.prompt, failure.text) == (3, "orthrus")
+    assert "must end after" in str(failure)
     (divergence,) = result["parts"]["greedy"]["divergences"]
     assert (divergence["token"], divergence["gap"]) == (None, None)
     assert "prompt 3, seed 0" in table(result)
@@ -322,8 +323,8 @@ def test_an_answer_that_ends_early_or_late_is_a_case(monkeypatch) -> None:
 # --- The parts -----------------------------------------------------------------------------------
 
 
-def some_law(rng, tokens: int, vocab: int = 64):
-    """p and q [tokens, 1, vocab], unlike but related, and the logits p is made of."""
+def random_p_and_q(rng, tokens: int, vocab: int = 64):
+    """The logits of p, p and q [tokens, 1, vocab]: different but related distributions."""
     logits = rng.normal(0, 1.5, (tokens, 1, vocab))
     guess = logits + rng.normal(0, 1.5, logits.shape)
     softmax = lambda x: np.exp(x) / np.exp(x).sum(-1, keepdims=True)
@@ -336,26 +337,27 @@ def drawn(rng, probs: np.ndarray) -> np.ndarray:
     return below.sum(-1)
 
 
-def read_law(logits, p, q, x) -> Law:
-    found = judges.law(*(jnp.asarray(a, jnp.float32) for a in (logits, p, q)), jnp.asarray(x))
-    return Law(*(np.asarray(a, np.float64)[:, 0] for a in found))
+def stats_of(logits, p, q, x) -> TokenStats:
+    arrays = (jnp.asarray(a, jnp.float32) for a in (logits, p, q))
+    token_stats = reference.token_stats(*arrays, jnp.asarray(x))
+    return TokenStats(*(np.asarray(a, np.float64)[:, 0] for a in token_stats))
 
 
-def test_the_statistics_of_a_law_are_its_own() -> None:
-    """Each of a token's values, and mean and variance under p, against a plain sum in float64."""
+def test_token_stats_match_plain_sums() -> None:
+    """Each value of a token, and mean and variance under p, against a plain sum in float64."""
     rng = np.random.default_rng(0)
-    logits, p, q = some_law(rng, 50)
+    logits, p, q = random_p_and_q(rng, 50)
     p[0, 0, :10], p[1, 0] = 0, np.eye(64)[7]
     p /= p.sum(-1, keepdims=True)
     x = drawn(rng, p)
-    seen = read_law(logits, p, q, x)
+    seen = stats_of(logits, p, q, x)
     for i, token in enumerate(x[:, 0]):
         p_i, q_i = p[i, 0], q[i, 0]
         log_p = np.log(np.where(p_i > 0, p_i, 1))
-        favour = np.minimum(1, np.divide(q_i, p_i, out=np.ones(64), where=p_i > 0))
+        accept = np.minimum(1, np.divide(q_i, p_i, out=np.ones(64), where=p_i > 0))
         for f, value, variance in (
-            (log_p, seen.surprise[i], seen.surprise_variance[i]),
-            (favour, seen.favour[i], seen.favour_variance[i]),
+            (log_p, seen.log_prob_residual[i], seen.log_prob_variance[i]),
+            (accept, seen.accept_prob[i], seen.accept_prob_variance[i]),
         ):
             mean = (p_i * f).sum()
             assert value == pytest.approx(f[token] - mean, abs=1e-5)
@@ -369,72 +371,74 @@ def test_the_statistics_of_a_law_are_its_own() -> None:
 def test_honest_tokens_are_normal_in_every_statistic() -> None:
     """200 audits of 500 tokens: each z has mean 0 and deviation 1, and none is over the limit."""
     rng = np.random.default_rng(1)
-    logits, p, q = some_law(rng, 100_000)
-    seen = read_law(logits, p, q, drawn(rng, p))
-    audits = [Law(*(x[i::200] for x in seen)) for i in range(200)]
-    found = [audit_module.law_statistics(some)["z"] for some in audits]
-    for name in found[0]:
-        z = np.array([f[name] for f in found])
+    logits, p, q = random_p_and_q(rng, 100_000)
+    pooled = stats_of(logits, p, q, drawn(rng, p))
+    audits = [TokenStats(*(x[i::200] for x in pooled)) for i in range(200)]
+    scores = [audit_law.law_statistics(stats)["z"] for stats in audits]
+    for name in scores[0]:
+        z = np.array([by_name[name] for by_name in scores])
         assert abs(z.mean()) < 0.25, name
         assert 0.85 < z.std() < 1.15, name
-        assert abs(z).max() < audit_module.Z_LIMIT, name
+        assert abs(z).max() < audit_law.Z_LIMIT, name
 
 
 @pytest.mark.parametrize("proposal", ["draw", "argmax"])
 @pytest.mark.parametrize("excess", [0.1, 1.0])
-def test_a_rule_that_accepts_too_much_is_seen_from_the_tokens_said(excess, proposal) -> None:
-    """A share of the drafts accepted whatever p says: as many tokens as would show it do."""
+def test_rule_that_accepts_too_much_shows_in_the_emitted_tokens(excess, proposal) -> None:
+    """A share of the drafts is accepted whatever p is; the tokens are enough to show that."""
     rng = np.random.default_rng(2)
     tokens = 20_000 if excess < 1 else 400
-    logits, p, q = some_law(rng, tokens)
+    logits, p, q = random_p_and_q(rng, tokens)
     if proposal == "argmax":
         q = np.eye(64)[q.argmax(-1)]
     x = np.where(rng.random((tokens, 1)) < excess, drawn(rng, q), drawn(rng, p))
-    z = audit_module.law_statistics(read_law(logits, p, q, x))["z"]
-    favour = np.minimum(1, q / p)
-    moved = excess * (((q - p) * favour).sum(-1)).sum()
-    spread = math.sqrt(((p * favour**2).sum(-1) - (p * favour).sum(-1) ** 2).sum())
-    assert moved / spread > 6, "the case is meant to be one that shows"
-    assert z["drafter's favour"] > audit_module.Z_LIMIT
+    z = audit_law.law_statistics(stats_of(logits, p, q, x))["z"]
+    accept = np.minimum(1, q / p)
+    moved = excess * (((q - p) * accept).sum(-1)).sum()
+    spread = math.sqrt(((p * accept**2).sum(-1) - (p * accept).sum(-1) ** 2).sum())
+    assert moved / spread > 6, "the fault should be large enough to show"
+    assert z["drafter's favour"] > audit_law.Z_LIMIT
 
 
-def test_a_chi_square_on_a_normal_s_scale() -> None:
+def test_uniform_z_is_the_chi_square_on_a_normal_scale() -> None:
     for chi_square in (8.0, 19.0, 43.0, 54.5, 60.0):
         counts = np.full(20, 1000)
         off = math.sqrt(chi_square * 1000 / 2)
         counts[3], counts[11] = 1000 + round(off), 1000 - round(off)
         points = np.repeat((np.arange(20) + 0.5) / 20, counts)
         exact = stats.norm.isf(stats.chi2.sf(chi_square, 19))
-        assert audit_module.uniform_z(points) == pytest.approx(exact, abs=0.1)
+        assert audit_law.uniform_z(points) == pytest.approx(exact, abs=0.1)
 
 
-def test_each_token_s_anchor_is_that_of_its_cycle() -> None:
+def test_anchor_of_each_token_is_that_of_its_cycle() -> None:
     answer = lambda tokens, accepted: Answer([0] * tokens, None, "", None, 0, accepted, 0.0, 0.0)
     assert audit_module._anchors(5, answer(1, [])) == [4]
     # The first token; then 2 drafts and one more; one more alone; a cycle cut by the budget.
     assert audit_module._anchors(5, answer(7, [2, 0, 2])) == [4, 5, 5, 5, 8, 9, 9]
 
 
-def test_the_anchors_are_those_the_drafts_came_from() -> None:
-    """The argmax drafter, asked again by the judge, names the drafts that were accepted."""
-    made = generator(view="copy")
-    run = Audit(made, PROMPTS, Options(parts=("rejection",), **SAMPLED))
+def test_anchors_are_those_the_drafts_came_from() -> None:
+    """The argmax drafter, run again by the reference, proposes the drafts that were accepted."""
+    model = generator(view="copy")
+    run = Audit(model, PROMPTS, Options(parts=("rejection",), **SAMPLED))
     requests = run.requests("rejection")[:32]
     answers = run.decode(requests, proposal=Proposal.ARGMAX)
-    laws = run.judge(judges.one_row, requests, answers, answers, block=K, proposal=Proposal.ARGMAX)
+    all_stats = run.read_again(
+        reference.one_row, requests, answers, answers, block=K, proposal=Proposal.ARGMAX
+    )
     accepted = 0
-    for answer, seen in zip(answers, laws, strict=True):
+    for answer, its in zip(answers, all_stats, strict=True):
         at = 1
         for n in answer.accepted:
             # min(1, q / p) of a draft that was accepted is 1, and its mean is p of the draft.
             np.testing.assert_allclose(
-                seen.favour[at : at + n] + seen.own[at : at + n], 1, atol=1e-4
+                its.accept_prob[at : at + n] + its.own[at : at + n], 1, atol=1e-4
             )
             accepted, at = accepted + n, at + n + 1
     assert accepted > 100
 
 
-def test_near_ties_by_dtype_and_depth() -> None:
+def test_near_tie_depends_on_dtype_and_depth() -> None:
     at = lambda **changes: near_tie(tiny_config(**changes))
     assert at(num_hidden_layers=28) == 1e-3
     assert at(num_hidden_layers=4, dtype="bfloat16") == pytest.approx(8 * 2**-8 * 3)
@@ -459,27 +463,24 @@ def arguments(directory, prompts, *more: str) -> list[str]:
 
 
 @slow
-def test_the_command_audits_the_demo_s_base(tiny_base, prompts, tmp_path, capsys) -> None:
+def test_command_audits_the_demo_base(tiny_base, prompts, tmp_path, capsys) -> None:
     out = tmp_path / "out.json"
     lossless.main(arguments(tiny_base, prompts, "--dtype", "bfloat16", "--json", str(out)))
-    said, found = capsys.readouterr().out, json.loads(out.read_text())
-    assert said.endswith("\nPASS\n")
-    assert found["failures"] == []
-    assert found["dtype"] == "bfloat16"
-    assert found["near_tie"] == pytest.approx(near_tie(made_config(tiny_base)))
-    assert set(found["parts"]) == set(audit_module.PARTS)
-    assert found["parts"]["greedy"]["texts"] == 2
-    assert found["parts"]["rejection"]["texts"] == 4
-    assert f"near-tie: {found['near_tie']:.4g}" in said
+    text, result = capsys.readouterr().out, json.loads(out.read_text())
+    config = dataclasses.replace(ModelConfig.from_directory(tiny_base), dtype="bfloat16")
+    assert text.endswith("\nPASS\n")
+    assert result["failures"] == []
+    assert result["dtype"] == "bfloat16"
+    assert result["near_tie"] == pytest.approx(near_tie(config))
+    assert set(result["parts"]) == set(audit_module.PARTS)
+    assert result["parts"]["greedy"]["texts"] == 2
+    assert result["parts"]["rejection"]["texts"] == 4
+    assert f"near-tie: {result['near_tie']:.4g}" in text
     for name in ("Orthrus", "AR, batch 1", "AR, no cache"):
-        assert f"| greedy | {name} | 2 | " in said
+        assert f"| greedy | {name} | 2 | " in text
 
 
-def made_config(directory) -> ModelConfig:
-    return dataclasses.replace(ModelConfig.from_directory(directory), dtype="bfloat16")
-
-
-def test_the_command_names_the_case_and_exits_1(
+def test_command_names_the_failure_and_exits_1(
     tiny_base, prompts, tmp_path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setattr(speculative, "accept_equal", always_accept_equal)
@@ -491,12 +492,12 @@ def test_the_command_names_the_case_and_exits_1(
     with pytest.raises(SystemExit) as end:
         lossless.main(arguments(other, prompts, "--parts", "greedy", "--json", str(out)))
     assert end.value.code == 1
-    said, cases = capsys.readouterr().out, json.loads(out.read_text())["failures"]
-    first = cases[0]
+    text, failures = capsys.readouterr().out, json.loads(out.read_text())["failures"]
+    first = failures[0]
     assert (first["part"], first["text"], first["why"]) == ("greedy", "orthrus", "one row")
-    assert f"greedy: prompt {first['prompt']}, seed 0, position {first['position']}: " in said
-    assert f"emitted {first['token']}, AR takes {first['ar_token']}: gap " in said
-    assert f"FAIL: {len(cases)} cases" in said
+    assert f"greedy: prompt {first['prompt']}, seed 0, position {first['position']}: " in text
+    assert f"emitted {first['token']}, AR takes {first['ar_token']}: gap " in text
+    assert f"FAIL: {len(failures)} failures" in text
 
 
 BAD = {
@@ -511,7 +512,7 @@ BAD = {
     "no batch": (["--batch-size", "0"], "batch_size=0 must be at least 1"),
     "no draft": (["--draft-length", "1"], "draft_length=1 must be from 2 to"),
     "too long": (["--max-new-tokens", "4000"], "over the model's"),
-    "too little to judge": (
+    "too few tokens": (
         ["--parts", "rejection", "--max-new-tokens", "3"],
         "raise --seeds, --limit or --max-new-tokens to have at least 100",
     ),
@@ -520,9 +521,9 @@ BAD = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=slow if n == "too little to judge" else ()) for n in BAD]
+    "name", [pytest.param(n, marks=slow if n == "too few tokens" else ()) for n in BAD]
 )
-def test_bad_input_is_told_in_one_line(name: str, tiny_base, prompts) -> None:
+def test_bad_input_is_refused_in_one_line(name: str, tiny_base, prompts) -> None:
     options, message = BAD[name]
     with pytest.raises(UserError) as error:
         lossless.main(arguments(tiny_base, prompts, *options))
@@ -530,9 +531,9 @@ def test_bad_input_is_told_in_one_line(name: str, tiny_base, prompts) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_base_without_a_mask_and_a_file_without_prompts_are_refused(tmp_path) -> None:
+def test_base_without_mask_and_file_without_prompts_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="no mask_token_id"):
-        audited("greedy", made=generator(mask_token_id=None))
+        audited("greedy", model=generator(mask_token_id=None))
     with pytest.raises(UserError, match="no prompt to audit"):
         audit(generator(), [], Options())
     empty = tmp_path / "empty.jsonl"

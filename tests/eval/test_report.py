@@ -1,4 +1,4 @@
-"""The numbers of a run against hand-made rows, and what the tables and the page show of them."""
+"""The numbers of a run against hand-content rows, and their tables and page."""
 
 import html.parser
 import json
@@ -13,7 +13,7 @@ from orthrus_jax.errors import UserError
 
 def recipe(**changes):
     """A recipe of both loops, greedy, K = 4, batch 1."""
-    asked = {
+    settings = {
         "benchmark": "math500",
         "data": "d",
         "mode": "both",
@@ -34,7 +34,7 @@ def recipe(**changes):
         "graded": True,
         "trained": True,
         "hardware": "cpu",
-        "asked": asked | changes,
+        "asked": settings | changes,
         "loaded": {"draft_length": 4, "dtype": "float32"},
     }
 
@@ -85,7 +85,7 @@ def save(directory, recipe, rows):
     return directory
 
 
-def test_wilson_is_the_textbooks():
+def test_wilson_matches_the_textbook():
     assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
@@ -113,31 +113,42 @@ def test_mean_at_n_and_pass_at_k_of_hand_made_counts():
         )
         for name, count in right.items()
     ]
-    found = numbers(recipe(mode="orthrus", n=4, temperature=1.0), rows)["loops"]["orthrus"]
-    assert found["accuracy"] == pytest.approx(5 / 12)
-    assert found["accuracy_interval"] == list(wilson(5 / 12, 3))
-    assert found["pass_at"] == pytest.approx({"1": 5 / 12, "2": 0.5, "4": 2 / 3})
+    figures = numbers(recipe(mode="orthrus", n=4, temperature=1.0), rows)["loops"]["orthrus"]
+    assert figures["accuracy"] == pytest.approx(5 / 12)
+    assert figures["accuracy_interval"] == list(wilson(5 / 12, 3))
+    assert figures["pass_at"] == pytest.approx({"1": 5 / 12, "2": 0.5, "4": 2 / 3})
 
 
-def test_acceptance_and_tokens_per_forward_pooled_and_of_each_question():
+def test_acceptance_and_tokens_per_forward_pooled_and_by_problem():
     """Cycles accept 2 0 3, and 1: 9 tokens in 7 forwards, 3 in 3."""
     rows = [both("a", [2, 0, 3]), both("b", [1])]
     result = numbers(recipe(), rows)
-    found = result["loops"]["orthrus"]
-    assert (found["tokens"], found["forwards"], found["cycles"]) == (12, 10, 4)
-    assert found["tokens_per_forward"] == pytest.approx((9 / 7 + 3 / 3) / 2)
-    assert found["tokens_per_forward_pooled"] == pytest.approx(12 / 10)
-    assert found["acceptance_length"] == pytest.approx(6 / 4)
-    assert found["acceptance_length_of_problems"] == pytest.approx((5 / 3 + 1) / 2)
-    assert found["acceptance_by_position"] == [0.75, 0.5, 0.25]
-    assert found["accepted_distribution"] == [0.25, 0.25, 0.25, 0.25]
-    assert sum(found["acceptance_by_position"]) == pytest.approx(found["acceptance_length"])
+    figures = result["loops"]["orthrus"]
+    assert (figures["tokens"], figures["forwards"], figures["cycles"]) == (12, 10, 4)
+    assert figures["tokens_per_forward"] == pytest.approx((9 / 7 + 3 / 3) / 2)
+    assert figures["tokens_per_forward_pooled"] == pytest.approx(12 / 10)
+    assert figures["acceptance_length"] == pytest.approx(6 / 4)
+    assert figures["acceptance_length_of_problems"] == pytest.approx((5 / 3 + 1) / 2)
+    assert figures["acceptance_by_position"] == [0.75, 0.5, 0.25]
+    assert figures["accepted_distribution"] == [0.25, 0.25, 0.25, 0.25]
+    assert sum(figures["acceptance_by_position"]) == pytest.approx(figures["acceptance_length"])
     ar = result["loops"]["ar"]
     assert ar["tokens_per_forward"] == ar["tokens_per_forward_pooled"] == 1.0
     assert "acceptance_length" not in ar
 
 
-def test_a_question_of_several_answers_is_one_question():
+def test_drafts_accepted_beyond_the_block_are_counted():
+    """K = 4, but a tree or blocks drafted ahead had 5 drafts accepted in a cycle."""
+    rows = [both("a", [2, 5, 3]), both("b", [0])]
+    figures = numbers(recipe(), rows)["loops"]["orthrus"]
+    assert figures["acceptance_length"] == pytest.approx(10 / 4)
+    assert figures["acceptance_by_position"] == [0.75, 0.75, 0.5, 0.25, 0.25]
+    assert figures["accepted_distribution"] == [0.25, 0, 0.25, 0.25, 0, 0.25]
+    assert sum(figures["acceptance_by_position"]) == pytest.approx(figures["acceptance_length"])
+    assert sum(figures["accepted_distribution"]) == pytest.approx(1)
+
+
+def test_problem_of_several_answers_counts_once():
     """Samples and turns are pooled inside their question: 3 + 9 tokens in 3 + 7 forwards."""
     answers = [answer("orthrus", [1]), answer("orthrus", [2, 0, 3], turn=1)]
     ungraded = recipe(mode="orthrus") | {"graded": False}
@@ -146,7 +157,7 @@ def test_a_question_of_several_answers_is_one_question():
     assert (loop["problems"], loop["answers"]) == (1, 2)
 
 
-def test_times_are_of_the_whole_run():
+def test_times_are_those_of_the_whole_run():
     rows = [
         both("a", [2, 0, 3], {"ar": 3.0, "orthrus": 1.0}),
         both("b", [1], {"ar": 1.0, "orthrus": 1.0}),
@@ -159,7 +170,7 @@ def test_times_are_of_the_whole_run():
     assert result["loops"]["orthrus"]["tokens_per_second"] == 12 / 2
 
 
-def test_groups_have_own_numbers_and_own_times_at_batch_1_only():
+def test_groups_have_their_own_times_at_batch_1_only():
     rows = [
         both("a", [2], level="10", subject="B"),
         both("b", [0], level="2", subject="A", correct=False),
@@ -180,7 +191,7 @@ def test_groups_have_own_numbers_and_own_times_at_batch_1_only():
     assert "tokens_per_second" not in batched["loops"]["ar"]
 
 
-def test_same_text_is_counted_where_it_is_promised():
+def test_same_text_is_counted_where_exactness_promises_it():
     rows = [both("a", [1]), both("b", [1], digest="other"), both("c", [2])]
     result = numbers(recipe(), rows)
     assert result["same_text"] == pytest.approx(2 / 3)
@@ -189,7 +200,7 @@ def test_same_text_is_counted_where_it_is_promised():
     assert "same_text" in numbers(recipe(temperature=0.7, accept="coupled"), rows)
 
 
-def test_what_did_not_fit_is_wrong_and_not_timed():
+def test_prompt_that_did_not_fit_is_wrong_and_not_timed():
     skipped = {"sample": 0, "turn": 0, "skipped": "long", "correct": False, "note": "skipped"}
     lines = [{"loop": loop} | skipped for loop in metrics.LOOPS]
     nothing = numbers(recipe(), [row("a", lines, {"ar": 0.0, "orthrus": 0.0}, level="1")])
@@ -204,20 +215,20 @@ def test_what_did_not_fit_is_wrong_and_not_timed():
     assert some["loops"]["orthrus"]["tokens_per_forward"] == 1.0
 
 
-def test_a_run_that_has_not_begun_has_a_report():
+def test_run_without_answers_has_a_report():
     result = numbers(recipe(), [])
     assert result["answered"] == 0
     assert "unfinished: 0 of 4 problems" in report.text({"a": result})
     report.page({"a": result})
 
 
-def test_a_run_without_grades_has_no_accuracy():
+def test_run_without_grades_has_no_accuracy():
     result = numbers(recipe() | {"graded": False}, [both("a", [1])])
     assert "accuracy" not in result["loops"]["ar"]
     assert "accuracy" not in report.text({"a": result})
 
 
-def test_the_table_says_what_the_numbers_say():
+def test_table_shows_the_numbers():
     rows = [both("a", [2, 0, 3], level="1"), both("b", [1], level="2", correct=False)]
     result = numbers(recipe(), rows)
     text = report.text({"run": result})
@@ -257,23 +268,23 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_needs_no_network():
+def test_page_is_well_formed_and_needs_no_network():
     rows = [both("a", [2, 0, 3], level="1<b>"), both("b", [1], level="2")]
-    made = report.page({"run & <i>": numbers(recipe(), rows)})
+    content = report.page({"run & <i>": numbers(recipe(), rows)})
     page = Page()
-    page.feed(made)
+    page.feed(content)
     assert page.open == []
     assert page.count["svg"] == 2
     assert all(link.startswith("#") for link in page.links)
-    assert not re.search(r"url\((?!#)|@import|<script|<link", made)
-    assert "some/&lt;model&gt;" in made
-    assert "1<b>" not in made
-    ids = re.findall(r'\bid="(clip|p)?(\w{11})"', made)
+    assert not re.search(r"url\((?!#)|@import|<script|<link", content)
+    assert "some/&lt;model&gt;" in content
+    assert "1<b>" not in content
+    ids = re.findall(r'\bid="(clip|p)?(\w{11})"', content)
     assert len(ids) == len(set(ids))
-    assert made == report.page({"run & <i>": numbers(recipe(), rows)})
+    assert content == report.page({"run & <i>": numbers(recipe(), rows)})
 
 
-def test_a_torn_or_damaged_last_line_is_left_out(tmp_path):
+def test_torn_or_damaged_last_line_is_left_out(tmp_path):
     path = tmp_path / metrics.ANSWERS
     whole = [json.dumps(both(name, [1])).encode() for name in "abc"]
     begin = b"\n".join(whole[:2]) + b"\n"
@@ -302,7 +313,7 @@ def test_other_damage_is_named_by_line(tmp_path):
         read_answers(path)
 
 
-def test_the_command_writes_what_it_prints(tmp_path, capsys):
+def test_command_writes_the_figures_it_prints(tmp_path, capsys):
     run = save(tmp_path / "run", recipe(), [both("a", [2, 0, 3], level="1")])
     report.main([str(run)])
     out = capsys.readouterr().out
@@ -330,18 +341,18 @@ def test_several_runs_are_compared(tmp_path, capsys):
     ]
     out = tmp_path / "compare.html"
     report.main([*map(str, runs), "--html", str(out)])
-    told = capsys.readouterr().out
-    assert told.count("| MATH-500") == 6
-    assert f"same text in {runs[0]} and {runs[1]}: 100.0 % of 2 answers" in told
-    assert f"same text in {runs[0]} and {runs[2]}: 0.0 % of 1 answers" in told
-    assert f"same text in {runs[0]} and {runs[3]}" not in told
+    printed = capsys.readouterr().out
+    assert printed.count("| MATH-500") == 6
+    assert f"same text in {runs[0]} and {runs[1]}: 100.0 % of 2 answers" in printed
+    assert f"same text in {runs[0]} and {runs[2]}: 0.0 % of 1 answers" in printed
+    assert f"same text in {runs[0]} and {runs[3]}" not in printed
     page = Page()
     page.feed(out.read_text())
     assert page.count["svg"] == 1
     assert all(run.name in out.read_text() for run in runs)
 
 
-def test_what_is_no_run_is_refused(tmp_path):
+def test_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         report.main([str(tmp_path)])
     (tmp_path / metrics.RECIPE).write_text("{}")

@@ -1,5 +1,5 @@
-"""Programs that try everything they may not: each is stopped and reported, nothing of it remains,
-and the next one runs. The kernel's layers are also tried alone, with the audit hook off."""
+"""Programs that try every forbidden thing: each is stopped and reported, nothing of it remains, and
+the next one runs. The kernel's layers are also tried alone, with the audit hook off."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import time
 import pytest
 
 from eval import sandbox
-from eval.sandbox import Outcome, check_humaneval, check_mbpp, program_of, run_program
+from eval.sandbox import SandboxResult, check_humaneval, check_mbpp, program_of, run_program
 from orthrus_jax.errors import UserError
 from tests.support.paths import DATA
 
@@ -36,15 +36,15 @@ def namespaces():
 
 def own_processes() -> list[str]:
     """The command lines of sandboxed programs still alive; zombies have none."""
-    found = []
+    lines = []
     for file in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = file.read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
         if str(sandbox.CHILD) in line:
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 def own_folders() -> list[pathlib.Path]:
@@ -62,20 +62,20 @@ def nothing_remains():
     assert not own_processes()
 
 
-def run(source: str, **limits) -> Outcome:
+def run(source: str, **limits) -> SandboxResult:
     """Run a program, and after it one that must not notice."""
-    found = run_program(textwrap.dedent(source), **{"seconds": 20} | limits)
-    assert run_program("assert 1 + 1 == 2", seconds=60) == Outcome("passed")
-    return found
+    result = run_program(textwrap.dedent(source), **{"seconds": 20} | limits)
+    assert run_program("assert 1 + 1 == 2", seconds=60) == SandboxResult("passed")
+    return result
 
 
-def test_a_program_that_ends_has_passed():
-    assert run("print('hello')\nassert sorted([2, 1]) == [1, 2]") == Outcome("passed")
+def test_program_that_ends_has_passed():
+    assert run("print('hello')\nassert sorted([2, 1]) == [1, 2]") == SandboxResult("passed")
     assert run("").passed
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "output"),
     [
         ("assert 1 + 1 == 3, 'no'", "AssertionError: no"),
         ("def f(:", "SyntaxError"),
@@ -93,16 +93,16 @@ def test_a_program_that_ends_has_passed():
         ("(" * 5000, "Error"),
     ],
 )
-def test_a_program_that_does_not_end_well_has_failed(source, said):
-    found = run(source)
-    assert found.status == "failed"
-    assert said in found.stderr
+def test_program_that_does_not_end_well_has_failed(source, output):
+    result = run(source)
+    assert result.status == "failed"
+    assert output in result.stderr
 
 
-def test_the_trace_shows_the_program_and_not_the_sandbox():
-    found = run("def f():\n    assert False\nf()")
-    assert '"<program>", line 3' in found.stderr
-    assert "sandbox" not in found.stderr
+def test_trace_shows_the_program_and_not_the_sandbox():
+    result = run("def f():\n    assert False\nf()")
+    assert '"<program>", line 3' in result.stderr
+    assert "sandbox" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -117,15 +117,15 @@ def test_the_trace_shows_the_program_and_not_the_sandbox():
         "from threading import Thread\nThread(target=print).start()\nwhile 1: 0",
     ],
 )
-def test_a_program_without_end_is_stopped(source):
+def test_endless_program_is_stopped(source):
     begin = time.monotonic()
     assert run(source, seconds=1).status == "timeout"
     assert time.monotonic() - begin < 60
 
 
-def test_a_thread_left_behind_does_not_hold_up_the_end():
+def test_running_thread_does_not_delay_the_end():
     source = "import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()"
-    assert run(source) == Outcome("passed")
+    assert run(source) == SandboxResult("passed")
 
 
 @needs_linux
@@ -138,11 +138,11 @@ def test_a_thread_left_behind_does_not_hold_up_the_end():
         "x = list(range(10 ** 9))",
     ],
 )
-def test_a_memory_balloon_bursts(source):
+def test_memory_use_is_limited(source):
     assert run(source, memory_mb=200).status == "memory"
 
 
-def test_the_memory_limit_is_the_one_asked_for():
+def test_memory_limit_is_the_given_one():
     source = "x = bytearray(300 << 20)"
     assert run(source, memory_mb=600).status == "passed"
     if sys.platform == "linux":
@@ -167,10 +167,10 @@ def test_the_memory_limit_is_the_one_asked_for():
         ("import _ctypes\n_ctypes.dlopen(None, 0)", "ctypes.dlopen"),
     ],
 )
-def test_a_fork_bomb_does_not_go_off(source, event):
-    found = run(source)
-    assert found.status == "blocked"
-    assert f"not allowed: {event}" in found.stderr
+def test_new_processes_are_stopped(source, event):
+    result = run(source)
+    assert result.status == "blocked"
+    assert f"not allowed: {event}" in result.stderr
 
 
 @needs_filter
@@ -191,16 +191,16 @@ def test_a_fork_bomb_does_not_go_off(source, event):
     ],
 )
 @pytest.mark.parametrize("within", [False, True])
-def test_the_kernel_refuses_processes_and_sockets_by_itself(source, within):
+def test_kernel_filter_alone_refuses_processes_and_sockets(source, within):
     if within and not sandbox.has_namespaces():
         pytest.skip("no namespaces here")
-    found = sandbox._run(source, 20, 1024, namespaces=within, audit=False)
-    assert found.status == "failed"
-    assert "PermissionError" in found.stderr
+    result = sandbox._run(source, 20, 1024, namespaces=within, audit=False)
+    assert result.status == "failed"
+    assert "PermissionError" in result.stderr
 
 
 @needs_filter
-def test_the_kernel_still_lets_threads_run():
+def test_kernel_filter_allows_threads():
     source = "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()"
     assert run(source).passed
 
@@ -228,14 +228,14 @@ def test_the_kernel_still_lets_threads_run():
         ("import sqlite3\nsqlite3.connect({file!r} + 'x')", "sqlite3.connect"),
     ],
 )
-def test_a_write_outside_is_stopped(source, event, tmp_path):
+def test_write_outside_is_stopped(source, event, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     file = folder / "file"
     file.write_text("kept")
-    found = run(source.format(file=str(file), folder=str(folder)))
-    assert found.status == "blocked"
-    assert f"not allowed: {event}" in found.stderr
+    result = run(source.format(file=str(file), folder=str(folder)))
+    assert result.status == "blocked"
+    assert f"not allowed: {event}" in result.stderr
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "file"]
     assert file.read_text() == "kept"
     assert file.stat().st_mode & 0o600 == 0o600
@@ -250,20 +250,20 @@ def test_a_write_outside_is_stopped(source, event, tmp_path):
         "import os\nos.chdir({folder!r})\nos.mknod('x')",
     ],
 )
-def test_the_kernel_refuses_a_write_outside_by_itself(source, namespaces, tmp_path):
+def test_namespaces_alone_refuse_a_write_outside(source, namespaces, tmp_path):
     file = tmp_path / "file"
     file.write_text("kept")
     source = source.format(file=str(file), folder=str(tmp_path))
-    found = sandbox._run(source, 20, 1024, namespaces=True, audit=False)
-    assert found.status == "failed"
-    assert "Read-only file system" in found.stderr
+    result = sandbox._run(source, 20, 1024, namespaces=True, audit=False)
+    assert result.status == "failed"
+    assert "Read-only file system" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert file.read_text() == "kept"
 
 
-def test_in_namespaces_other_processes_are_out_of_sight(namespaces):
+def test_namespaces_hide_other_processes(namespaces):
     source = "import os\nassert [n for n in os.listdir('/proc') if n.isdecimal()] == ['1']"
-    assert run(source) == Outcome("passed")
+    assert run(source) == SandboxResult("passed")
 
 
 def test_mounts_cannot_be_made_writable_again(namespaces):
@@ -274,11 +274,11 @@ def test_mounts_cannot_be_made_writable_again(namespaces):
         assert libc.mount(b"none", b"/", None, remount | bind, None) != 0
         assert libc.umount2(b"/proc", 2) != 0
     """
-    found = sandbox._run(textwrap.dedent(source), 20, 1024, namespaces=True, audit=False)
-    assert found == Outcome("passed")
+    result = sandbox._run(textwrap.dedent(source), 20, 1024, namespaces=True, audit=False)
+    assert result == SandboxResult("passed")
 
 
-def test_the_working_directory_is_writable_and_goes_away():
+def test_working_directory_is_writable_and_deleted():
     source = """
         import os, pathlib, shutil, sqlite3, tempfile
         pathlib.Path("a").write_text("x")
@@ -295,7 +295,7 @@ def test_the_working_directory_is_writable_and_goes_away():
         open("/dev/null", "w").write("x")
         os.mkdir("left", mode=0)
     """
-    assert run(source) == Outcome("passed")
+    assert run(source) == SandboxResult("passed")
 
 
 @pytest.mark.parametrize("within", [False, True])
@@ -303,24 +303,24 @@ def test_files_are_limited_in_size(within):
     if within and not sandbox.has_namespaces():
         pytest.skip("no namespaces here")
     source = "f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 20))"
-    found = sandbox._run(source, 20, 1024, namespaces=within)
-    assert found.status == "failed"
-    assert "File too large" in found.stderr
+    result = sandbox._run(source, 20, 1024, namespaces=within)
+    assert result.status == "failed"
+    assert "File too large" in result.stderr
 
 
 def test_many_files_do_not_fill_the_disk(namespaces):
     source = "for n in range(20): open(str(n), 'wb').write(bytes(8 << 20))"
-    found = run(source)
-    assert found.status == "failed"
-    assert "No space left" in found.stderr
+    result = run(source)
+    assert result.status == "failed"
+    assert "No space left" in result.stderr
 
 
 def test_output_is_capped():
-    assert run("for _ in range(100): print('x' * 1_000_000)") == Outcome("passed")
-    found = run("import sys\nfor _ in range(9): sys.stderr.write('x' * 1_000_000)\n1 / 0")
-    assert found.status == "failed"
-    assert len(found.stderr) <= sandbox.TAIL_BYTES
-    assert found.stderr.endswith("ZeroDivisionError: division by zero")
+    assert run("for _ in range(100): print('x' * 1_000_000)") == SandboxResult("passed")
+    result = run("import sys\nfor _ in range(9): sys.stderr.write('x' * 1_000_000)\n1 / 0")
+    assert result.status == "failed"
+    assert len(result.stderr) <= sandbox.TAIL_BYTES
+    assert result.stderr.endswith("ZeroDivisionError: division by zero")
     assert run("import sys\nwhile True: sys.stderr.write('x' * 1_000_000)").status == "failed"
     assert run("import os\nos.write(2, bytes(range(256)))\n1 / 0").status == "failed"
 
@@ -334,17 +334,17 @@ def test_output_is_capped():
         "import socket\nsocket.socket().bind(('127.0.0.1', 0))",
     ],
 )
-def test_the_network_is_out_of_reach(source):
+def test_network_is_out_of_reach(source):
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
-        found = run(source.format(port=server.getsockname()[1]))
-        assert found.status == "blocked"
-        assert "not allowed: socket." in found.stderr
+        result = run(source.format(port=server.getsockname()[1]))
+        assert result.status == "blocked"
+        assert "not allowed: socket." in result.stderr
         with pytest.raises(TimeoutError):
             server.accept()
 
 
-def test_a_program_sees_no_environment_no_input_and_no_packages(monkeypatch):
+def test_program_has_no_environment_no_input_and_no_packages(monkeypatch):
     monkeypatch.setenv("SECRET", "x")
     source = """
         import os, sys
@@ -361,15 +361,15 @@ def test_a_program_sees_no_environment_no_input_and_no_packages(monkeypatch):
 
         assert Point(1).x == 1
     """
-    assert run(source) == Outcome("passed")
+    assert run(source) == SandboxResult("passed")
 
 
-def test_sets_of_words_have_one_order_in_all_runs():
+def test_order_of_sets_is_the_same_in_all_runs():
     source = "assert 0, list({'one', 'two', 'three', 'four', 'five'})"
     assert run_program(source).stderr == run_program(source).stderr
 
 
-def test_the_end_of_the_caller_is_the_end_of_the_program(tmp_path):
+def test_program_ends_with_its_caller(tmp_path):
     """Even where nobody is left to kill it: killed callers cannot clean up."""
     caller = (
         "import sys; from eval import sandbox; sandbox.has_namespaces(); print('on', flush=True)\n"
@@ -393,20 +393,20 @@ def test_the_end_of_the_caller_is_the_end_of_the_program(tmp_path):
     assert not own_processes()
 
 
-def test_a_sandbox_that_cannot_start_is_no_failed_program(monkeypatch, tmp_path):
+def test_sandbox_that_cannot_start_is_an_error_not_a_failure(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox, "CHILD", tmp_path / "absent.py")
     with pytest.raises(RuntimeError, match="did not start"):
         sandbox._run("", 20, 1024, namespaces=False)
 
 
-def test_a_system_without_limits_is_refused_in_one_line(monkeypatch):
+def test_system_without_limits_is_refused_in_one_line(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sandbox.os, "name", "nt")
         with pytest.raises(UserError, match="Linux or macOS"):
             run_program("")
 
 
-def test_without_namespaces_the_audit_hook_still_stands(monkeypatch, tmp_path):
+def test_audit_hook_holds_without_namespaces(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox, "has_namespaces", lambda: False)
     file = tmp_path / "file"
     assert run(f"open({str(file)!r}, 'w')").status == "blocked"
@@ -453,11 +453,11 @@ WRONG = RIGHT.replace("sum", "max")
         ("I cannot do that.", "failed"),
     ],
 )
-def test_a_humaneval_answer_is_found_and_tested(completion, status):
+def test_humaneval_answer_is_extracted_and_tested(completion, status):
     assert check_humaneval(TASK, completion).status == status
 
 
-def test_an_mbpp_answer_is_found_and_tested():
+def test_mbpp_answer_is_extracted_and_tested():
     task = {
         "test_setup_code": "start = 1",
         "test_list": ["assert add(start, 2) == 3", "assert set(add([1], [2])) == {1, 2}"],
@@ -471,7 +471,7 @@ def test_an_mbpp_answer_is_found_and_tested():
     assert check_mbpp(task, "import os\nos.fork()").status == "blocked"
 
 
-def test_the_program_of_an_answer():
+def test_program_of_takes_the_defining_fence():
     assert program_of("x = 1", {"f"}) == "x = 1"
     assert program_of("```python\na\n```\n```python\nb\n```", set()) == "b\n"
     assert program_of("```python\ndef f(): 1\n```\n```python\nf()\n```", {"f"}) == "def f(): 1\n"
@@ -489,8 +489,8 @@ def check_solutions(humaneval: int, mbpp: int) -> None:
         assert check_humaneval(task, task["canonical_solution"]).passed, task["task_id"]
         chat = f"```python\n{task['prompt']}{task['canonical_solution']}```"
         assert check_humaneval(task, chat).passed, task["task_id"]
-        found = check_humaneval(task, "    return NotImplemented\n")
-        assert found.status == "failed", task["task_id"]
+        result = check_humaneval(task, "    return NotImplemented\n")
+        assert result.status == "failed", task["task_id"]
     for task in tasks("mbpp.jsonl", mbpp):
         assert check_mbpp(task, task["code"]).passed, task["task_id"]
         broken = task["code"].replace("return", "return None and")
@@ -498,11 +498,11 @@ def check_solutions(humaneval: int, mbpp: int) -> None:
 
 
 @needs_data
-def test_the_authors_solutions_pass_and_broken_ones_fail_for_some_tasks():
+def test_solutions_pass_and_broken_ones_fail_for_some_tasks():
     check_solutions(humaneval=8, mbpp=48)  # 21 of each
 
 
 @needs_data
 @pytest.mark.slow
-def test_the_authors_solutions_pass_and_broken_ones_fail_for_all_tasks():
+def test_solutions_pass_and_broken_ones_fail_for_all_tasks():
     check_solutions(humaneval=1, mbpp=1)

@@ -1,4 +1,4 @@
-"""The speed bench: what it refuses, and that transformers decodes the very same model."""
+"""The speed bench: its refusals, and transformers decoding the very same model."""
 
 import importlib.util
 import json
@@ -46,7 +46,7 @@ def one_thread():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_transformers_says_what_our_ar_loop_says(tied, one_thread) -> None:
+def test_transformers_and_our_ar_loop_give_the_same_text(tied, one_thread) -> None:
     """Other lengths side by side, with and without an end token on the way."""
     config = tiny_config(**SIZES, tie_word_embeddings=tied)
     weights = random_params(config, 3, gain=3.0)
@@ -55,7 +55,7 @@ def test_transformers_says_what_our_ar_loop_says(tied, one_thread) -> None:
     ours = Generator(config, weights)
     expected = [c.tokens for c in ours.complete(prompts, mode="ar", max_new_tokens=40)]
     ends = [answer[-1] for answer in expected]
-    if not {2, 7} & set(ends):  # make one of the answers end early: at a token that it says
+    if not {2, 7} & set(ends):  # make one of the answers end early: at a token that it has
         config = tiny_config(
             **{**SIZES, "eos_token_ids": (2, expected[0][5])}, tie_word_embeddings=tied
         )
@@ -73,10 +73,10 @@ def test_bfloat16_weights_reach_torch_bit_by_bit(one_thread) -> None:
 
     config = tiny_config(**SIZES, dtype="bfloat16")
     weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(config, 3))
-    found = HF(config, weights).model
-    assert {p.dtype for p in found.parameters()} == {one_thread.bfloat16}
+    torch_model = HF(config, weights).model
+    assert {p.dtype for p in torch_model.parameters()} == {one_thread.bfloat16}
     kernel = np.asarray(weights["layers_0"]["mlp"]["up_proj"]["kernel"])
-    theirs = found.model.layers[0].mlp.up_proj.weight.detach().view(one_thread.int16).numpy()
+    theirs = torch_model.model.layers[0].mlp.up_proj.weight.detach().view(one_thread.int16).numpy()
     np.testing.assert_array_equal(theirs.T, kernel.view(np.int16))
 
 
@@ -86,29 +86,29 @@ def test_all_modes_are_timed_in_one_run(directory, prompts, tmp_path, capsys, on
     arguments += ["--contexts", "32", "--max-new-tokens", "12", "--repeats", "2"]
     arguments += ["--plot", str(tmp_path / "out.png"), "--json", str(out)]
     speed.main(arguments)
-    result, said = json.loads(out.read_text()), capsys.readouterr().out
+    result, output = json.loads(out.read_text()), capsys.readouterr().out
     (text,) = result["text"]
     for name in speed.MODES:
         assert text[name]["same_text"] == 1.0
         assert text[name]["tokens_per_second"] > 0
-        assert f"| 1 | {name} | " in said
+        assert f"| 1 | {name} | " in output
     (forward,) = result["forwards"]
     low, high = forward["hf_step_ms_range"]
     assert 0 < low <= forward["hf_step_ms"] <= high
-    assert "hf: transformers " in said
-    assert "| hf step ms |" in said
+    assert "hf: transformers " in output
+    assert "| hf step ms |" in output
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
-def test_without_hf_nothing_of_it_is_told(directory, capsys) -> None:
+def test_report_without_hf_has_no_column_for_it(directory, capsys) -> None:
     speed.main(["--model", directory, "--contexts", "32", "--repeats", "1"])
-    said = capsys.readouterr().out
-    assert "hf" not in said
-    header, ruler, row = said.splitlines()[2:5]
+    output = capsys.readouterr().out
+    assert "hf" not in output
+    header, ruler, row = output.splitlines()[2:5]
     assert header.count("|") == ruler.count("|") == row.count("|")
 
 
-def test_missing_torch_is_told_before_anything_is_loaded(monkeypatch) -> None:
+def test_missing_torch_is_reported_before_anything_is_loaded(monkeypatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,

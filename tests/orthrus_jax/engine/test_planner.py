@@ -1,14 +1,23 @@
-"""The planner: what it chooses from measured figures, from a roofline, by rule; and its file."""
+"""The planner: its choice from measured figures, from a roofline, by rule; and its file."""
 
+import dataclasses
 import json
+import pathlib
 
 import pytest
+from tests.helpers import tiny_config
 
 from orthrus_jax.engine import planner
-from orthrus_jax.engine.planner import Calibration, Earned, Split, choose
+from orthrus_jax.engine.planner import (
+    Calibration,
+    Earned,
+    LengthRates,
+    Split,
+    choose,
+    preferred_draft_length,
+)
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import Generator
-from tests.support.configs import tiny_config
 
 KIND = "a device"
 PAPER, WIDE, WIDER = Split("paper", 8), Split("one-forward", 8, 15, 6), Split("two-forward", 8, 63)
@@ -21,28 +30,34 @@ def calibration(curves: dict[int, list[tuple[int, float]]] | None = None) -> Cal
     return Calibration(earned, {KIND: curves} if curves else {}, {"prompts": 3})
 
 
+RATES = LengthRates(4, {2: 5.0, 4: 9.5, 8: 7.25})
 FLAT = {1: [(1, 10.0), (256, 10.0)]}
 STEEP = {1: [(1, 10.0), (9, 14.0), (64, 80.0)]}
 
 
 @pytest.mark.parametrize(
-    ("curves", "rows", "split", "said"),
+    ("curves", "rows", "split", "reason"),
     [
-        (FLAT, 64, WIDE, "4.80 tokens a forward at 1.00 times the cost of one row, 4.80 times"),
-        (FLAT, 63, PAPER, "2.60 tokens a forward"),
-        (STEEP, 64, PAPER, "2.60 tokens a forward at 1.35 times the cost of one row, 1.93 times"),
-        (FLAT, 7, Split("ar"), "one token a forward is fastest with 7 rows at batch 1: none fits"),
+        (FLAT, 64, WIDE, "4.80 tokens per forward at 1.00 times the cost of one row, 4.80 times"),
+        (FLAT, 63, PAPER, "2.60 tokens per forward"),
+        (STEEP, 64, PAPER, "2.60 tokens per forward at 1.35 times the cost of one row, 1.93 times"),
+        (
+            FLAT,
+            7,
+            Split("ar"),
+            "per forward is fastest with 7 rows at batch 1: none fits",
+        ),
         ({1: [(1, 1.0), (8, 8.0)]}, 64, Split("ar"), "gives 0.33 of its speed"),
     ],
 )
-def test_most_tokens_a_second_win(curves, rows: int, split: Split, said: str) -> None:
+def test_choice_has_most_tokens_per_second(curves, rows: int, split: Split, reason: str) -> None:
     choice = choose(calibration(curves), rows, 1, 8, KIND)
     assert choice.split == split
-    assert said in choice.why
+    assert reason in choice.why
     assert "measured here" in choice.why
 
 
-def test_a_batch_pays_for_its_rows() -> None:
+def test_batch_multiplies_the_cost_of_rows() -> None:
     """Four prompts of 64 rows are 256 rows: at batch 4 the measured curve, else the nearest's."""
     curves = {1: [(1, 10.0), (64, 11.0), (256, 40.0)]}
     assert choose(calibration(curves), 64, 1, 8, KIND).split == WIDE
@@ -53,7 +68,7 @@ def test_a_batch_pays_for_its_rows() -> None:
     )
 
 
-def test_another_device_is_estimated_by_its_ridge() -> None:
+def test_uncalibrated_device_is_estimated_from_its_ridge() -> None:
     on = lambda kind, batch: choose(calibration(FLAT), 256, batch, 8, kind)
     assert on("TPU v6 lite", 1).split == WIDE
     assert "estimated: TPU v6 lite was not calibrated" in on("TPU v6 lite", 1).why
@@ -75,11 +90,13 @@ def test_another_device_is_estimated_by_its_ridge() -> None:
         ("unheard of", 160, 1, Split("one-forward", 32, 63, 3)),
     ],
 )
-def test_without_figures_what_is_free_is_filled(kind, rows, batch, split: Split) -> None:
+def test_without_acceptance_the_free_rows_are_filled(kind, rows, batch, split: Split) -> None:
     choice = choose(None, rows, batch, 32, kind)
     assert choice.split == split
     assert choice.split.rows <= max(rows, 1)
     assert "by rule" in choice.why
+    others = Calibration(cost={kind: FLAT}, draft_length={kind: RATES})
+    assert choose(others, rows, batch, 32, kind) == choice
 
 
 @pytest.mark.parametrize(
@@ -92,11 +109,11 @@ def test_without_figures_what_is_free_is_filled(kind, rows, batch, split: Split)
         ([(1, 5.0)], 40, 5.0),
     ],
 )
-def test_costs_between_and_beyond_what_was_measured(points, rows, cost) -> None:
+def test_costs_between_and_beyond_measured_points(points, rows, cost) -> None:
     assert planner.interpolated(points, rows) == pytest.approx(cost)
 
 
-def test_the_file_is_read_as_it_was_written(tmp_path) -> None:
+def test_file_is_read_as_it_was_written(tmp_path) -> None:
     written = calibration(STEEP)
     assert planner.load(tmp_path) is None
     assert written.save(tmp_path).name == planner.FILE
@@ -104,9 +121,66 @@ def test_the_file_is_read_as_it_was_written(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", '{"about": {}, "earned": [{"cycle": "paper"}], "cost": {}}']
+    "written",
+    [
+        calibration(),
+        Calibration(cost={KIND: STEEP}),
+        Calibration(draft_length={KIND: RATES, "another": LengthRates(2, {2: 1.0})}),
+        dataclasses.replace(calibration(FLAT), trust=0.65, draft_length={KIND: RATES}),
+    ],
+    ids=["acceptance", "costs", "draft length", "all"],
 )
-def test_a_damaged_file_is_refused_by_name(tmp_path, text: str) -> None:
+def test_file_may_hold_any_part(written: Calibration, tmp_path) -> None:
+    path = written.save(tmp_path)
+    assert planner.load(tmp_path) == written
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_preferred_draft_length_is_that_of_the_device() -> None:
+    lengths = Calibration(draft_length={KIND: RATES})
+    assert preferred_draft_length(lengths, 8, KIND) == 4
+    assert preferred_draft_length(lengths, 4, KIND) == 4
+    assert preferred_draft_length(lengths, 8, "another device") is None
+    assert preferred_draft_length(lengths, 8) is None
+    assert preferred_draft_length(calibration(FLAT), 8, KIND) is None
+    assert preferred_draft_length(None, 8, KIND) is None
+
+
+@pytest.mark.parametrize("length", [1, 0, 4])
+def test_preferred_draft_length_outside_the_trained_one_is_refused(length: int) -> None:
+    lengths = Calibration(draft_length={KIND: LengthRates(length, {length: 1.0})})
+    with pytest.raises(
+        UserError, match=rf"^calibration\.json: draft_length={length} must be from 2"
+    ):
+        preferred_draft_length(lengths, 3, KIND)
+
+
+def test_unwritable_directory_is_refused_before_the_work(tmp_path, monkeypatch) -> None:
+    planner.check_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", refuse)  # tests may run as root
+    with pytest.raises(
+        UserError, match=r"calibration\.json cannot be written \(Permission denied\)"
+    ):
+        planner.check_writable(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"about": {}, "earned": [{"cycle": "paper"}], "cost": {}}',
+        '{"draft_length": {"a device": 4}}',
+        '{"draft_length": {"a device": {"draft_length": null, "tokens_per_second": {}}}}',
+        '{"draft_length": {"a device": {"draft_length": 4, "tokens_per_second": {"two": 5}}}}',
+    ],
+)
+def test_damaged_file_is_refused_by_name(tmp_path, text: str) -> None:
     (tmp_path / planner.FILE).write_text(text)
     with pytest.raises(UserError, match=r"calibration\.json is damaged .* delete it or run"):
         planner.load(tmp_path)
@@ -118,7 +192,7 @@ def test_no_rows_and_no_prompts_are_refused(rows, batch, name) -> None:
         Generator(tiny_config(), {}).plan(rows, batch)
 
 
-def test_the_options_are_those_of_complete(tmp_path) -> None:
+def test_options_are_those_of_complete(tmp_path) -> None:
     assert Split("ar").options == {"mode": "ar"}
     calibration(FLAT).save(tmp_path)
     options = planner.choose(planner.load(tmp_path), 64, 1, 8, KIND).split.options
