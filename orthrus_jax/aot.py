@@ -76,7 +76,7 @@ def tpu_devices(topology: str) -> list[Any]:
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
     """Shapes of a parameter tree or training state, with where each lies."""
-    return jax.tree.map(_placed, tree, sharding.of_tree(tree, mesh))
+    return jax.tree.map(_placed, tree, sharding.tree_shardings(tree, mesh))
 
 
 def _placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
@@ -113,7 +113,7 @@ def lower_decoding(
 ) -> Program:
     """Prefill or a loop for `batch` rows of `context` positions; `blocks` as a cycle needs."""
     model, tree = Model(config, mesh), weights(config, mesh)
-    place = lambda x: _placed(x, sharding.of_rows(x.shape, mesh))
+    place = lambda x: _placed(x, sharding.batch_sharding(x.shape, mesh))
     prompt = min(context, PROMPT)
     sizes = {"slots": context, "max_new_tokens": min(context, ANSWER)}
     ids, vector = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, prompt), (batch,)))
@@ -159,7 +159,7 @@ def lower_training(config: ModelConfig, mesh: Mesh, recipe: Any) -> Program:
     state = on_mesh(jax.eval_shape(lambda d: trainer.init_state(d, optimizer), diffusion), mesh)
     micro, each = recipe.accumulate, recipe.batch_size // recipe.accumulate
     rows = lambda dtype: jax.ShapeDtypeStruct(
-        (micro, each, recipe.row_length), dtype, sharding=sharding.of_batch(mesh, axis=1)
+        (micro, each, recipe.row_length), dtype, sharding=sharding.rows_sharding(mesh, axis=1)
     )
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=NamedSharding(mesh, P()))
     lowered = trainer.train_step.lower(
@@ -286,7 +286,7 @@ def _lowering(
     axes = dict(run.mesh if training else DECODING_MESH)
     axes |= {axis: size for axis in axes if (size := getattr(args, axis)) is not None}
     mesh = sharding.make_mesh(**axes, devices=devices)
-    sharding.check(config, mesh)
+    sharding.check_divides(config, mesh)
     if not training:
         blocks = Plan(**{name: getattr(args, name) for name in BLOCKS})
         sizes = {"batch": args.batch, "context": args.context}

@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from orthrus_jax.attention import Branches
+from orthrus_jax.attention import TreeMask
 from orthrus_jax.decoding import tree as trees
 from orthrus_jax.decoding.sampling import Purpose, Rule, greedy, perturbed, probabilities
 from orthrus_jax.decoding.state import (
@@ -274,8 +274,8 @@ def rows_of(tree: Tree, state: DecodeState, scheme: Scheme) -> Segment:
     if not scheme.nodes:
         return ar_segment(tree.tokens, state.position)
     positions = state.position[:, None] + tree.depth
-    branches = Branches(state.position, tree.path)
-    return Segment(tree.tokens, positions, View.AR, branches=branches)
+    tree_mask = TreeMask(state.position, tree.path)
+    return Segment(tree.tokens, positions, View.AR, tree_mask=tree_mask)
 
 
 def blocks_of(bets: Bets, model: DecodingModel, state: DecodeState, scheme: Scheme) -> Segment:
@@ -284,9 +284,9 @@ def blocks_of(bets: Bets, model: DecodingModel, state: DecodeState, scheme: Sche
     tokens = jnp.where(offset == 0, bets.anchor[..., None], mask_id(model))
     positions = (state.position[:, None] + bets.depth)[..., None] + offset
     flat = lambda x: x.reshape(x.shape[0], -1)
-    branches = Branches(state.position, bets.seen) if scheme.nodes else None
+    tree_mask = TreeMask(state.position, bets.seen) if scheme.nodes else None
     return Segment(
-        flat(tokens), flat(positions), View.DIFFUSION, block=scheme.block_size, branches=branches
+        flat(tokens), flat(positions), View.DIFFUSION, block=scheme.block_size, tree_mask=tree_mask
     )
 
 

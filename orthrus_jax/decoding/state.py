@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding.sampling import Purpose, Sampler, draw, greedy, log_prob, probabilities
 from orthrus_jax.model.segment import Segment
-from orthrus_jax.sharding import of_rows
+from orthrus_jax.sharding import batch_sharding
 
 Array = jax.Array
 
@@ -76,7 +76,7 @@ class DecodeState(struct.PyTreeNode):
 
 def shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     """Where each array of a state lies on a mesh: its rows shared out, and its cache's heads."""
-    rest = jax.tree.map(lambda x: of_rows(x.shape, mesh), state.replace(cache=None))
+    rest = jax.tree.map(lambda x: batch_sharding(x.shape, mesh), state.replace(cache=None))
     return rest.replace(cache=state.cache.shardings())
 
 
