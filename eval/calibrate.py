@@ -191,7 +191,7 @@ def add_draft_length(known: Calibration | None, rates: LengthRates) -> Calibrati
 
 
 def table(calibration: Calibration, budgets: Sequence[int], block_size: int) -> str:
-    """The best strategy of each budget, the planner's choice by batch, and rates by draft length."""
+    """The best strategy per budget, the planner's choice by batch, and rates by draft length."""
     parts = [
         *([_strategy_lines(calibration, budgets, block_size)] if calibration.measurements else []),
         *(_cost_lines(calibration, kind, max(budgets), block_size) for kind in calibration.cost),

@@ -111,6 +111,11 @@ def _guesses(
 class NoCache(struct.PyTreeNode):
     """An empty cache: the replay model's output depends on position alone."""
 
+    def commit(self, position: jax.Array) -> "NoCache":
+        """Return itself."""
+        del position
+        return self
+
     def compact(self, first: jax.Array, rows: jax.Array) -> "NoCache":
         """Return itself."""
         del first, rows
@@ -133,9 +138,14 @@ class ReplayModel:
         return NoCache()
 
     def forward(
-        self, params: Any, segments: list[Segment], cache: NoCache
+        self,
+        params: Any,
+        segments: list[Segment],
+        cache: NoCache,
+        taps: tuple[int, ...] = (),
     ) -> tuple[list[jax.Array], NoCache]:
         """Look up the guesses of each row."""
+        assert not taps, "a recording holds no hidden states"
         hidden = []
         for segment in segments:
             anchors = segment.positions

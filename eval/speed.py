@@ -284,7 +284,7 @@ def _loaded(args: argparse.Namespace) -> LLM:
     sizes = dataclasses.replace(PRESETS[args.random_weights], dtype=args.dtype or "bfloat16")
     make = lambda key: jax.tree.map(lambda x: x.astype(sizes.dtype), params.init(Model(sizes), key))
     key, mesh = jax.random.key(0), options["mesh"]
-    where = mesh and sharding.of_tree(jax.eval_shape(make, key), mesh)
+    where = mesh and sharding.tree_shardings(jax.eval_shape(make, key), mesh)
     return LLM(sizes, jax.jit(make, out_shardings=where)(key), mesh=mesh)
 
 

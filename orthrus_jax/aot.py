@@ -80,7 +80,7 @@ def chip_gib(topology: str) -> int:
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
     """Shapes of a parameter tree or training state, with where each lies."""
-    return jax.tree.map(_placed, tree, sharding.of_tree(tree, mesh))
+    return jax.tree.map(_placed, tree, sharding.tree_shardings(tree, mesh))
 
 
 def _placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
@@ -117,7 +117,7 @@ def lower_decoding(
 ) -> Program:
     """Prefill, or a loop, for `batch` rows of `context` positions; the loop is `strategy`'s."""
     model, tree = Model(config, mesh), weights(config, mesh)
-    place = lambda x: _placed(x, sharding.of_rows(x.shape, mesh))
+    place = lambda x: _placed(x, sharding.batch_sharding(x.shape, mesh))
     prompt = min(context, PROMPT)
     sizes = {"slots": context, "max_new_tokens": min(context, ANSWER)}
     ids, vector = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, prompt), (batch,)))
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     limit = chip_gib(args.topology)
     config = PRESETS[args.preset]
     mesh = sharding.make_mesh(**{axis: getattr(args, axis) for axis in MESH}, devices=devices)
-    sharding.check(config, mesh)
+    sharding.check_divides(config, mesh)
     method = METHODS.get(args.program)
     strategy = strategy_of(args, method, selector="--program") if method else None
     lower = partial(lower_decoding, args.program, config, mesh, strategy=strategy)

@@ -47,7 +47,7 @@ def lower_training(config: ModelConfig, mesh: Mesh, recipe: Any) -> Program:
     optimizer = trainer.adamw(recipe.learning_rate, recipe.steps, recipe.warmup)
     state = on_mesh(jax.eval_shape(lambda d: trainer.init_state(d, optimizer), diffusion), mesh)
     shape = (recipe.accumulate, recipe.batch_size // recipe.accumulate, recipe.row_length)
-    where = sharding.of_batch(mesh, axis=1)
+    where = sharding.rows_sharding(mesh, axis=1)
     rows = lambda dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
     seed = jax.ShapeDtypeStruct((), jnp.uint32, sharding=NamedSharding(mesh, P()))
     lowered = trainer.train_step.lower(
@@ -84,7 +84,7 @@ def main(
     devices = tpu_devices(topology)
     limit = chip_gib(topology)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    sharding.check(sizes, mesh)
+    sharding.check_divides(sizes, mesh)
     options = {"base": config.base, "topology": topology, "program": "train", **config.mesh}
     options |= {"accumulate": recipe.accumulate, "remat": recipe.remat, "largest": largest}
     result = report(lower_training(sizes, mesh, recipe), limit, text)

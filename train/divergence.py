@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from orthrus_jax.model import Model, Params
-from orthrus_jax.sharding import BATCH, TENSOR, spec
+from orthrus_jax.sharding import BATCH, TENSOR, param_spec
 
 Array = jax.Array
 TEACHER_TILE = 512  # clean positions projected at once
@@ -103,7 +103,7 @@ def _score_all(
         return jax.lax.map(lambda row: score(*row), rows)
 
     def shard(path: Any, leaf: Array) -> P:  # not sharded along the model width
-        return P(*(a if a == TENSOR else None for a in spec(path, leaf.shape, mesh)))
+        return P(*(a if a == TENSOR else None for a in param_spec(path, leaf.shape, mesh)))
 
     shards = jax.tree_util.tree_map_with_path(shard, head)
     return jax.shard_map(

@@ -171,7 +171,9 @@ def _stacked(tree: params.Params, mesh: Any) -> params.Params:
     def join(path: Any, leaves: Any) -> jax.Array:
         where = None
         if mesh is not None:
-            where = NamedSharding(mesh, sharding.spec(path, (len(leaves), *leaves[0].shape), mesh))
+            where = NamedSharding(
+                mesh, sharding.param_spec(path, (len(leaves), *leaves[0].shape), mesh)
+            )
         whole = jax.jit(lambda *parts: jnp.stack(parts), out_shardings=where)(*leaves)
         for leaf in leaves:
             leaf.delete()

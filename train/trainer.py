@@ -87,7 +87,7 @@ def init_state(
     """Float32 master weights, copied from `diffusion`, and a fresh optimizer."""
     master = jax.tree.map(lambda x: jnp.array(x, jnp.float32), diffusion)
     state = TrainState(master, optimizer.init(master), jnp.int32(0))
-    return state if mesh is None else jax.device_put(state, sharding.of_tree(state, mesh))
+    return state if mesh is None else jax.device_put(state, sharding.tree_shardings(state, mesh))
 
 
 def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
@@ -150,7 +150,7 @@ def train_step(
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.diffusion)
     new = TrainState(optax.apply_updates(state.diffusion, updates), optimizer_state, state.step + 1)
     if model.mesh is not None:  # keep the old state's shardings
-        new = jax.lax.with_sharding_constraint(new, sharding.of_tree(new, model.mesh))
+        new = jax.lax.with_sharding_constraint(new, sharding.tree_shardings(new, model.mesh))
     return new, {
         "loss": loss / weight,
         "grad_norm": optax.tree.norm(gradient),
@@ -172,7 +172,7 @@ def to_devices(rows: Rows, micro: int, model: Model) -> Rows:
     cut = Rows(*(x.reshape(micro, -1, x.shape[-1]) for x in rows))
     if model.mesh is None:
         return jax.tree.map(jnp.asarray, cut)
-    where = sharding.of_batch(model.mesh, axis=1)
+    where = sharding.rows_sharding(model.mesh, axis=1)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, x), cut)
 
 

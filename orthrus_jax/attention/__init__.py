@@ -2,12 +2,12 @@
 
 from orthrus_jax.attention.attend import attend, attend_blocks
 from orthrus_jax.attention.cache import KVCache, LayerCache
-from orthrus_jax.attention.visibility import Branches
+from orthrus_jax.attention.visibility import TreeMask
 
 __all__ = [
-    "Branches",
     "KVCache",
     "LayerCache",
+    "TreeMask",
     "attend",
     "attend_blocks",
 ]

@@ -81,7 +81,7 @@ def load_checkpoint(
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     if mesh is not None:
-        sharding.check(config, mesh)
+        sharding.check_divides(config, mesh)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(directory, stack)
         said = read_json(directory / "config.json").get("architectures") or []

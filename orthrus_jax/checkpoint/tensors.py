@@ -73,7 +73,7 @@ def to_device(host: np.ndarray, spec: TensorSpec, mesh: Mesh | None) -> jax.Arra
         there = jax.device_put(host)
     else:
         shape = host.shape[::-1] if spec.transpose else host.shape
-        axes = sharding.spec(spec.path, shape, mesh)
+        axes = sharding.param_spec(spec.path, shape, mesh)
         where = NamedSharding(mesh, P(*axes[::-1]) if spec.transpose else axes)
         # Each host places its own parts; device_put would compare the tensor across hosts first.
         there = jax.make_array_from_callback(host.shape, where, lambda index: host[index])

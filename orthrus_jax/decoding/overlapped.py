@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from orthrus_jax.attention.visibility import Branches
+from orthrus_jax.attention.visibility import TreeMask
 from orthrus_jax.decoding import tree as trees
 from orthrus_jax.decoding.sampling import greedy
 from orthrus_jax.decoding.state import (
@@ -224,8 +224,8 @@ def tree_segment(tree: Tree, state: DecodeState, strategy: Strategy) -> Segment:
     if not strategy.tree_nodes:
         return ar_segment(tree.tokens, state.position)
     positions = state.position[:, None] + tree.depth
-    branches = Branches(state.position, tree.path)
-    return Segment(tree.tokens, positions, View.AR, branches=branches)
+    tree_mask = TreeMask(state.position, tree.path)
+    return Segment(tree.tokens, positions, View.AR, tree_mask=tree_mask)
 
 
 def blocks_segment(
@@ -236,9 +236,13 @@ def blocks_segment(
     tokens = jnp.where(offset == 0, blocks.anchor[..., None], mask_id(model))
     positions = (state.position[:, None] + blocks.depth)[..., None] + offset
     flat = lambda x: x.reshape(x.shape[0], -1)
-    branches = Branches(state.position, blocks.mask) if strategy.tree_nodes else None
+    tree_mask = TreeMask(state.position, blocks.mask) if strategy.tree_nodes else None
     return Segment(
-        flat(tokens), flat(positions), View.DIFFUSION, block=strategy.block_size, branches=branches
+        flat(tokens),
+        flat(positions),
+        View.DIFFUSION,
+        block=strategy.block_size,
+        tree_mask=tree_mask,
     )
 
 

@@ -108,10 +108,12 @@ def _prefill_cache(
     """Write tokens [B, P] to the cache; return the hidden state [B, 1, E] of each row's last."""
     padded = tokens.shape[1]
     # Of a new cache alone it is known, when compiling, that live slots end with the prompt.
-    span = padded if start is None else None
+    max_kv_len = padded if start is None else None
     start = jnp.zeros_like(lengths) if start is None else start
     if padded <= PREFILL_CHUNK:
-        (hidden,), cache = model.forward(params, [ar_segment(tokens, start, span=span)], cache)
+        (hidden,), cache = model.forward(
+            params, [ar_segment(tokens, start, max_kv_len=max_kv_len)], cache
+        )
         return jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1), cache
 
     def chunk(i: Array | int, cache: Any) -> tuple[Array, Array, Any]:

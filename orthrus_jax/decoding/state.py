@@ -24,7 +24,7 @@ from orthrus_jax.decoding.sampling import (
     probabilities,
 )
 from orthrus_jax.model.segment import Segment
-from orthrus_jax.sharding import of_rows
+from orthrus_jax.sharding import batch_sharding
 
 Array = jax.Array
 
@@ -38,8 +38,8 @@ class DecodingModel(Protocol):
     def init_cache(self, batch: int, slots: int) -> Any: ...
 
     def forward(
-        self, params: Any, segments: list[Segment], cache: Any
-    ) -> tuple[list[Array], Any]: ...
+        self, params: Any, segments: list[Segment], cache: Any, taps: tuple[int, ...] = ()
+    ) -> Any: ...
 
     def logits(self, params: Any, hidden: Array) -> Array: ...
 
@@ -117,7 +117,7 @@ class DecodeState(struct.PyTreeNode):
 
 def shardings(state: DecodeState, mesh: Mesh) -> DecodeState:
     """The sharding of each array of a state: sequences shared out, and the heads of its cache."""
-    rest = jax.tree.map(lambda x: of_rows(x.shape, mesh), state.replace(cache=None))
+    rest = jax.tree.map(lambda x: batch_sharding(x.shape, mesh), state.replace(cache=None))
     return rest.replace(cache=state.cache.shardings())
 
 
@@ -161,11 +161,13 @@ def emit(state: DecodeState, tokens: Array, accepted: Array, logits: Array) -> D
     newest = jnp.take_along_axis(tokens, last, axis=1)[:, 0]
     if state.logprobs is not None:
         state = state.replace(logprobs=append(log_prob(logits, tokens), state.logprobs))
+    position = state.position + emitted
     return state.replace(
         tokens=append(tokens, state.tokens),
         count=count,
         anchor=jnp.where(emitted > 0, newest, state.anchor),
-        position=state.position + emitted,
+        position=position,
+        cache=state.cache.commit(position),
         done=state.done | ended | (count >= state.budget),
     )
 

@@ -34,7 +34,7 @@ from orthrus_jax.engine.request import (
 from orthrus_jax.engine.session import Memory
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params
-from orthrus_jax.sharding import of_rows, to_host
+from orthrus_jax.sharding import batch_sharding, to_host
 from orthrus_jax.tokenizer import Tokenizer
 
 STREAM_CYCLES = 8  # cycles between two looks of the host at the text, where it has to look
@@ -72,8 +72,8 @@ class Engine:
     """A model's compiled programs, kept by shape, and the loop that feeds them.
 
     On a `mesh` the rows of a batch are shared out over `data` and `fsdp`, heads over `tensor`; the
-    parameters lie there already (`sharding.of_tree`). `draft_temperature` is this model's, where a
-    strategy names none.
+    parameters lie there already (`sharding.tree_shardings`). `draft_temperature` is this model's,
+    where a strategy names none.
     """
 
     def __init__(
@@ -367,7 +367,7 @@ class Engine:
         def where(x: Any) -> Any:
             if isinstance(x, decoding.DecodeState):
                 return decoding.shardings(x, mesh)
-            return x.shardings() if isinstance(x, KVCache) else of_rows(x.shape, mesh)
+            return x.shardings() if isinstance(x, KVCache) else batch_sharding(x.shape, mesh)
 
         whole = lambda x: isinstance(x, decoding.DecodeState | KVCache)
         return jax.device_put(inputs, jax.tree.map(where, inputs, is_leaf=whole))

@@ -1,4 +1,4 @@
-"""Segments: what one forward pass carries. A run of token rows, with the view they attend by.
+"""Segments: the rows of one forward pass. A run of token rows, and the view they attend by.
 
 Decoding, drafting, training and evaluation describe a forward by its segments; only the transformer
 knows how one is computed.
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from orthrus_jax.attention.visibility import Branches
+from orthrus_jax.attention.visibility import TreeMask
 
 Array = jax.Array
 
@@ -28,15 +28,15 @@ class Segment(struct.PyTreeNode):
     Attributes:
       tokens: int32[B, T].
       positions: int32[B, T], the rotary position of each row. An AR segment's rows lie in
-        consecutive cache slots from its first row's position on; without `branches` the positions
-        are those slots. A diffusion segment's are consecutive within a block.
+        consecutive cache slots from its first row's position on; without a `tree_mask` the
+        positions are those slots. A diffusion segment's are consecutive within a block.
       view: whose attention.
       block: rows of a diffusion block; T is a multiple of it. Unused by AR segments.
       start: int32[B, T] or None: the first slot each row may see, where several documents are
         packed into a row. None is slot 0.
-      span: an upper bound, known when compiling, on the slots these rows see; None is the whole
-        cache. It saves work, never changes a result.
-      branches: on a tree of drafts. Each row, or block, sees the slots below `branches.first` and
+      max_kv_len: an upper bound, static, on the slots these rows see; None is the whole cache. It
+        saves work and never changes a result.
+      tree_mask: in a tree of drafts. Each row, or block, sees the slots below `tree_mask.first` and
         those marked; an AR row marks itself.
     """
 
@@ -45,18 +45,18 @@ class Segment(struct.PyTreeNode):
     view: View = struct.field(pytree_node=False)
     block: int = struct.field(pytree_node=False, default=0)
     start: Array | None = None
-    span: int | None = struct.field(pytree_node=False, default=None)
-    branches: Branches | None = None
+    max_kv_len: int | None = struct.field(pytree_node=False, default=None)
+    tree_mask: TreeMask | None = None
 
 
-def ar_segment(tokens: Array, first: Array, *, span: int | None = None) -> Segment:
+def ar_segment(tokens: Array, first: Array, *, max_kv_len: int | None = None) -> Segment:
     """AR rows `tokens` [B, T] at consecutive positions from `first` [B]."""
     positions = first[:, None] + jnp.arange(tokens.shape[1])
-    return Segment(tokens, positions, View.AR, span=span)
+    return Segment(tokens, positions, View.AR, max_kv_len=max_kv_len)
 
 
 def block_segment(anchor: Array, first: Array, block: int, mask_token_id: int) -> Segment:
-    """One diffusion block a row: [anchor, MASK x (block - 1)] from position `first` [B] on."""
+    """One block per sequence: [anchor, MASK x (block - 1)] at positions from `first` [B] on."""
     masks = jnp.full((anchor.shape[0], block - 1), mask_token_id, anchor.dtype)
     positions = first[:, None] + jnp.arange(block)
     tokens = jnp.concatenate([anchor[:, None], masks], axis=1)

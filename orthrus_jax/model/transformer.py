@@ -17,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from orthrus_jax.attention.attend import attend, attend_blocks
+from orthrus_jax.attention.attend import attend, attend_blocks, implementation_of
 from orthrus_jax.attention.cache import KVCache, LayerCache
 from orthrus_jax.attention.rotary import rope_cos_sin
 from orthrus_jax.config import ModelConfig
@@ -26,8 +26,8 @@ from orthrus_jax.model.segment import Segment, View
 from orthrus_jax.sharding import BATCH, TENSOR
 
 Array = jax.Array
-STACKED = "layers"  # where training keeps its layers' weights, stacked along a first axis
-REMAT: dict[str, Any] = {  # what the backward pass finds kept of a layer; "none" keeps everything
+STACKED = "layers"  # training keeps its layers' weights here, stacked along a first axis
+REMAT: dict[str, Any] = {  # which results of a layer the backward pass keeps; "none" keeps all
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -40,6 +40,7 @@ class Layer(nn.Module):
 
     config: ModelConfig
     mesh: Mesh | None = None
+    attention: str = "xla"
 
     def setup(self) -> None:
         self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
@@ -57,17 +58,17 @@ class Layer(nn.Module):
         cached: bool,
     ) -> tuple[list[Array], LayerCache | None]:
         """Move the rows [B, T, E] of all segments through the layer; return them and the new kv."""
-        normed = _together(self.input_layernorm, rows, cached)
-        mixed: list[Array] = [None] * len(rows)  # type: ignore[list-item]
+        normed = apply_rowwise(self.input_layernorm, rows, cached)
+        attended: list[Array] = [None] * len(rows)  # type: ignore[list-item]
         order = sorted(range(len(rows)), key=lambda i: segments[i].view is View.DIFFUSION)
         for i in order:  # AR first: what it writes, the blocks of this pass may read
             args = normed[i], segments[i], rotary[i], kv, cached
             if segments[i].view is View.AR:
-                mixed[i], kv = self._attend_ar(*args)
+                attended[i], kv = self._attend_ar(*args)
             else:
-                mixed[i] = self._attend_blocks(*args)
-        rows = [x + y for x, y in zip(rows, mixed, strict=True)]
-        out = _together(lambda x: self.mlp(self.post_attention_layernorm(x)), rows, cached)
+                attended[i] = self._attend_blocks(*args)
+        rows = [x + y for x, y in zip(rows, attended, strict=True)]
+        out = apply_rowwise(lambda x: self.mlp(self.post_attention_layernorm(x)), rows, cached)
         return [x + y for x, y in zip(rows, out, strict=True)], kv
 
     def _attend_ar(
@@ -80,12 +81,13 @@ class Layer(nn.Module):
     ) -> tuple[Array, LayerCache]:
         q, k, v = self.self_attn.qkv(x, *rotary, cached)
         # Without a cache the segment's own rows are the slots.
-        kv = LayerCache.of(k, v) if kv is None else kv.write(k, v, segment.positions[:, 0])
-        end, used = _limits(segment, segment.positions + 1, cached)
-        slots = kv.seen(segment.span)
-        heads = attend(
-            q, *slots, segment.start, end, used, self.mesh, segment.branches, turned=kv.turned
+        kv = (
+            LayerCache.batch_sharding(k, v)
+            if kv is None
+            else kv.write(k, v, segment.positions[:, 0])
         )
+        end, kv_len = _limits(segment, segment.positions + 1, cached)
+        heads = attend(q, kv, segment.start, end, kv_len, **self._options(segment))
         return self.self_attn.out(heads), kv
 
     def _attend_blocks(
@@ -101,19 +103,24 @@ class Layer(nn.Module):
         projected = self.self_attn_diff.qkv(x, *rotary, cached)
         q, k, v = (by_block(x) for x in projected)
         start = None if segment.start is None else segment.start[:, :: segment.block]
-        end, used = _limits(segment, segment.positions[:, :: segment.block], cached)
-        slots = kv.seen(segment.span)
-        heads = attend_blocks(
-            q, *slots, k, v, start, end, used, self.mesh, segment.branches, turned=kv.turned
-        )
+        end, kv_len = _limits(segment, segment.positions[:, :: segment.block], cached)
+        heads = attend_blocks(q, kv, k, v, start, end, kv_len, **self._options(segment))
         return self.self_attn_diff.out(heads.reshape(*x.shape[:2], *heads.shape[3:]))
+
+    def _options(self, segment: Segment) -> dict[str, Any]:
+        return {
+            "max_kv_len": segment.max_kv_len,
+            "tree_mask": segment.tree_mask,
+            "mesh": self.mesh,
+            "implementation": self.attention,
+        }
 
 
 def _limits(segment: Segment, end: Array, cached: bool) -> tuple[Array, Array | None]:
-    """The slots below which each row or block sees all, and a bound on the slots seen."""
-    if segment.branches is None:
+    """Each row or block sees all slots below `end`; no row sees one from `kv_len` on."""
+    if segment.tree_mask is None:
         return end, end.max() if cached else None
-    first, width = segment.branches.first, segment.branches.seen.shape[2]
+    first, width = segment.tree_mask.first, segment.tree_mask.mask.shape[2]
     return jnp.broadcast_to(first[:, None], end.shape), first.max() + width
 
 
@@ -123,6 +130,7 @@ class DualViewTransformer(nn.Module):
     config: ModelConfig
     mesh: Mesh | None = None
     remat: str = "none"
+    attention: str = "xla"
 
     def setup(self) -> None:
         c = self.config
@@ -132,47 +140,60 @@ class DualViewTransformer(nn.Module):
             dtype=c.dtype,
             embedding_init=nn.initializers.normal(0.02),
         )
-        self.layers = [Layer(c, self.mesh) for _ in range(c.num_hidden_layers)]
+        self.layers = [Layer(c, self.mesh, self.attention) for _ in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = linear(c, c.vocab_size)
 
     def __call__(
-        self, segments: Sequence[Segment], cache: KVCache | None
-    ) -> tuple[list[Array], KVCache | None]:
+        self, segments: Sequence[Segment], cache: KVCache | None, taps: tuple[int, ...] = ()
+    ) -> tuple[Any, ...]:
         """See `Model.forward`."""
         # Decoding is bound by reading weights: the rows of all segments go through each matmul
-        # together. Training is bound by arithmetic, and rows kept apart let the backward pass skip
-        # the teacher's: it has no gradient to carry.
+        # together. Training is bound by arithmetic: kept apart, the teacher's rows have no gradient
+        # and the backward pass skips them.
         cached = cache is not None
         rows = [self._embed(segment.tokens) for segment in segments]
         rotary = [self._rotary(segment.positions, cache) for segment in segments]
+        tapped: dict[int, Array] = {}
         if cache is None:
-            rows = self._through_layers(rows, segments, rotary)
-            return _together(self.norm, rows, cached), None
-        kvs = []
-        for i, kv in enumerate(cache.layers):
-            rows, kv = self._layer(i)(rows, segments, rotary, kv, cached)
-            kvs.append(kv)
-        return _together(self.norm, rows, cached), cache.with_layers(kvs)
+            rows, tapped = self._through_layers(rows, segments, rotary, taps)
+        else:
+            kvs = []
+            for i, kv in enumerate(cache.layers):
+                rows, kv = self._layer(i)(rows, segments, rotary, kv, cached)
+                kvs.append(kv)
+                if i in taps:
+                    tapped[i] = _ar_rows(rows, segments)
+            cache = cache.with_layers(kvs)
+        hidden = apply_rowwise(self.norm, rows, cached)
+        return (hidden, cache, tuple(tapped[i] for i in taps)) if taps else (hidden, cache)
 
     def _layer(self, i: int) -> Callable[..., Any]:
         """Layer i; of stacked layers a slice, so that training decodes without a second copy."""
         if STACKED not in self.variables["params"]:
             return self.layers[i]
         weights = jax.tree.map(lambda x: x[i], self.variables["params"][STACKED])
-        layer = Layer(self.config, self.mesh, parent=None)
+        layer = self._unbound_layer()
         return lambda *args: layer.apply({"params": weights}, *args)
 
+    def _unbound_layer(self) -> Layer:
+        """A layer as a function of weights passed to it."""
+        return Layer(self.config, self.mesh, self.attention, parent=None)
+
     def _through_layers(
-        self, rows: list[Array], segments: Sequence[Segment], rotary: list[tuple[Array, Array]]
-    ) -> list[Array]:
+        self,
+        rows: list[Array],
+        segments: Sequence[Segment],
+        rotary: list[tuple[Array, Array]],
+        taps: tuple[int, ...],
+    ) -> tuple[list[Array], dict[int, Array]]:
         """Without a cache: layers as functions of their weights, stacked ones scanned."""
         if self.is_initializing():
             for layer in self.layers:
                 rows, _ = layer(rows, segments, rotary, None, False)
-            return rows
-        layer = Layer(self.config, self.mesh, parent=None)
+            return rows, {}
+        layer = self._unbound_layer()
 
         def through(rows: list[Array], weights: Params) -> tuple[list[Array], None]:
             rows, _ = layer.apply({"params": weights}, rows, segments, rotary, None, False)
@@ -181,16 +202,21 @@ class DualViewTransformer(nn.Module):
         if self.remat != "none":
             through = jax.checkpoint(through, policy=REMAT[self.remat])
         weights = self.variables["params"]
+        if STACKED in weights and taps:
+            return _scan_with_taps(through, rows, weights[STACKED], segments, taps)
         if STACKED in weights:
-            return jax.lax.scan(through, rows, weights[STACKED])[0]
+            return jax.lax.scan(through, rows, weights[STACKED])[0], {}
+        tapped: dict[int, Array] = {}
         for i in range(self.config.num_hidden_layers):
             rows, _ = through(rows, weights[f"layers_{i}"])
-        return rows
+            if i in taps:
+                tapped[i] = _ar_rows(rows, segments)
+        return rows, tapped
 
     def _embed(self, tokens: Array) -> Array:
         if self.mesh is None:
             return self.embed_tokens(tokens)
-        # Said outright: left to itself, the compiler gathers the rows on every device.
+        # Explicit constraints: without them, the compiler gathers all rows on every device.
         on = lambda x, *axes: jax.lax.with_sharding_constraint(
             x, NamedSharding(self.mesh, P(*axes))
         )
@@ -214,14 +240,14 @@ class DualViewTransformer(nn.Module):
         kernel = self.lm_head.variables["params"]["kernel"].astype(c.dtype)
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
-    def touch(self, segments: Sequence[Segment]) -> None:
+    def init_params(self, segments: Sequence[Segment]) -> None:
         """Visit every parameter once; `Model.init` runs it to make the tree."""
         hidden, _ = self(segments, None)
         if not self.config.tie_word_embeddings:
             self.lm_head(hidden[0])
 
 
-def _together(function: Callable[[Array], Array], rows: list[Array], join: bool) -> list[Array]:
+def apply_rowwise(function: Callable[[Array], Array], rows: list[Array], join: bool) -> list[Array]:
     """Apply a row-wise function to the rows of all segments: at once if `join`, else one by one."""
     if not join or len(rows) == 1:
         return [function(x) for x in rows]
@@ -229,9 +255,40 @@ def _together(function: Callable[[Array], Array], rows: list[Array], join: bool)
     return jnp.split(function(jnp.concatenate(rows, axis=1)), ends, axis=1)
 
 
+def _ar_rows(rows: list[Array], segments: Sequence[Segment]) -> Array:
+    """The rows of the AR segments, joined along T."""
+    parts = [x for x, segment in zip(rows, segments, strict=True) if segment.view is View.AR]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _scan_with_taps(
+    through: Callable[[list[Array], Params], tuple[list[Array], None]],
+    rows: list[Array],
+    weights: Params,
+    segments: Sequence[Segment],
+    taps: tuple[int, ...],
+) -> tuple[list[Array], dict[int, Array]]:
+    """Scan over stacked layers, and keep the AR rows after those of `taps`.
+
+    One scan: scans between the taps would each need their slice of the weights, a copy.
+    """
+
+    def step(carry: tuple[Any, Any], layer: tuple[Array, Params]) -> tuple[tuple[Any, Any], None]:
+        rows, tapped = carry
+        i, weights = layer
+        rows, _ = through(rows, weights)
+        here = _ar_rows(rows, segments)
+        return (rows, {tap: jnp.where(i == tap, here, x) for tap, x in tapped.items()}), None
+
+    tapped = {tap: jnp.zeros_like(_ar_rows(rows, segments)) for tap in taps}
+    layers = jnp.arange(jax.tree.leaves(weights)[0].shape[0])
+    (rows, tapped), _ = jax.lax.scan(step, (rows, tapped), (layers, weights))
+    return rows, tapped
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What decoding and training see of the network: pure functions of a parameter tree.
+    """The network as decoding and training use it: pure functions of a parameter tree.
 
     Hashable, so it is a static argument of compiled functions. Nothing above this class knows which
     Flax API lies below; tests put a scripted model with the same four methods in its place.
@@ -239,12 +296,20 @@ class Model:
     Attributes:
       config: sizes.
       mesh: the devices that parameters and batches lie on; None is one device.
-      remat: what training recomputes in its backward pass, a name in REMAT.
+      remat: how much training recomputes in its backward pass, a name in REMAT.
+      attention: the implementation, a name in attention.attend.IMPLEMENTATIONS.
+
+    Raises:
+      UserError: for an unknown attention; lists the known ones.
     """
 
     config: ModelConfig
     mesh: Mesh | None = None
     remat: str = "none"
+    attention: str = "xla"
+
+    def __post_init__(self) -> None:
+        implementation_of(self.attention)
 
     def init(self, key: Array) -> Params:
         """Fresh float32 parameters of both views, the diffusion view unrelated: see params.init."""
@@ -255,33 +320,46 @@ class Model:
             Segment(tokens, positions, View.DIFFUSION, block=2),
         ]
         module = DualViewTransformer(self.config)
-        return module.init(key, segments, method=DualViewTransformer.touch)["params"]
+        return module.init(key, segments, method=DualViewTransformer.init_params)["params"]
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
         """An empty cache for `batch` rows of `slots` positions."""
-        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
-        turned = device.platform != "tpu"
-        cache = KVCache.zeros(self.config, batch, slots, turned, self.mesh)
+        cache = KVCache.zeros(self.config, batch, slots, mesh=self.mesh)
         if self.mesh is None:
             return cache
         return jax.lax.with_sharding_constraint(cache, cache.shardings())
 
     def forward(
-        self, params: Params, segments: Sequence[Segment], cache: KVCache | None
-    ) -> tuple[list[Array], KVCache | None]:
+        self,
+        params: Params,
+        segments: Sequence[Segment],
+        cache: KVCache | None,
+        taps: tuple[int, ...] = (),
+    ) -> Any:
         """One pass of all segments.
 
         Args:
           params: both views' parameters; without a cache the layers' may be stacked (params.stack).
           segments: at least one. Without a cache, the first is the AR segment the others read.
           cache: the shared cache, or None when training: then the slots are the AR segment's rows.
+          taps: numbers of layers from 0 on, static. A drafter that reads the base's features asks
+            for them: DFlash's are numbered so, and EAGLE-3's input of layer l is tap l - 1.
 
         Returns:
           The final-normed hidden states [B, T, E] of each segment, and the cache with the AR
-          segments' rows written.
+          segments' rows written. With `taps`, also a tuple with one [B, T, E] per tap, in their
+          order: the residual stream of the AR segments' rows after that layer, before the final
+          norm; rows of several AR segments are joined along T. Without, nothing is compiled for it.
+
+        Raises:
+          ValueError: for a tap that is no layer, or taps without an AR segment.
         """
-        module = DualViewTransformer(self.config, self.mesh, self.remat)
-        out: Any = module.apply({"params": params}, segments, cache)
+        if not set(taps) <= set(range(self.config.num_hidden_layers)):
+            raise ValueError(f"taps={taps}: the model has {self.config.num_hidden_layers} layers")
+        if taps and all(segment.view is not View.AR for segment in segments):
+            raise ValueError("taps read the rows of AR segments, and there is none")
+        module = DualViewTransformer(self.config, self.mesh, self.remat, self.attention)
+        out: Any = module.apply({"params": params}, segments, cache, taps)
         return out
 
     def logits(self, params: Params, hidden: Array) -> Array:

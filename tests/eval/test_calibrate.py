@@ -8,7 +8,6 @@ import types
 import jax
 import numpy as np
 import pytest
-from tests.helpers import random_params, tiny_config
 
 from eval import calibrate
 from eval.replay import ReplayResult, record, simulate
@@ -19,7 +18,9 @@ from orthrus_jax.engine.planner import Calibration, LengthRates, Split
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import Generator
 from orthrus_jax.model import params
+from tests.support.configs import tiny_config
 from tests.support.tokenizers import small_tokenizer
+from tests.support.weights import random_params
 
 VOCAB = 400
 CONFIG = tiny_config(vocab_size=VOCAB, mask_token_id=VOCAB - 1, num_hidden_layers=1, block_size=6)

@@ -29,15 +29,15 @@ def specs(mesh, *, stacked=False, **changes):
     shape = jax.eval_shape(Model(tiny_config(**changes)).init, jax.random.key(0))
     shape = jax.eval_shape(params.stack, shape) if stacked else shape
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: sharding.spec(path, leaf.shape, mesh), shape
+        lambda path, leaf: sharding.param_spec(path, leaf.shape, mesh), shape
     )
 
 
-def test_the_rules_cut_widths_over_fsdp_and_heads_over_tensor():
-    found = specs(mesh_of(fsdp=2, tensor=2), tie_word_embeddings=False)
-    layer = found["layers_0"]
-    assert found["embed_tokens"]["embedding"] == P("tensor", "fsdp")
-    assert found["lm_head"]["kernel"] == P("fsdp", "tensor")
+def test_rules_cut_widths_over_fsdp_and_heads_over_tensor():
+    tree = specs(mesh_of(fsdp=2, tensor=2), tie_word_embeddings=False)
+    layer = tree["layers_0"]
+    assert tree["embed_tokens"]["embedding"] == P("tensor", "fsdp")
+    assert tree["lm_head"]["kernel"] == P("fsdp", "tensor")
     assert layer["self_attn"]["q_proj"]["kernel"] == P("fsdp", "tensor")
     assert layer["self_attn_diff"]["o_proj"]["kernel"] == P("tensor", "fsdp")
     assert layer["mlp"]["down_proj"]["kernel"] == P("tensor", "fsdp")
@@ -45,30 +45,30 @@ def test_the_rules_cut_widths_over_fsdp_and_heads_over_tensor():
 
 
 def test_stacked_layers_keep_their_first_axis_whole():
-    found = specs(mesh_of(fsdp=2), stacked=True)
-    assert found["layers"]["mlp"]["up_proj"]["kernel"] == P(None, "fsdp", "tensor")
-    assert found["layers"]["self_attn"]["q_norm"]["weight"] == P(None, None)
+    tree = specs(mesh_of(fsdp=2), stacked=True)
+    assert tree["layers"]["mlp"]["up_proj"]["kernel"] == P(None, "fsdp", "tensor")
+    assert tree["layers"]["self_attn"]["q_norm"]["weight"] == P(None, None)
 
 
-def test_an_axis_that_does_not_divide_stays_whole():
-    found = specs(mesh_of(fsdp=3, tensor=4))
-    assert found["layers_0"]["mlp"]["up_proj"]["kernel"] == P(None, "tensor")
+def test_axis_that_does_not_divide_stays_whole():
+    tree = specs(mesh_of(fsdp=3, tensor=4))
+    assert tree["layers_0"]["mlp"]["up_proj"]["kernel"] == P(None, "tensor")
 
 
-def test_a_mesh_takes_what_is_left():
+def test_mesh_takes_the_devices_that_are_left():
     mesh = sharding.make_mesh(data=-1)
     assert dict(mesh.shape) == {"data": jax.device_count(), "fsdp": 1, "tensor": 1}
 
 
 @pytest.mark.parametrize("sizes", [(-1, -1, 1), (0, 1, 1), (1, 7, 1), (2, 1, 5)])
-def test_a_mesh_that_does_not_fit_is_refused(sizes):
+def test_mesh_that_does_not_fit_is_refused(sizes):
     with pytest.raises(UserError, match="devices"):
         sharding.make_mesh(*sizes)
 
 
-def test_a_tensor_axis_that_does_not_divide_the_model_is_refused():
+def test_tensor_axis_that_does_not_divide_the_model_is_refused():
     with pytest.raises(UserError, match="tensor=4 does not divide num_key_value_heads=2"):
-        sharding.check(tiny_config(), mesh_of(tensor=4))
+        sharding.check_divides(tiny_config(), mesh_of(tensor=4))
 
 
 SERVED = {
@@ -107,17 +107,17 @@ def served(request, tmp_path_factory):
     return json.loads(run.stdout)
 
 
-def test_a_served_text_is_that_of_one_device(served):
+def test_served_text_equals_that_of_one_device(served):
     texts = {
-        mesh: {way: text for way, text in found.items() if way not in ("pieces", "shape")}
-        for mesh, found in served.items()
+        mesh: {way: text for way, text in run.items() if way not in ("pieces", "shape")}
+        for mesh, run in served.items()
     }
     assert {len(text) for text in texts["one"]["orthrus"]} == {12}
-    assert all(found == texts["one"] for found in texts.values())
+    assert all(by_way == texts["one"] for by_way in texts.values())
 
 
 def test_served_weights_lie_where_the_rules_say(served):
-    for mesh, found in served.items():
+    for mesh, run in served.items():
         _, fsdp, tensor = (1, 1, 1) if mesh == "one" else map(int, mesh.split(" x "))
-        width, heads = found["shape"]
-        assert found["pieces"] == [[width // fsdp, heads // tensor]]
+        width, heads = run["shape"]
+        assert run["pieces"] == [[width // fsdp, heads // tensor]]

@@ -8,12 +8,12 @@ import sys
 
 import jax
 import pytest
-from tests.helpers import tiny_config
 
 from configs import paper, qwen3_0_6b, tiny
 from orthrus_jax import sharding
 from orthrus_jax.aot import report
 from orthrus_jax.errors import UserError
+from tests.support.configs import tiny_config
 from train import aot
 
 FLAGS = {"topology": "v5e:1x1", "largest": None, "text": None, "json": False}

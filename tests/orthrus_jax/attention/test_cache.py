@@ -1,4 +1,4 @@
-"""Keys that lie as the values do, as on a TPU: the same texts, the same cache, turned."""
+"""The cache: both key layouts give the same texts and slots; moves, exchanges and commits."""
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ ROWS = jnp.array([[0, 2, 5, 5, 5, 5], [0, 1, 2, 2, 2, 2], [0, 4, 5, 5, 5, 5]])  
 TREE = Scheme(4, nodes=6, early=2, choices=4)
 
 
-class Unturned(Model):
-    """The model as it is on a TPU."""
+class TPULayoutModel(Model):
+    """The model with keys stored like the values, as on a TPU."""
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
-        return KVCache.zeros(self.config, batch, slots, turned=False)
+        return KVCache.zeros(self.config, batch, slots, keys_transposed=False)
 
 
 def start(model, params, rows: int, slots: int) -> decoding.DecodeState:
@@ -55,43 +55,50 @@ def tree(model, params, state):
         (tree, 3, 64, 2),
         (tree, 2, 1536, 2),
     ],
-    ids=["ar, walked", "paper, one head", "a tree", "a tree in a batch", "a tree, walked"],
+    ids=["ar, chunked", "paper, one head", "a tree", "a tree in a batch", "a tree, chunked"],
 )
-def test_turned_or_not_the_same_is_decoded_and_kept(loop, rows, slots, heads) -> None:
+def test_both_key_layouts_decode_the_same_tokens_and_keep_the_same_slots(
+    loop, rows, slots, heads
+) -> None:
     config = tiny_config(num_key_value_heads=heads)
     params = random_params(config, 5, copy=True)  # drafts well: some of each tree is kept
     states = [
         loop(model, params, start(model, params, rows, slots))
-        for model in (Model(config), Unturned(config))
+        for model in (Model(config), TPULayoutModel(config))
     ]
-    turned, plain = jax.device_get(states)
-    assert plain.cache.k[0].shape == plain.cache.v[0].shape != turned.cache.k[0].shape
-    np.testing.assert_array_equal(turned.tokens, plain.tokens)
-    np.testing.assert_array_equal(turned.cycles, plain.cycles)
-    assert loop is decoding.ar_decode or (turned.accepted > 0).any()
-    for k, other in zip(turned.cache.k, plain.cache.k, strict=True):
-        live = np.arange(slots) < 10 - (rows - 1) + NEW - 1  # of every row; what is behind is stale
+    transposed, plain = jax.device_get(states)
+    assert plain.cache.k[0].shape == plain.cache.v[0].shape != transposed.cache.k[0].shape
+    np.testing.assert_array_equal(transposed.tokens, plain.tokens)
+    np.testing.assert_array_equal(transposed.cycles, plain.cycles)
+    assert loop is decoding.ar_decode or (transposed.accepted > 0).any()
+    for k, other in zip(transposed.cache.k, plain.cache.k, strict=True):
+        live = np.arange(slots) < 10 - (rows - 1) + NEW - 1  # of every row; the others are stale
         other = np.swapaxes(other, -1, -2)
         np.testing.assert_allclose(k[..., live], other[..., live], rtol=1e-5, atol=1e-5)
 
 
-def test_rows_are_exchanged_and_moved_alike() -> None:
+def test_both_key_layouts_compact_and_insert_alike() -> None:
     config, rng = tiny_config(), np.random.default_rng(2)
-    turned = KVCache.zeros(config, 3, 64)
+    transposed = KVCache.zeros(config, 3, 64)
     noise = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
-    turned = turned.replace(k=tuple(map(noise, turned.k)), v=tuple(map(noise, turned.v)))
-    as_values = lambda x: x.replace(k=tuple(k.swapaxes(-1, -2) for k in x.k), turned=False)
+    transposed = transposed.replace(
+        k=tuple(map(noise, transposed.k)), v=tuple(map(noise, transposed.v))
+    )
+    like_values = lambda x: x.replace(
+        k=tuple(k.swapaxes(-1, -2) for k in x.k), keys_transposed=False
+    )
     row = KVCache.zeros(config, 1, 64)
 
     def check(act) -> None:
-        jax.tree.map(np.testing.assert_array_equal, as_values(act(turned)), act(as_values(turned)))
+        expected = like_values(act(transposed))
+        jax.tree.map(np.testing.assert_array_equal, expected, act(like_values(transposed)))
 
     check(lambda cache: cache.compact(FIRST, ROWS))
-    one = {True: row, False: as_values(row)}
-    check(lambda cache: cache.insert(one[cache.turned], jnp.int32(1)))
+    one = {True: row, False: like_values(row)}
+    check(lambda cache: cache.insert(one[cache.keys_transposed], jnp.int32(1)))
 
 
-def test_a_batch_moved_row_by_row_is_the_batch_moved_at_once() -> None:
+def test_compact_row_by_row_equals_compact_at_once() -> None:
     rng = np.random.default_rng(3)
     for axis, shape in {-1: (3, 2, 16, 64), -2: (3, 2, 64, 16)}.items():
         buffer = jnp.asarray(rng.normal(size=shape))
@@ -104,11 +111,40 @@ def test_a_batch_moved_row_by_row_is_the_batch_moved_at_once() -> None:
         np.testing.assert_array_equal(np.moveaxis(np.asarray(at_once), axis, 1)[0, 5], moved[0, 8])
 
 
-def test_the_platform_chooses(monkeypatch) -> None:
+def test_key_layout_follows_the_platform(monkeypatch) -> None:
     class Chip:
         platform = "tpu"
 
     model = Model(tiny_config())
-    assert model.init_cache(1, 64).turned
+    assert model.init_cache(1, 64).keys_transposed
     monkeypatch.setattr(jax, "devices", lambda: [Chip])
-    assert not model.init_cache(1, 64).turned
+    assert not model.init_cache(1, 64).keys_transposed
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_commit_compiles_to_nothing(batch: int) -> None:
+    cache = Model(tiny_config()).init_cache(batch, 64)
+    position = jnp.arange(batch)
+    assert cache.commit(position) is cache
+    assert jax.make_jaxpr(lambda cache: cache.commit(position))(cache).eqns == []
+
+
+@pytest.mark.parametrize("keys_transposed", [True, False])
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 2), (3, 1), (3, 2)])
+def test_read_returns_the_rows_that_write_stored(keys_transposed, batch, heads) -> None:
+    config, rng = tiny_config(num_key_value_heads=heads), np.random.default_rng(4)
+    cache = KVCache.zeros(config, batch, 64, keys_transposed=keys_transposed)
+    k, v = (jnp.asarray(rng.normal(size=(batch, 6, heads, 16)), jnp.float32) for _ in range(2))
+    start = jnp.full(batch, 7, jnp.int32)
+    layer = cache.layers[0].write(k, v, start)
+    assert (layer.num_slots, layer.kv_heads) == (64, heads)
+    q = jnp.asarray(rng.normal(size=(batch, heads, 5, 16)), jnp.float32)
+    for chunk in (layer.read(9, 3), jax.jit(lambda at: layer.read(at, 3))(jnp.int32(9))):
+        np.testing.assert_array_equal(chunk.key_columns(), k[:, 2:5].transpose(0, 2, 3, 1))
+        np.testing.assert_array_equal(chunk.v, v[:, 2:5].transpose(0, 2, 1, 3))
+        scores = np.einsum("bgrd,bsgd->bgrs", q, k[:, 2:5]) / 4
+        np.testing.assert_allclose(chunk.scores(q), scores, rtol=1e-5, atol=1e-5)
+        mixed = np.einsum("bgrs,bsgd->bgrd", scores, v[:, 2:5])
+        np.testing.assert_allclose(
+            chunk.mix(jnp.asarray(scores), jnp.float32), mixed, rtol=1e-4, atol=1e-5
+        )

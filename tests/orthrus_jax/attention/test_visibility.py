@@ -11,18 +11,32 @@ import numpy as np
 import pytest
 
 from orthrus_jax import attention
+from orthrus_jax.attention import LayerCache
+from orthrus_jax.attention.attend import IMPLEMENTATIONS
+from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View, ar_segment, block_segment
 from tests.support.compare import relative_error, same_bits
 from tests.support.configs import tiny_config
 from tests.support.weights import random_params
 
 CONFIG = tiny_config()
-MODEL, PARAMS = Model(CONFIG), random_params(CONFIG, 7)
+PARAMS = random_params(CONFIG, 7)
 K, SLOTS = 4, 16
 BOUND = 2e-5  # between programs of different shapes; within one program the claims are of bits
 RNG = np.random.default_rng(3)
 TOKENS = RNG.integers(0, 63, (3, SLOTS)).astype(np.int32)
-forward = jax.jit(functools.partial(MODEL.forward, PARAMS))
+reference = jax.jit(functools.partial(Model(CONFIG).forward, PARAMS))
+
+
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def implementation(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def forward(implementation: str):
+    """`Model.forward` of one implementation of attention, compiled."""
+    return jax.jit(functools.partial(Model(CONFIG, attention=implementation).forward, PARAMS))
 
 
 def blocks(tokens, first) -> Segment:
@@ -39,7 +53,7 @@ def blocks(tokens, first) -> Segment:
 def full_cache(batch: int):
     """A cache with every slot written."""
     rows = ar_segment(jnp.asarray(TOKENS[:batch]), jnp.zeros(batch, jnp.int32))
-    return forward([rows], MODEL.init_cache(batch, SLOTS))[1]
+    return reference([rows], Model(CONFIG).init_cache(batch, SLOTS))[1]
 
 
 def poke(cache, row: int, slot: int, which: str = "kv"):
@@ -60,7 +74,7 @@ def rows_changed(before, after) -> np.ndarray:
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("which", ["k", "v"])
-def test_a_block_sees_exactly_the_slots_below_its_anchor(batch: int, which: str) -> None:
+def test_block_sees_exactly_the_slots_below_its_anchor(forward, batch: int, which: str) -> None:
     anchors = np.array([[5, 9], [1, 5], [12, 0]])[:batch]
     segment = blocks(RNG.integers(0, 63, (batch, 2, K)), anchors)
     (before,), _ = forward([segment], full_cache(batch))
@@ -74,7 +88,7 @@ def test_a_block_sees_exactly_the_slots_below_its_anchor(batch: int, which: str)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_every_row_of_a_block_sees_every_row_of_it_and_of_no_other_block(batch: int) -> None:
+def test_block_row_sees_its_own_block_and_no_other(forward, batch: int) -> None:
     tokens = RNG.integers(0, 62, (batch, 3, K))
     anchors = np.array([[5, 9, 5], [1, 5, 2], [12, 0, 11]])[:batch]
     (before,), _ = forward([blocks(tokens, anchors)], full_cache(batch))
@@ -89,8 +103,8 @@ def test_every_row_of_a_block_sees_every_row_of_it_and_of_no_other_block(batch: 
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_an_ar_row_sees_exactly_the_slots_up_to_its_own(batch: int) -> None:
-    """Slots first ... first + T - 1 are written before they are read: poking them is no matter."""
+def test_ar_row_sees_exactly_the_slots_up_to_its_own(forward, batch: int) -> None:
+    """Slots first ... first + T - 1 are written before they are read: poking has no effect."""
     first = np.array([6, 0, 9])[:batch]
     tokens = RNG.integers(0, 62, (batch, K))
     run = lambda tokens, cache: forward(
@@ -114,7 +128,7 @@ def test_an_ar_row_sees_exactly_the_slots_up_to_its_own(batch: int) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_ar_rows_are_written_at_their_slots_and_a_block_writes_nothing(batch: int) -> None:
+def test_ar_rows_are_written_at_their_slots_and_blocks_write_nothing(forward, batch: int) -> None:
     first = np.array([6, 0, 12])[:batch]
     old = full_cache(batch)
     rows = ar_segment(jnp.asarray(RNG.integers(0, 63, (batch, K)), jnp.int32), jnp.asarray(first))
@@ -134,7 +148,9 @@ def test_ar_rows_are_written_at_their_slots_and_a_block_writes_nothing(batch: in
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("block_first", [False, True], ids=["ar-first", "block-first"])
-def test_an_early_block_reads_the_fresh_rows_of_its_own_forward(batch: int, block_first) -> None:
+def test_early_block_reads_the_fresh_rows_of_its_own_forward(
+    forward, batch: int, block_first
+) -> None:
     """A block at L + n beside verify rows L ... L + K - 1 is the block run after them."""
     length = np.array([6, 2, 8])[:batch]
     rows = ar_segment(jnp.asarray(RNG.integers(0, 63, (batch, K)), jnp.int32), jnp.asarray(length))
@@ -161,7 +177,7 @@ def test_an_early_block_reads_the_fresh_rows_of_its_own_forward(batch: int, bloc
         assert relative_error(mine, other) < BOUND
 
 
-def test_an_early_block_sees_the_fresh_rows_below_its_anchor_only() -> None:
+def test_early_block_sees_only_the_fresh_rows_below_its_anchor(forward) -> None:
     length, tokens = jnp.array([6]), RNG.integers(0, 62, (1, K))
     early = blocks(RNG.integers(0, 63, (1, K, K)), 6 + np.arange(K)[None])
     run = lambda tokens: forward(
@@ -186,9 +202,9 @@ def packed(tokens: np.ndarray, block_tokens: np.ndarray) -> list[Segment]:
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["training", "with a cache"])
-def test_packed_documents_do_not_see_each_other(cached: bool) -> None:
+def test_packed_documents_do_not_see_each_other(forward, cached: bool) -> None:
     tokens, inside = TOKENS[:1], RNG.integers(0, 63, (1, 3, K))
-    cache = MODEL.init_cache(1, SLOTS) if cached else None
+    cache = Model(CONFIG).init_cache(1, SLOTS) if cached else None
     clean, drafted = forward(packed(tokens, inside), cache)[0]
     for slot in range(SLOTS):
         moved = tokens.copy()
@@ -205,7 +221,7 @@ def test_packed_documents_do_not_see_each_other(cached: bool) -> None:
         )
 
 
-def test_a_block_at_the_first_row_of_a_document_sees_only_itself() -> None:
+def test_block_at_the_first_row_of_a_document_sees_only_itself(forward) -> None:
     """start = end: no slot at all, and yet no NaN."""
     segment = blocks(RNG.integers(0, 63, (1, 1, K)), [[7]])
     segment = segment.replace(start=jnp.full((1, K), 7))
@@ -216,17 +232,17 @@ def test_a_block_at_the_first_row_of_a_document_sees_only_itself() -> None:
         assert same_bits(before, after)
 
 
-def test_span_changes_no_result() -> None:
+def test_max_kv_len_changes_no_result(forward) -> None:
     first = jnp.array([2, 5, 0])
     rows = ar_segment(jnp.asarray(TOKENS[:, :K]), first)
     block = block_segment(jnp.array([1, 2, 3]), first, K, 63)
-    for segment, span in ((rows, 9), (block, 5)):
+    for segment, max_kv_len in ((rows, 9), (block, 5)):
         (whole,), _ = forward([segment], full_cache(3))
-        (cut,), _ = forward([segment.replace(span=span)], full_cache(3))
+        (cut,), _ = forward([segment.replace(max_kv_len=max_kv_len)], full_cache(3))
         assert relative_error(cut, whole) < BOUND
 
 
-def test_a_cache_of_one_row_has_no_batch_axis_and_gives_the_same_as_in_a_batch() -> None:
+def test_cache_of_one_sequence_has_no_batch_axis_and_gives_the_same_as_in_a_batch(forward) -> None:
     one, three = full_cache(1), full_cache(3)
     assert (one.k[0].shape, one.v[0].shape) == ((2, 16, SLOTS), (2, SLOTS, 16))
     assert (three.k[0].shape, three.v[0].shape) == ((3, 2, 16, SLOTS), (3, 2, SLOTS, 16))
@@ -249,7 +265,7 @@ def dense(q, k, v, visible):
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("with_start", [False, True])
-def test_attention_functions_equal_the_definition_in_float64(groups: int, with_start: bool) -> None:
+def test_attention_equals_the_definition_in_float64(implementation, groups, with_start) -> None:
     b, a, heads, dim, slots = 2, 3, 6, 8, 11
     rng = np.random.default_rng(groups)
     normal = lambda *shape: rng.normal(size=shape).astype(np.float32) * 2
@@ -262,17 +278,22 @@ def test_attention_functions_equal_the_definition_in_float64(groups: int, with_s
     start = rng.integers(0, 4, (b, a)) if with_start else np.zeros((b, a), int)
     end = start + rng.integers(0, 7, (b, a))
     end[0, 0] = start[0, 0]  # a block that sees only itself
+    layer = LayerCache.batch_sharding(jnp.asarray(k), jnp.asarray(v))
     got = attention.attend_blocks(
-        *map(jnp.asarray, (q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3), own_k, own_v)),
+        jnp.asarray(q),
+        layer,
+        jnp.asarray(own_k),
+        jnp.asarray(own_v),
         jnp.asarray(start) if with_start else None,
         jnp.asarray(end),
+        implementation=implementation,
     )
     rows = attention.attend(
         jnp.asarray(q[:, 0]),
-        jnp.asarray(k.transpose(0, 2, 3, 1)),
-        jnp.asarray(v.transpose(0, 2, 1, 3)),
+        layer,
         jnp.asarray(np.repeat(start[:, :1], K, 1)) if with_start else None,
         jnp.asarray(start[:, :1] + np.arange(K) + 1),
+        implementation=implementation,
     )
     per_head = lambda x: np.repeat(x, heads // groups, axis=-2).astype(np.float64)
     index = np.arange(slots)
@@ -287,4 +308,14 @@ def test_attention_functions_equal_the_definition_in_float64(groups: int, with_s
         visible = ((index >= start[i, 0]) & (index < ends))[None]
         assert (
             relative_error(rows[i], dense(q[i, 0], per_head(k[i]), per_head(v[i]), visible)) < BOUND
+        )
+
+
+def test_unknown_attention_is_refused_with_the_known_names() -> None:
+    with pytest.raises(UserError, match=r"attention=other is unknown; known: .*xla"):
+        Model(CONFIG, attention="other")
+    q, kv = jnp.zeros((1, 1, 4, 16)), jnp.zeros((1, 1, 2, 16))
+    with pytest.raises(UserError, match="known: "):
+        attention.attend(
+            q, LayerCache.batch_sharding(kv, kv), None, jnp.ones((1, 1)), implementation="other"
         )

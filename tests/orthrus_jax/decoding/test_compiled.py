@@ -1,4 +1,4 @@
-"""What the compiled loops promise: one compile, a donated cache, no copy of the cache."""
+"""Promises of the compiled loops: one compile, a donated cache, no copy of the cache."""
 
 import re
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from orthrus_jax import decoding
-from orthrus_jax.model import Model
+from orthrus_jax.model import Model, ar_segment
+from orthrus_jax.model import params as params_lib
 from tests.support.configs import NO_EOS, tiny_config
 from tests.support.decoding import orthrus_decode
 from tests.support.fake_models import scripted
@@ -43,7 +44,7 @@ def test_fifty_prompt_lengths_of_one_bucket_compile_each_program_once() -> None:
 
 
 def test_each_program_traces_its_forwards_once() -> None:
-    """Equal models are one static argument: a new instance a call does not trace again."""
+    """Equal models are one static argument: a new instance per call does not trace again."""
     config = tiny_config(rms_norm_eps=4e-6)
     text = plain_text(1, SLOTS + 8)
     params = {"text": jnp.asarray(text), "drafts": jnp.asarray(text)}
@@ -62,7 +63,7 @@ def test_each_program_traces_its_forwards_once() -> None:
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_passed_state_is_donated(loop: str, batch: int) -> None:
+def test_passed_state_is_donated(loop: str, batch: int) -> None:
     config = tiny_config()
     model, params = Model(config), random_params(config, 0)
     state = prefilled(model, params, np.arange(8), 5, batch=batch)
@@ -87,18 +88,18 @@ def copies_of_a_cache(program: str, config, slots: int) -> list[str]:
     """HLO lines that copy or transpose an array with the dimensions of a layer's keys or values."""
     without_ones = lambda dims: sorted(d for d in dims if d != 1)
     cache = without_ones((config.num_key_value_heads, config.head_dim, slots))
-    found = []
+    copies = []
     for line in program.splitlines():
-        made = re.search(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|transpose)\(", line)
-        if made and without_ones(map(int, made[1].split(","))) == cache:
-            found.append(line.strip())
-    return found
+        copy = re.search(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|transpose)\(", line)
+        if copy and without_ones(map(int, copy[1].split(","))) == cache:
+            copies.append(line.strip())
+    return copies
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a claim about XLA's CPU compiler")
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_loop_of_one_row_copies_no_cache(loop: str, groups: int) -> None:
+def test_loop_of_one_sequence_copies_no_cache(loop: str, groups: int) -> None:
     """Keys f32[G,16,95] and values f32[G,95,16] of 2 layers; only rotary has 95 too."""
     slots = 95
     config = tiny_config(num_key_value_heads=groups)
@@ -114,20 +115,20 @@ def test_a_loop_of_one_row_copies_no_cache(loop: str, groups: int) -> None:
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a claim about XLA's CPU compiler")
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_copy_of_a_cache_would_be_found(groups: int) -> None:
+def test_copy_of_a_cache_is_detected(groups: int) -> None:
     config = tiny_config(num_key_value_heads=groups)
     cache = Model(config).init_cache(1, 95)
-    turn = jax.jit(lambda k: (k.swapaxes(-1, -2) + 0.0, jnp.copy(k)))
-    program = turn.lower(cache.k[0]).compile().as_text()
+    copies = jax.jit(lambda k: (k.swapaxes(-1, -2) + 0.0, jnp.copy(k)))
+    program = copies.lower(cache.k[0]).compile().as_text()
     assert copies_of_a_cache(program, config, 95) != []
 
 
 @pytest.mark.parametrize(("loop", "forwards"), [("ar", 1), ("orthrus", 2)])
-@pytest.mark.parametrize(("platform", "fences"), [("tpu", 3), ("cpu", 0)])
-def test_projections_are_fenced_on_tpu_alone(
-    loop: str, forwards: int, platform: str, fences: int
+@pytest.mark.parametrize(("platform", "barriers"), [("tpu", 3), ("cpu", 0)])
+def test_projections_have_barriers_on_tpu_alone(
+    loop: str, forwards: int, platform: str, barriers: int
 ) -> None:
-    """What the fence is for: layers.fenced_on_tpu. No TPU compiler is needed to see it lowered."""
+    """Their reason is in model/layers.py. No TPU compiler is needed to see them lowered."""
     config = tiny_config()
     model = Model(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
@@ -135,5 +136,27 @@ def test_projections_are_fenced_on_tpu_alone(
     state = jax.eval_shape(lambda params: prefilled(model, params, prompt, 5), params)
     traced = LOOPS[loop].trace(model, params, state)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    expected = forwards * fences * config.num_hidden_layers
+    expected = forwards * barriers * config.num_hidden_layers
     assert text.count("stablehlo.optimization_barrier") == expected
+
+
+def test_forward_without_taps_compiles_to_the_same_text() -> None:
+    config = tiny_config()
+    model, tokens = Model(config), jnp.zeros((2, 8), jnp.int32)
+    segment = ar_segment(tokens, jnp.zeros(2, jnp.int32))
+    whole = random_params(config, 0)
+    for params, cache in (
+        (whole, model.init_cache(2, 16)),
+        (whole, None),
+        (params_lib.stack(whole), None),
+    ):
+        texts = [
+            jax.jit(lambda *args, options=options: model.forward(*args, **options))
+            .lower(params, [segment], cache)
+            .compile()
+            .as_text()
+            for options in ({}, {"taps": ()}, {"taps": (0,)})
+        ]
+        plain, none, tapped = (re.sub(r"metadata=\{[^}]*\}", "", text) for text in texts)
+        assert none == plain
+        assert tapped != plain

@@ -1,6 +1,7 @@
-"""Long contexts: attention in steps, prefill in chunks, 32 K positions, and bounded memory."""
+"""Long contexts: attention in chunks, prefill in chunks, 32 K positions, and bounded memory."""
 
 import functools
+import itertools
 import re
 from unittest import mock
 
@@ -10,28 +11,57 @@ import numpy as np
 import pytest
 
 from orthrus_jax import attention, decoding
-from orthrus_jax.attention import chunked
-from orthrus_jax.attention.chunked import MANY_SLOTS, SLOT_STEP
+from orthrus_jax.attention import LayerCache, cache
+from orthrus_jax.attention.attend import IMPLEMENTATIONS
+from orthrus_jax.attention.cache import CHUNK_ABOVE, KV_CHUNK
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.llm import Generator
 from orthrus_jax.model import Model, ar_segment
 from tests.support.compare import relative_error, same_bits
 from tests.support.configs import NO_EOS, tiny_config
-from tests.support.decoding import assert_same_decoding, orthrus_decode
+from tests.support.decoding import assert_same_decoding
 from tests.support.fake_models.drafted import DraftedModel
 from tests.support.marks import slow
 from tests.support.weights import random_params
 
 CHUNK = decoding.PREFILL_CHUNK
-SLOTS = 4 * SLOT_STEP
-attend, attend_blocks = jax.jit(attention.attend), jax.jit(attention.attend_blocks)
-LOOPS = {"ar": decoding.ar_decode, "orthrus": orthrus_decode}
+SLOTS = 4 * KV_CHUNK
+LOOPS = {"ar": decoding.ar_decode, "orthrus": decoding.orthrus_decode}
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="a claim about XLA's CPU compiler"
 )
 
 
-# Attention in steps
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS)
+def implementation(request) -> str:
+    return request.param
+
+
+# Attention in chunks
+
+
+def layer_of(k, v) -> LayerCache:
+    """Keys [B, G, D, S] and values [B, G, S, D] as KVCache stores them: no leading 1s."""
+    stored = lambda x: x.reshape(*itertools.dropwhile(lambda n: n == 1, x.shape[:2]), *x.shape[2:])
+    return LayerCache(stored(k), stored(v))
+
+
+@pytest.fixture(scope="module")
+def attend(implementation: str):
+    return jax.jit(
+        lambda q, k, v, *ranges: attention.attend(
+            q, layer_of(k, v), *ranges, implementation=implementation
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def attend_blocks(implementation: str):
+    return jax.jit(
+        lambda q, k, v, *rest: attention.attend_blocks(
+            q, layer_of(k, v), *rest, implementation=implementation
+        )
+    )
 
 
 HEADS = [(groups, per_group) for groups in (1, 2) for per_group in (1, 3)]
@@ -60,7 +90,7 @@ def by_definition(q, k, v, visible) -> np.ndarray:
 
 
 def rows_of(seed: int, groups: int, per_group: int, *, batch: int = 3, rows: int = 5):
-    """q, k, v, and starts and ends that lie on all sides of the borders between steps."""
+    """q, k, v, and starts and ends on all sides of the borders between chunks."""
     rng = np.random.default_rng(seed)
     q = normal(rng, batch, rows, groups * per_group, 16)
     k = normal(rng, batch, groups, 16, SLOTS)
@@ -73,26 +103,26 @@ def rows_of(seed: int, groups: int, per_group: int, *, batch: int = 3, rows: int
 
 @pytest.mark.parametrize(("groups", "per_group"), HEADS)
 @pytest.mark.parametrize("started", [False, True])
-def test_attention_in_steps_is_attention(groups: int, per_group: int, started: bool) -> None:
-    assert SLOTS > MANY_SLOTS
+def test_chunked_attention_equals_plain_attention(attend, groups, per_group, started) -> None:
+    assert SLOTS > CHUNK_ABOVE
     for seed in range(3):
         q, k, v, start, end = rows_of(seed, groups, per_group)
         start = start if started else None
         plain = attend(q, k, v, start, end)
-        walked = attend(q, k, v, start, end, end.max())
-        assert walked.dtype == plain.dtype
-        assert relative_error(walked, plain) < 2e-6
+        chunked = attend(q, k, v, start, end, end.max())
+        assert chunked.dtype == plain.dtype
+        assert relative_error(chunked, plain) < 2e-6
         slots = np.arange(SLOTS)
         visible = slots < np.asarray(end)[..., None]
         if started:
             visible &= slots >= np.asarray(start)[..., None]
         heads = lambda x: x[:, None]
         expected = by_definition(q, heads(k.swapaxes(2, 3)), heads(v), visible)
-        assert relative_error(walked, expected) < 2e-6
+        assert relative_error(chunked, expected) < 2e-6
 
 
-def test_a_row_of_the_batch_alone_attends_alike() -> None:
-    """A batch of one lies differently in the cache."""
+def test_batch_of_one_attends_like_the_same_row_of_a_batch(attend) -> None:
+    """A batch of one is stored without its first axis."""
     for groups in (1, 2):
         q, k, v, _, end = rows_of(5, groups, 3)
         whole = attend(q, k, v, None, end, end.max())
@@ -102,31 +132,31 @@ def test_a_row_of_the_batch_alone_attends_alike() -> None:
             assert relative_error(alone, whole[x]) < 2e-6
 
 
-def test_many_slots_but_no_bound_and_few_slots_with_one_are_the_plain_path() -> None:
+def test_few_slots_or_no_kv_len_take_the_plain_path(attend) -> None:
     q, k, v, _, end = rows_of(6, 2, 1)
-    end = jnp.minimum(end, MANY_SLOTS)
-    few_k, few_v = k[..., :MANY_SLOTS], v[:, :, :MANY_SLOTS]
+    end = jnp.minimum(end, CHUNK_ABOVE)
+    few_k, few_v = k[..., :CHUNK_ABOVE], v[:, :, :CHUNK_ABOVE]
     plain = attend(q, few_k, few_v, None, end)
     assert same_bits(attend(q, few_k, few_v, None, end, end.max()), plain)
     assert relative_error(attend(q, k, v, None, end, end.max()), plain) < 2e-6
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_steps_behind_the_last_live_slot_change_no_bit(groups: int) -> None:
+def test_chunks_after_the_last_live_slot_change_no_bit(attend, attend_blocks, groups) -> None:
     q, k, v, start, end = rows_of(7, groups, 3)
     end = jnp.minimum(end, 600)
     start = jnp.minimum(start, end - 1)
     few = attend(q, k, v, start, end, jnp.int32(600))
-    for used in (601, 1024, 1025, 2000, SLOTS):
-        assert same_bits(attend(q, k, v, start, end, jnp.int32(used)), few)
+    for kv_len in (601, 1024, 1025, 2000, SLOTS):
+        assert same_bits(attend(q, k, v, start, end, jnp.int32(kv_len)), few)
     q, k, v, own_k, own_v, start, end = blocks_of(7, groups, 3)
     end = jnp.minimum(end, 600)
     few = attend_blocks(q, k, v, own_k, own_v, None, end, jnp.int32(600))
-    for used in (601, 1024, 1025, 2000, SLOTS):
-        assert same_bits(attend_blocks(q, k, v, own_k, own_v, None, end, jnp.int32(used)), few)
+    for kv_len in (601, 1024, 1025, 2000, SLOTS):
+        assert same_bits(attend_blocks(q, k, v, own_k, own_v, None, end, jnp.int32(kv_len)), few)
 
 
-def test_what_stands_behind_the_end_is_no_matter() -> None:
+def test_slots_after_the_end_change_no_bit(attend) -> None:
     q, k, v, _, end = rows_of(8, 2, 1)
     end = jnp.minimum(end, 900)
     few = attend(q, k, v, None, end, jnp.int32(900))
@@ -150,14 +180,14 @@ def blocks_of(seed: int, groups: int, per_group: int, *, blocks: int = 4, rows: 
 
 @pytest.mark.parametrize(("groups", "per_group"), HEADS)
 @pytest.mark.parametrize("started", [False, True])
-def test_block_attention_in_steps_is_block_attention(groups, per_group, started) -> None:
+def test_chunked_blocks_equal_plain_blocks(attend_blocks, groups, per_group, started) -> None:
     for seed in range(3):
         q, k, v, own_k, own_v, start, end = blocks_of(seed, groups, per_group)
         start = start if started else None
         plain = attend_blocks(q, k, v, own_k, own_v, start, end)
-        walked = attend_blocks(q, k, v, own_k, own_v, start, end, end.max())
-        assert walked.dtype == plain.dtype
-        assert relative_error(walked, plain) < 2e-6
+        chunked = attend_blocks(q, k, v, own_k, own_v, start, end, end.max())
+        assert chunked.dtype == plain.dtype
+        assert relative_error(chunked, plain) < 2e-6
 
         slots = np.arange(SLOTS)
         visible = slots < np.asarray(end)[..., None]
@@ -171,25 +201,25 @@ def test_block_attention_in_steps_is_block_attention(groups, per_group, started)
             keys = jnp.concatenate([k.swapaxes(2, 3), own(own_k)], axis=2)[:, None]
             values = jnp.concatenate([v, own(own_v)], axis=2)[:, None]
             expected = by_definition(q[:, a], keys, values, seen)
-            assert relative_error(walked[:, a], expected) < 2e-6
+            assert relative_error(chunked[:, a], expected) < 2e-6
 
 
-@pytest.mark.parametrize("used", [0, 1, SLOTS])
-def test_blocks_that_see_no_slot_see_only_themselves(used: int) -> None:
+@pytest.mark.parametrize("kv_len", [0, 1, SLOTS])
+def test_blocks_that_see_no_slot_see_only_themselves(attend_blocks, kv_len: int) -> None:
     q, k, v, own_k, own_v, _, end = blocks_of(9, 2, 3)
     args = (q, k, v, own_k, own_v, None, end * 0)
-    assert relative_error(attend_blocks(*args, jnp.int32(used)), attend_blocks(*args)) < 2e-6
+    assert relative_error(attend_blocks(*args, jnp.int32(kv_len)), attend_blocks(*args)) < 2e-6
 
 
-def test_bfloat16_attention_in_steps_is_as_near_to_float32_as_the_plain_form() -> None:
+def test_chunked_bfloat16_is_as_near_to_float32_as_plain_bfloat16(attend) -> None:
     q, k, v, _, end = rows_of(10, 2, 3)
     exact = attend(q, k, v, None, end)
     low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
     errors = []
-    for used in (None, end.max()):
-        found = attend(*low, None, end, used)
-        assert found.dtype == jnp.bfloat16
-        errors.append(relative_error(found.astype(jnp.float32), exact))
+    for kv_len in (None, end.max()):
+        out = attend(*low, None, end, kv_len)
+        assert out.dtype == jnp.bfloat16
+        errors.append(relative_error(out.astype(jnp.float32), exact))
     assert errors[1] < 1.5 * errors[0] < 0.1
 
 
@@ -218,11 +248,11 @@ def in_one_piece(slots: int):
     def read(params, tokens, lengths):
         model = Model(CONFIG)
         rows = ar_segment(tokens, jnp.zeros_like(lengths))
-        cache = model.init_cache(tokens.shape[0], slots)
-        with mock.patch.object(chunked, "MANY_SLOTS", 1 << 30):
-            (hidden,), cache = model.forward(params, [rows], cache)
+        kept = model.init_cache(tokens.shape[0], slots)
+        with mock.patch.object(cache, "CHUNK_ABOVE", 1 << 30):
+            (hidden,), kept = model.forward(params, [rows], kept)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-        return model.logits(params, last), cache
+        return model.logits(params, last), kept
 
     return read
 
@@ -231,9 +261,9 @@ def budget_of(lengths, tokens: int):
     return jnp.full(len(lengths), tokens, jnp.int32)
 
 
-def prefilled(params, tokens, lengths, *, slots: int, new: int = 24, **resumed):
+def prefilled(model, params, tokens, lengths, *, slots: int, new: int = 24, **resumed):
     return decoding.prefill(
-        Model(CONFIG),
+        model,
         params,
         tokens,
         jnp.asarray(lengths, jnp.int32),
@@ -246,24 +276,25 @@ def prefilled(params, tokens, lengths, *, slots: int, new: int = 24, **resumed):
     )
 
 
-def assert_same_live_cache(cache, expected, lengths) -> None:
-    live = jnp.arange(cache.k[0].shape[-1]) < jnp.asarray(lengths)[:, None]
-    for ours, theirs in zip(cache.k, expected.k, strict=True):
+def assert_same_live_cache(actual, expected, lengths) -> None:
+    live = jnp.arange(actual.k[0].shape[-1]) < jnp.asarray(lengths)[:, None]
+    for ours, theirs in zip(actual.k, expected.k, strict=True):
         rows = live[:, None, None, :]
         assert relative_error(ours * rows, theirs * rows) < 2e-5
-    for ours, theirs in zip(cache.v, expected.v, strict=True):
+    for ours, theirs in zip(actual.v, expected.v, strict=True):
         rows = live[:, None, :, None]
         assert relative_error(ours * rows, theirs * rows) < 2e-5
 
 
 @pytest.mark.parametrize("case", LENGTHS)
 @pytest.mark.parametrize("width", [PADDED, *slow(2 * CHUNK)])
-def test_prefill_in_chunks_is_one_big_forward(case: str, width: int) -> None:
-    lengths, slots = [min(n, width) for n in LENGTHS[case]], 3 * SLOT_STEP
+def test_chunked_prefill_equals_one_big_forward(implementation, case: str, width: int) -> None:
+    lengths, slots = [min(n, width) for n in LENGTHS[case]], 3 * KV_CHUNK
     params, tokens = random_params(CONFIG, 0), ids_of(1, 4, width)
-    logits, cache = in_one_piece(slots)(params, tokens, jnp.asarray(lengths, jnp.int32))
-    state = prefilled(params, tokens, lengths, slots=slots)
-    assert_same_live_cache(state.cache, cache, lengths)
+    logits, expected = in_one_piece(slots)(params, tokens, jnp.asarray(lengths, jnp.int32))
+    model = Model(CONFIG, attention=implementation)
+    state = prefilled(model, params, tokens, lengths, slots=slots)
+    assert_same_live_cache(state.cache, expected, lengths)
     assert state.position.tolist() == lengths
     assert state.count.tolist() == [1] * 4
     np.testing.assert_array_equal(state.tokens[:, 0], logits[:, 0].argmax(axis=-1))
@@ -282,23 +313,26 @@ def text_by_whole_forwards(params, prompt: list[int], new: int) -> list[int]:
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_the_text_behind_chunks_is_that_behind_one_big_forward(loop: str) -> None:
+def test_text_after_chunked_prefill_equals_that_after_one_big_forward(implementation, loop) -> None:
     params, tokens, new = random_params(CONFIG, 1), ids_of(2, 4, PADDED), 24
     lengths = [PADDED, 300, CHUNK, 2 * CHUNK + 1]
-    state = prefilled(params, tokens, lengths, slots=3 * SLOT_STEP, new=new)
-    state = LOOPS[loop](Model(CONFIG), params, state)
+    model = Model(CONFIG, attention=implementation)
+    state = prefilled(model, params, tokens, lengths, slots=3 * KV_CHUNK, new=new)
+    state = LOOPS[loop](model, params, state)
     for row in (0, 1, 2, 3) if loop == "ar" else (0, 2):
         prompt = tokens[row, : lengths[row]].tolist()
         assert state.tokens[row].tolist() == text_by_whole_forwards(params, prompt, new)
 
 
 @pytest.mark.parametrize("first", [1, 200, *slow(CHUNK, 700)])
-def test_a_resumed_prefill_in_chunks_is_one_of_the_whole(first: int) -> None:
-    params, tokens, slots = random_params(CONFIG, 2), ids_of(3, 1, PADDED), 4 * SLOT_STEP
-    whole = prefilled(params, tokens, [PADDED], slots=slots)
-    begun = prefilled(params, tokens[:, :768], [first], slots=slots)
+def test_resumed_chunked_prefill_equals_one_of_the_whole(implementation, first: int) -> None:
+    params, tokens, slots = random_params(CONFIG, 2), ids_of(3, 1, PADDED), 4 * KV_CHUNK
+    model = Model(CONFIG, attention=implementation)
+    whole = prefilled(model, params, tokens, [PADDED], slots=slots)
+    begun = prefilled(model, params, tokens[:, :768], [first], slots=slots)
     rest = jnp.zeros((1, PADDED), jnp.int32).at[:, : PADDED - first].set(tokens[:, first:])
     state = prefilled(
+        model,
         params,
         rest,
         [PADDED - first],
@@ -308,16 +342,16 @@ def test_a_resumed_prefill_in_chunks_is_one_of_the_whole(first: int) -> None:
     )
     assert int(state.position[0]) == PADDED
     assert state.tokens[0, 0] == whole.tokens[0, 0]
-    as_batch = lambda cache: jax.tree.map(lambda x: x[None] if x.ndim == 3 else x, cache)
+    as_batch = lambda kept: jax.tree.map(lambda x: x[None] if x.ndim == 3 else x, kept)
     assert_same_live_cache(as_batch(state.cache), as_batch(whole.cache), [PADDED])
     for name in LOOPS:
         again, plain = (
-            LOOPS[name](Model(CONFIG), params, jax.tree.map(jnp.copy, s)) for s in (state, whole)
+            LOOPS[name](model, params, jax.tree.map(jnp.copy, s)) for s in (state, whole)
         )
         assert again.tokens.tolist() == plain.tokens.tolist()
 
 
-# Whole answers behind long prompts
+# Whole answers after long prompts
 
 
 def long_config(**changes) -> ModelConfig:
@@ -331,11 +365,11 @@ def both_texts(config: ModelConfig, prompt: list[int], new: int) -> tuple[list[i
         model.complete([prompt], mode=mode, max_new_tokens=new)[0] for mode in ("ar", "orthrus")
     )
     assert len(ar.tokens) == new
-    assert len(set(ar.tokens)) > 5, "a text that says nothing"
+    assert len(set(ar.tokens)) > 5, "a text of few tokens compares little"
     return ar.tokens, orthrus.tokens
 
 
-def test_orthrus_is_ar_behind_3000_tokens() -> None:
+def test_orthrus_equals_ar_after_3000_tokens() -> None:
     config = long_config(num_hidden_layers=2, max_position_embeddings=4096)
     prompt = ids_of(4, 1, 3000)[0].tolist()
     ar, orthrus = both_texts(config, prompt, 40)
@@ -345,10 +379,10 @@ def test_orthrus_is_ar_behind_3000_tokens() -> None:
 
 
 @pytest.mark.parametrize("agree", [0.8, *slow(0.0, 1.0)])
-def test_drafts_are_taken_and_rolled_back_behind_long_prompts(agree: float) -> None:
-    """Over many slots, with drafts that are right as often as asked."""
+def test_drafts_are_accepted_and_rolled_back_after_long_prompts(agree: float) -> None:
+    """Over many slots, with drafts that are right with probability `agree`."""
     config, new, lengths = long_config(num_key_value_heads=2), 30, [1100, 900, 5]
-    model, slots = DraftedModel(config), 3 * SLOT_STEP
+    model, slots = DraftedModel(config), 3 * KV_CHUNK
     prompts = ids_of(6, 3, 1104)
     params = {"model": random_params(config, 0, gain=2.5), "drafts": jnp.zeros((3, slots), int)}
 
@@ -380,12 +414,12 @@ def test_long_and_short_prompts_share_a_batch() -> None:
     prompts = [ids_of(seed, 1, n)[0].tolist() for seed, n in enumerate((3, 1200, 700, 40, 1100))]
     alone = [c.tokens for c in model.complete(prompts, mode="ar", max_new_tokens=20)]
     for mode in ("ar", "orthrus"):
-        found = model.complete(prompts, mode=mode, max_new_tokens=20, batch_size=2)
-        assert [c.tokens for c in found] == alone
+        completions = model.complete(prompts, mode=mode, max_new_tokens=20, batch_size=2)
+        assert [c.tokens for c in completions] == alone
 
 
 @pytest.mark.slow
-def test_orthrus_is_ar_behind_32000_tokens() -> None:
+def test_orthrus_equals_ar_after_32000_tokens() -> None:
     config = long_config(max_position_embeddings=32_768 + 256)
     ar, orthrus = both_texts(config, ids_of(5, 1, 32_000)[0].tolist(), 40)
     assert orthrus == ar
@@ -424,7 +458,7 @@ def temporaries(program) -> int:
 
 @on_cpu
 @pytest.mark.parametrize("batch", [1, *slow(2)])
-def test_the_memory_of_prefill_does_not_grow_with_the_prompt(batch: int) -> None:
+def test_prefill_memory_does_not_grow_with_the_prompt(batch: int) -> None:
     slots = 16_384
     short, long = (temporaries(compiled_prefill(batch, padded, slots)) for padded in (2048, 8192))
     ids = 4 * batch * (8192 - 2048)
@@ -434,7 +468,7 @@ def test_the_memory_of_prefill_does_not_grow_with_the_prompt(batch: int) -> None
 
 @on_cpu
 @pytest.mark.parametrize("batch", [1, *slow(2)])
-def test_what_orthrus_needs_beyond_ar_is_constant_in_the_context(batch: int) -> None:
+def test_memory_of_orthrus_beyond_ar_is_constant_in_the_context(batch: int) -> None:
     extra = [
         temporaries(compiled_loop("orthrus", slots, batch=batch))
         - temporaries(compiled_loop("ar", slots, batch=batch))
@@ -442,7 +476,7 @@ def test_what_orthrus_needs_beyond_ar_is_constant_in_the_context(batch: int) -> 
     ]
     assert extra[0] == extra[1]
     assert 0 < extra[0] < 200_000
-    for loop in LOOPS:  # of which nothing is as long as the cache
+    for loop in LOOPS:  # no temporary is as long as the cache
         few, many = (
             temporaries(compiled_loop(loop, slots, batch=batch)) for slots in (2048, 16_384)
         )
@@ -452,22 +486,22 @@ def test_what_orthrus_needs_beyond_ar_is_constant_in_the_context(batch: int) -> 
 def copies_inside_loops(program: str, dims: tuple[int, ...]) -> list[str]:
     """HLO lines outside the entry that copy or transpose an array of these sizes, 1s aside."""
     without_ones = lambda dims: sorted(d for d in dims if d != 1)
-    found, computation = [], ""
+    copies, computation = [], ""
     for line in program.splitlines():
         if line.endswith("{"):
             computation = line
-        made = re.search(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|transpose)\(", line)
-        if not made or computation.startswith("ENTRY"):
+        copy = re.search(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|transpose)\(", line)
+        if not copy or computation.startswith("ENTRY"):
             continue
-        if without_ones(map(int, made[1].split(","))) == without_ones(dims):
-            found.append(line.strip())
-    return found
+        if without_ones(map(int, copy[1].split(","))) == without_ones(dims):
+            copies.append(line.strip())
+    return copies
 
 
 @on_cpu
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize(("batch", "groups", "block"), [(1, 1, 4), (1, 2, 2), (2, 2, 4)])
-def test_a_loop_over_many_slots_copies_no_cache(loop, batch, groups, block) -> None:
+def test_loop_over_many_slots_copies_no_cache(loop, batch, groups, block) -> None:
     slots = 2048
     program = compiled_loop(loop, slots, batch=batch, groups=groups, block=block).as_text()
     assert " while(" in program
@@ -477,14 +511,14 @@ def test_a_loop_over_many_slots_copies_no_cache(loop, batch, groups, block) -> N
 
 @on_cpu
 @pytest.mark.parametrize("batch", [1, *slow(2)])
-def test_prefill_in_chunks_copies_no_cache(batch: int) -> None:
+def test_chunked_prefill_copies_no_cache(batch: int) -> None:
     program = compiled_prefill(batch, 2048, 16_384).as_text()
     assert copies_inside_loops(program, (batch, 2, 16_384, 16)) == []
 
 
 @on_cpu
-def test_a_copy_inside_a_loop_would_be_found() -> None:
-    turn = lambda i, x: jnp.sin(x).swapaxes(0, 1).reshape(x.shape)
-    program = jax.jit(lambda n, x: jax.lax.fori_loop(0, n, turn, x))
+def test_copy_inside_a_loop_is_detected() -> None:
+    transpose = lambda i, x: jnp.sin(x).swapaxes(0, 1).reshape(x.shape)
+    program = jax.jit(lambda n, x: jax.lax.fori_loop(0, n, transpose, x))
     text = program.lower(jnp.int32(3), jnp.zeros((16, 2048))).compile().as_text()
     assert copies_inside_loops(text, (16, 2048)) != []

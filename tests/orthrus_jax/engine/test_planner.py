@@ -5,7 +5,6 @@ import json
 import pathlib
 
 import pytest
-from tests.helpers import tiny_config
 
 from orthrus_jax.engine import planner
 from orthrus_jax.engine.planner import (
@@ -18,6 +17,7 @@ from orthrus_jax.engine.planner import (
 )
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import Generator
+from tests.support.configs import tiny_config
 
 KIND = "a device"
 PAPER, WIDE, WIDER = Split("paper", 8), Split("one-forward", 8, 15, 6), Split("two-forward", 8, 63)

@@ -16,7 +16,8 @@ from orthrus_jax.attention.cache import LayerCache
 from orthrus_jax.attention.rotary import apply_rope, rope_cos_sin
 from orthrus_jax.checkpoint import tensor_specs
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.model import Layer, Model, ar_segment
+from orthrus_jax.model import Layer, Model, ar_segment, block_segment
+from orthrus_jax.model import params as params_lib
 from orthrus_jax.model.layers import AttentionProjections, RMSNorm, SwiGLU
 from tests.support.compare import flat, relative_error
 from tests.support.configs import NO_EOS, tiny_config
@@ -151,7 +152,7 @@ def test_attention_module(pair: Pair) -> None:
     module = AttentionProjections(pair.config)
     q, k, v = module.apply(pair.layer("self_attn"), pair.x, *pair.angles, method="qkv")
     end = jnp.broadcast_to(jnp.arange(T) + 1, (2, T))
-    heads = attention.attend(q, *LayerCache.of(k, v).seen(None), None, end)
+    heads = attention.attend(q, LayerCache.batch_sharding(k, v), None, end)
     ours = module.apply(pair.layer("self_attn"), heads, method="out")
     assert relative_error(ours, theirs) < BOUND
 
@@ -187,6 +188,45 @@ def test_logits(pair: Pair) -> None:
     assert relative_error(ours, theirs) < BOUND
 
 
+@pytest.mark.parametrize("stacked", [False, True], ids=["layer by layer", "scanned"])
+def test_taps_equal_hidden_states_of_transformers(pair: Pair, stacked: bool) -> None:
+    """hidden_states[l + 1] is the residual stream after layer l, but for the last: normed."""
+    theirs = pair.theirs(torch.tensor(pair.tokens), output_hidden_states=True).hidden_states
+    layers = pair.config.num_hidden_layers
+    taps = (layers - 1, *range(layers - 1))  # in any order
+    segment = ar_segment(jnp.asarray(pair.tokens), jnp.zeros(2, jnp.int32))
+    tree = params_lib.stack(pair.params) if stacked else pair.params
+    (hidden,), _, tapped = pair.model.forward(tree, [segment], None, taps)
+    for tap, ours in zip(taps[1:], tapped[1:], strict=True):
+        assert relative_error(ours, theirs[tap + 1]) < BOUND
+    norm = RMSNorm(pair.config.rms_norm_eps)
+    last = norm.apply({"params": pair.params["norm"]}, tapped[0])
+    assert relative_error(last, theirs[-1]) < BOUND
+    assert relative_error(hidden, theirs[-1]) < BOUND
+
+
+def test_taps_over_a_cache_are_those_of_ar_rows_alone(pair: Pair) -> None:
+    theirs = pair.theirs(torch.tensor(pair.tokens), output_hidden_states=True).hidden_states
+    tokens, zeros = jnp.asarray(pair.tokens), jnp.zeros(2, jnp.int32)
+    first, rest = ar_segment(tokens[:, :9], zeros), ar_segment(tokens[:, 9:], zeros + 9)
+    block = block_segment(tokens[:, 9], zeros + 9, 4, 3)
+    cache = pair.model.init_cache(2, 24)
+    _, cache, before = pair.model.forward(pair.params, [first], cache, (0,))
+    hidden, _, after = pair.model.forward(pair.params, [block, rest], cache, (0,))
+    assert len(hidden) == 2
+    ours = jnp.concatenate([before[0], after[0]], axis=1)
+    assert relative_error(ours, theirs[1]) < BOUND
+
+
+def test_taps_that_cannot_be_read_are_refused(pair: Pair) -> None:
+    tokens, zeros = jnp.asarray(pair.tokens), jnp.zeros(2, jnp.int32)
+    with pytest.raises(ValueError, match="layers"):
+        pair.model.forward(pair.params, [ar_segment(tokens, zeros)], None, (99,))
+    block = block_segment(tokens[:, 0], zeros, 4, 3)
+    with pytest.raises(ValueError, match="AR segments"):
+        pair.model.forward(pair.params, [block], pair.model.init_cache(2, 24), (0,))
+
+
 def test_logits_of_unbatched_hidden_states_are_the_same(pair: Pair) -> None:
     hidden = jnp.asarray(pair.x)
     batched = pair.model.logits(pair.params, hidden)
@@ -215,7 +255,7 @@ def test_a_padded_prefill_and_steps_over_a_cache_equal_one_forward_without(name:
     prompts = np.full((2, 10), 3)  # rows past a prompt's length are padding of no meaning
     for row, length in enumerate(lengths):
         prompts[row, :length] = pair.tokens[row, :length]
-    prefill = ar_segment(jnp.asarray(prompts), jnp.zeros(2, jnp.int32), span=10)
+    prefill = ar_segment(jnp.asarray(prompts), jnp.zeros(2, jnp.int32), max_kv_len=10)
     (hidden,), cache = model.forward(params, [prefill], model.init_cache(2, 24))
     got = np.asarray(model.logits(params, hidden))
     for row, length in enumerate(lengths):

@@ -22,14 +22,14 @@ def in_lockstep(segments, rows, block, cache):
 
 
 def blocks(segment):
-    """A segment of several blocks as one segment a block."""
+    """A segment of several blocks as one segment per block."""
     for i in range(segment.tokens.shape[1] // segment.block):
         at = slice(i * segment.block, (i + 1) * segment.block)
-        sees = segment.branches
-        if sees is not None:
-            sees = sees.replace(seen=sees.seen[:, i : i + 1])
+        tree_mask = segment.tree_mask
+        if tree_mask is not None:
+            tree_mask = tree_mask.replace(mask=tree_mask.mask[:, i : i + 1])
         tokens, positions = segment.tokens[:, at], segment.positions[:, at]
-        yield segment.replace(tokens=tokens, positions=positions, branches=sees)
+        yield segment.replace(tokens=tokens, positions=positions, tree_mask=tree_mask)
 
 
 def views(segments) -> str:

@@ -56,7 +56,7 @@ class ScriptedModel:
 
     def _faithful(self, params, cache: TokenCache, ends, segment: Segment):
         """Whether each row or block sees the script's tokens, `ends` of them, and nothing else."""
-        tokens, count = seen_tokens(cache, ends, segment.branches)
+        tokens, count = seen_tokens(cache, ends, segment.tree_mask)
         slots = jnp.arange(tokens.shape[2])
         right = (tokens == params["text"][:, None, : tokens.shape[2]]) | (slots >= ends[..., None])
         return right.all(axis=2) & (count == jnp.minimum(ends, tokens.shape[2]))

@@ -65,7 +65,7 @@ class TabularModel:
 
 def _sum(cache: TokenCache, ends: jax.Array, segment: Segment) -> jax.Array:
     """int32[B, T]: the sum of the tokens that each row or block sees."""
-    tokens, count = seen_tokens(cache, ends, segment.branches)
+    tokens, count = seen_tokens(cache, ends, segment.tree_mask)
     return jnp.where(jnp.arange(tokens.shape[2]) < count[..., None], tokens, 0).sum(axis=2)
 
 

@@ -21,23 +21,27 @@ class TokenCache(struct.PyTreeNode):
 
         return TokenCache(jax.vmap(move)(self.tokens, first, rows))
 
+    def commit(self, position: jax.Array) -> "TokenCache":
+        del position
+        return self
+
     def insert(self, row: "TokenCache", at: jax.Array) -> "TokenCache":
         put = jax.lax.dynamic_update_slice_in_dim
         return TokenCache(put(self.tokens, row.tokens, at, axis=0))
 
 
-def seen_tokens(cache: TokenCache, ends: jax.Array, branches) -> tuple[jax.Array, jax.Array]:
+def seen_tokens(cache: TokenCache, ends: jax.Array, tree_mask) -> tuple[jax.Array, jax.Array]:
     """What T rows or blocks see, in the order of positions: int32[B, T, S], and how many [B, T].
 
-    `ends` [B, T] is the slot up to which each sees all, where there are no `branches`.
+    `ends` [B, T] is the slot up to which each sees all, where there is no `tree_mask`.
     """
     slots = jnp.arange(cache.tokens.shape[1])
     seen = slots < ends[..., None]
-    if branches is not None:  # its own slots one by one, so that attention.py is not needed to test
-        first = branches.first[:, None, None]
+    if tree_mask is not None:  # slot by slot, without the code of attention/ that this may test
+        first = tree_mask.first[:, None, None]
         mark = lambda seen, marks, at: jax.lax.dynamic_update_slice(seen, marks, (0, at))
         seen = jnp.broadcast_to(slots < first, seen.shape)
-        seen = jax.vmap(mark)(seen, branches.seen, branches.first)
+        seen = jax.vmap(mark)(seen, tree_mask.mask, tree_mask.first)
     order = jnp.argsort(~seen, axis=2, stable=True)
     tokens = jnp.broadcast_to(cache.tokens[:, None], seen.shape)
     return jnp.take_along_axis(tokens, order, axis=2), seen.sum(axis=2)

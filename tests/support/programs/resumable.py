@@ -41,7 +41,7 @@ def train(run, devices=1, log=lambda record: None):
     _, frozen, diffusion = random_trees()
     mesh = sharding.make_mesh(data=2, fsdp=-1) if devices > 1 else None
     if mesh is not None:
-        place = lambda tree: jax.device_put(tree, sharding.of_tree(tree, mesh))
+        place = lambda tree: jax.device_put(tree, sharding.tree_shardings(tree, mesh))
         frozen, diffusion = place(frozen), place(diffusion)
     frozen, diffusion = params.stack(frozen), params.stack(diffusion)
     optimizer = trainer.adamw(3e-3, RECIPE.steps, 0.1)

@@ -47,7 +47,7 @@ def curve(mesh, *, micro=1, stacked=True, remat="full"):
     config = tiny_config()
     frozen, diffusion = params.split(random_params(config, 0, copy=True))
     if mesh is not None:
-        place = lambda tree: jax.device_put(tree, sharding.of_tree(tree, mesh))
+        place = lambda tree: jax.device_put(tree, sharding.tree_shardings(tree, mesh))
         frozen, diffusion = place(frozen), place(diffusion)
     if stacked:
         frozen, diffusion = params.stack(frozen), params.stack(diffusion)
@@ -71,11 +71,11 @@ def text(mesh, loop):
     config = tiny_config(tie_word_embeddings=False)
     weights = random_params(config, 1)
     if mesh is not None:
-        weights = jax.device_put(weights, sharding.of_tree(weights, mesh))
+        weights = jax.device_put(weights, sharding.tree_shardings(weights, mesh))
     prompts = jnp.asarray(np.random.default_rng(1).integers(0, 60, (8, 7)), jnp.int32)
     lengths = jnp.arange(8, dtype=jnp.int32) % 7 + 1
     if mesh is not None:
-        prompts, lengths = jax.device_put((prompts, lengths), sharding.of_batch(mesh))
+        prompts, lengths = jax.device_put((prompts, lengths), sharding.rows_sharding(mesh))
     model = Model(config, mesh)
     state = decoding.prefill(
         model, weights, prompts, lengths, jnp.full(8, 20), NO_EOS, slots=64, max_new_tokens=20
@@ -84,7 +84,7 @@ def text(mesh, loop):
 
 
 def main():
-    tiled.ROW_TILE, tiled.SLOT_TILE = 32, 32  # so that this small model is attended in tiles
+    tiled.ROW_TILE, tiled.KV_TILE = 32, 32  # so that this small model is attended in tiles
     divergence.TEACHER_TILE, divergence.STUDENT_TILE = 24, 16
     losses, weights = curve(None)
     plain, _ = curve(None, stacked=False, remat="none")
