@@ -23,6 +23,7 @@ from eval.audit import Audit, Options, audit
 from eval.judges import Law, near_tie
 from eval.lossless import table
 from orthrus_jax.attention import cache
+from orthrus_jax.checkpoint import read_config
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import sampling, speculative
 from orthrus_jax.decoding.sampling import Proposal, Purpose
@@ -475,7 +476,7 @@ def test_the_command_audits_the_demo_s_base(tiny_base, prompts, tmp_path, capsys
 
 
 def made_config(directory) -> ModelConfig:
-    return dataclasses.replace(ModelConfig.from_directory(directory), dtype="bfloat16")
+    return dataclasses.replace(read_config(directory).config, dtype="bfloat16")
 
 
 def test_the_command_names_the_case_and_exits_1(

@@ -1,11 +1,14 @@
-"""config.json in and out: what is read, in every spelling, and what is refused by name."""
+"""config.json in and out: every spelling is read, every unsupported setting refused by name."""
 
 import dataclasses
 import json
 
 import pytest
 
-from orthrus_jax.config import PRESETS, QWEN3_MASK_TOKEN_ID, ModelConfig, read_json
+from orthrus_jax.checkpoint import config_from_hf, config_to_hf, read_config
+from orthrus_jax.checkpoint.directory import read_json
+from orthrus_jax.checkpoint.hf_config import FAMILIES
+from orthrus_jax.config import PRESETS, QWEN3_MASK_TOKEN_ID, ModelConfig
 from orthrus_jax.errors import UserError
 from tests.helpers import DATA, tiny_config
 
@@ -50,8 +53,8 @@ def without(*names: str) -> dict:
     return {name: value for name, value in RAW.items() if name not in names}
 
 
-def test_from_hf_reads_every_field_of_a_qwen3() -> None:
-    assert ModelConfig.from_hf(RAW) == ModelConfig(
+def test_config_from_hf_reads_every_field_of_a_qwen3() -> None:
+    assert config_from_hf(RAW) == ModelConfig(
         vocab_size=1000,
         hidden_size=96,
         intermediate_size=160,
@@ -71,9 +74,9 @@ def test_from_hf_reads_every_field_of_a_qwen3() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "orthrus"])
-def test_from_hf_reads_an_orthrus_in_both_model_types(model_type: str) -> None:
-    config = ModelConfig.from_hf(ORTHRUS | {"model_type": model_type})
-    assert config == dataclasses.replace(ModelConfig.from_hf(RAW), block_size=16, mask_token_id=990)
+def test_config_from_hf_reads_an_orthrus_in_both_model_types(model_type: str) -> None:
+    config = config_from_hf(ORTHRUS | {"model_type": model_type})
+    assert config == dataclasses.replace(config_from_hf(RAW), block_size=16, mask_token_id=990)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_from_hf_reads_an_orthrus_in_both_model_types(model_type: str) -> None:
     ],
 )
 def test_rope_base_is_read_in_both_spellings(spelling: dict, theta: float) -> None:
-    assert ModelConfig.from_hf(without("rope_theta") | spelling).rope_theta == theta
+    assert config_from_hf(without("rope_theta") | spelling).rope_theta == theta
 
 
 @pytest.mark.parametrize(
@@ -106,8 +109,8 @@ def test_rope_base_is_read_in_both_spellings(spelling: dict, theta: float) -> No
         (None, None, ()),
     ],
 )
-def test_eos_ids_come_from_generation_config_where_it_names_them(raw, generation, ids) -> None:
-    assert ModelConfig.from_hf(RAW | {"eos_token_id": raw}, generation).eos_token_ids == ids
+def test_eos_ids_come_from_generation_config_if_it_names_them(raw, generation, ids) -> None:
+    assert config_from_hf(RAW | {"eos_token_id": raw}, generation).eos_token_ids == ids
 
 
 @pytest.mark.parametrize(
@@ -115,22 +118,22 @@ def test_eos_ids_come_from_generation_config_where_it_names_them(raw, generation
     [(1000, None, None), (1000, 0, 0), (151_936, None, QWEN3_MASK_TOKEN_ID), (151_936, 8, 8),
      (QWEN3_MASK_TOKEN_ID, None, None)],
 )  # fmt: skip
-def test_mask_is_the_named_id_or_qwens_unused_row_where_there_is_one(vocab, given, mask) -> None:
+def test_mask_is_the_named_id_or_the_unused_row_of_qwen3(vocab, given, mask) -> None:
     raw = RAW | {"vocab_size": vocab, "mask_token_id": given}
-    assert ModelConfig.from_hf(raw).mask_token_id == mask
+    assert config_from_hf(raw).mask_token_id == mask
 
 
 @pytest.mark.parametrize("value", ["96", 96.0, None, True])
-def test_a_size_that_is_no_whole_number_is_refused_by_name(value: object) -> None:
+def test_size_that_is_no_whole_number_is_refused_by_name(value: object) -> None:
     with pytest.raises(UserError, match=f"expected whole numbers, found hidden_size={value!r}"):
-        ModelConfig.from_hf(RAW | {"hidden_size": value})
+        config_from_hf(RAW | {"hidden_size": value})
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 def test_dtype_is_read_in_both_spellings_and_defaults_to_bfloat16(key: str) -> None:
     bare = without("torch_dtype")
-    assert ModelConfig.from_hf(bare | {key: "float16"}).dtype == "float16"
-    assert ModelConfig.from_hf(bare).dtype == "bfloat16"
+    assert config_from_hf(bare | {key: "float16"}).dtype == "float16"
+    assert config_from_hf(bare).dtype == "bfloat16"
 
 
 REFUSED = {
@@ -148,11 +151,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_computed_is_refused_by_name_and_value(name: str) -> None:
+def test_unsupported_setting_is_refused_by_name_and_value(name: str) -> None:
     value = REFUSED[name]
     shown = ["sliding_attention"] if name == "layer_types" else value
     with pytest.raises(UserError) as error:
-        ModelConfig.from_hf(RAW | {name: value})
+        config_from_hf(RAW | {name: value})
     assert str(error.value).endswith(f"not supported: {name}={shown!r}")
 
 
@@ -161,34 +164,35 @@ def test_what_is_not_computed_is_refused_by_name_and_value(name: str) -> None:
     [
         {"rope_scaling": {"type": "yarn", "factor": 4.0}},
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        {"partial_rotary_factor": 0.5},
         {"model_type": None},
         {"quantization_config": {}},
     ],
 )
-def test_other_spellings_of_the_unsupported_are_refused(raw: dict) -> None:
+def test_other_spellings_of_unsupported_settings_are_refused(raw: dict) -> None:
     with pytest.raises(UserError, match="not supported"):
-        ModelConfig.from_hf(RAW | raw)
+        config_from_hf(RAW | raw)
 
 
-def test_all_refusals_are_told_at_once() -> None:
+def test_refusals_are_listed_in_one_message() -> None:
     names = [name for name in REFUSED if name != "rope_parameters"]
     with pytest.raises(UserError) as error:
-        ModelConfig.from_hf(RAW | {name: REFUSED[name] for name in names})
+        config_from_hf(RAW | {name: REFUSED[name] for name in names})
     assert [name for name in names if f"{name}=" not in str(error.value)] == []
 
 
-def test_a_sliding_window_that_is_switched_off_is_not_refused() -> None:
+def test_sliding_window_that_is_switched_off_is_not_refused() -> None:
     raw = RAW | {"sliding_window": 4096, "use_sliding_window": False}
-    assert ModelConfig.from_hf(raw) == ModelConfig.from_hf(RAW)
+    assert config_from_hf(raw) == config_from_hf(RAW)
 
 
-def test_all_missing_keys_are_told_at_once() -> None:
+def test_missing_keys_are_listed_in_one_message() -> None:
     with pytest.raises(UserError, match=r"lacks hidden_size, num_hidden_layers$"):
-        ModelConfig.from_hf(without("hidden_size", "num_hidden_layers"))
+        config_from_hf(without("hidden_size", "num_hidden_layers"))
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"num_key_value_heads": 3}, "num_attention_heads=4 .* num_key_value_heads=3"),
         ({"head_dim": 15}, "head_dim=15 must be even"),
@@ -196,30 +200,62 @@ def test_all_missing_keys_are_told_at_once() -> None:
         ({"mask_token_id": 64}, "mask_token_id=64 .* 64 rows"),
         ({"mask_token_id": -1}, "mask_token_id=-1"),
         ({"dtype": "float8"}, "dtype='float8'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: expected a positive finite number"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps=inf"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps=-1e-06"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6'"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan: expected a positive finite number"),
+        ({"rope_theta": 0}, "rope_theta=0"),
+        ({"rope_theta": None}, "rope_theta=None"),
     ],
 )
-def test_impossible_sizes_are_refused_by_name(change: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_impossible_values_are_refused_by_name(change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         tiny_config(**change)
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "rms_norm_eps"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "0", "-1", "null", '"1e6"'])
+def test_constant_that_is_no_positive_number_is_refused_when_read(tmp_path, name, value) -> None:
+    text = json.dumps(RAW | {name: "HERE"}).replace('"HERE"', value)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path.name}: {name}=.*: expected a positive finite"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_family_sets_its_switches(model_type: str) -> None:
+    config = config_from_hf(RAW | {"model_type": model_type})
+    assert (config.qk_norm, config.attention_bias) == (True, False)
+
+
+@pytest.mark.parametrize("switches", [{"attention_bias": True}, {"qk_norm": False}])
+def test_switches_of_no_family_are_not_written(switches: dict) -> None:
+    """A config.json without them would be read as another model."""
+    with pytest.raises(UserError, match=r"no config\.json of qwen3, orthrus describes") as error:
+        config_to_hf(tiny_config(**switches), orthrus=True)
+    for name, value in switches.items():
+        assert f"{name}={value}" in str(error.value)
 
 
 @pytest.mark.parametrize("raw", [RAW, ORTHRUS], ids=["qwen3", "orthrus"])
 @pytest.mark.parametrize("eos", [7, [7, 8]])
-def test_to_hf_and_back_is_the_same_config(raw: dict, eos) -> None:
-    config = ModelConfig.from_hf(raw | {"eos_token_id": eos})
-    written = config.to_hf(orthrus=raw is ORTHRUS)
-    assert ModelConfig.from_hf(json.loads(json.dumps(written))) == config
+def test_config_to_hf_and_back_is_the_same_config(raw: dict, eos) -> None:
+    config = config_from_hf(raw | {"eos_token_id": eos})
+    written = config_to_hf(config, orthrus=raw is ORTHRUS)
+    assert config_from_hf(json.loads(json.dumps(written))) == config
     assert written["eos_token_id"] == eos
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_the_orthrus_layout(name: str) -> None:
-    assert ModelConfig.from_hf(PRESETS[name].to_hf(orthrus=True)) == PRESETS[name]
+    assert config_from_hf(config_to_hf(PRESETS[name], orthrus=True)) == PRESETS[name]
 
 
-def test_to_hf_writes_each_layouts_own_keys() -> None:
-    config = ModelConfig.from_hf(ORTHRUS)
-    qwen3, orthrus = config.to_hf(orthrus=False), config.to_hf(orthrus=True)
+def test_config_to_hf_writes_the_keys_of_each_layout() -> None:
+    config = config_from_hf(ORTHRUS)
+    qwen3, orthrus = config_to_hf(config, orthrus=False), config_to_hf(config, orthrus=True)
     assert qwen3["architectures"] == ["Qwen3ForCausalLM"]
     assert orthrus["architectures"] == ["OrthrusLM"]
     assert qwen3["model_type"] == orthrus["model_type"] == "qwen3"
@@ -229,10 +265,10 @@ def test_to_hf_writes_each_layouts_own_keys() -> None:
         assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == 500_000.0
 
 
-def test_transformers_reads_the_same_qwen3_from_what_to_hf_writes() -> None:
+def test_transformers_reads_the_same_qwen3_from_config_to_hf() -> None:
     transformers = pytest.importorskip("transformers")
-    config = ModelConfig.from_hf(RAW)
-    theirs = transformers.Qwen3Config(**config.to_hf(orthrus=False))
+    config = config_from_hf(RAW)
+    theirs = transformers.Qwen3Config(**config_to_hf(config, orthrus=False))
     names = [field.name for field in dataclasses.fields(config)]
     same = [n for n in names if hasattr(theirs, n) and n not in ("dtype", "rope_theta")]
     assert {n: getattr(theirs, n) for n in same} == {n: getattr(config, n) for n in same}
@@ -242,34 +278,37 @@ def test_transformers_reads_the_same_qwen3_from_what_to_hf_writes() -> None:
 
 
 @pytest.mark.parametrize(("name", "heads"), [("head_dim", 8), ("num_key_value_heads", 64)])
-def test_a_key_left_out_means_what_transformers_takes_it_to_mean(name: str, heads: int) -> None:
+def test_missing_key_gets_the_default_of_transformers(name: str, heads: int) -> None:
     """A guess of another size is a silently different model; refusing the file is right too."""
     transformers = pytest.importorskip("transformers")
     raw = without(name) | {"num_attention_heads": heads, "hidden_size": 512}
     theirs = getattr(transformers.Qwen3Config(**raw), name)
     try:
-        ours = getattr(ModelConfig.from_hf(raw), name)
+        ours = getattr(config_from_hf(raw), name)
     except UserError as error:
         ours = theirs if f"lacks {name}" in str(error) else error
     assert ours == theirs
 
 
-def test_from_directory_reads_both_files_and_names_the_directory(tmp_path) -> None:
+def test_read_config_reads_both_files_and_names_the_directory(tmp_path) -> None:
     with pytest.raises(UserError, match=r"config\.json does not exist"):
-        ModelConfig.from_directory(tmp_path)
+        read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(RAW))
-    assert ModelConfig.from_directory(tmp_path).eos_token_ids == (7,)
+    assert read_config(tmp_path).config.eos_token_ids == (7,)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
-    assert ModelConfig.from_directory(str(tmp_path)).eos_token_ids == (7, 8)
+    assert read_config(str(tmp_path)).config.eos_token_ids == (7, 8)
+    assert not read_config(tmp_path).orthrus
+    (tmp_path / "config.json").write_text(json.dumps(ORTHRUS))
+    assert read_config(tmp_path).orthrus
     (tmp_path / "config.json").write_text(json.dumps(RAW | {"attention_bias": True}))
     with pytest.raises(UserError, match=f"{tmp_path.name}: .*attention_bias=True"):
-        ModelConfig.from_directory(tmp_path)
+        read_config(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "told"), [("[1]", "holds a list"), ("{", "cannot be read")])
-def test_read_json_refuses_what_is_not_an_object(tmp_path, text: str, told: str) -> None:
+@pytest.mark.parametrize(("text", "message"), [("[1]", "holds a list"), ("{", "cannot be read")])
+def test_read_json_refuses_all_but_an_object(tmp_path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_json(tmp_path / "config.json")
 
 
@@ -279,7 +318,7 @@ def test_presets_have_every_published_dimension(size: str) -> None:
     facts = read_json(FACTS)["models"][f"Qwen3-{size}"]
     preset = PRESETS[f"qwen3-{size.lower()}"]
     compared = set(facts) & {field.name for field in dataclasses.fields(preset)}
-    assert len(compared) == 11
+    assert len(compared) == 12
     assert {n: getattr(preset, n) for n in compared} == {n: facts[n] for n in compared}
     assert list(preset.eos_token_ids) == facts["generation_eos_token_ids"]
     assert preset.dtype == facts["torch_dtype"]
@@ -302,7 +341,7 @@ def test_every_published_size_has_a_preset() -> None:
 @pytest.mark.parametrize(("file", "size", "dtype"), CONFIG_FILES)
 def test_real_config_files_read_as_the_preset(file: str, size: str, dtype: str) -> None:
     expected = dataclasses.replace(PRESETS[f"qwen3-{size}"], eos_token_ids=(151_645,), dtype=dtype)
-    assert ModelConfig.from_hf(read_json(CONFIGS / file)) == expected
+    assert config_from_hf(read_json(CONFIGS / file)) == expected
 
 
 @needs_data
@@ -318,4 +357,4 @@ def test_no_real_config_file_is_left_untested() -> None:
 def test_real_generation_configs_give_the_eos_ids(model: str, ids: tuple[int, ...]) -> None:
     raw = read_json(CONFIGS / f"{model}.config.json")
     generation = read_json(CONFIGS / f"{model}.generation_config.json")
-    assert ModelConfig.from_hf(raw, generation).eos_token_ids == ids
+    assert config_from_hf(raw, generation).eos_token_ids == ids
