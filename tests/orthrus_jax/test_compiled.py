@@ -125,7 +125,7 @@ def test_a_copy_of_a_cache_would_be_found(groups: int) -> None:
 def test_projections_are_fenced_on_tpu_alone(
     loop: str, forwards: int, platform: str, fences: int
 ) -> None:
-    """What the fence is for: layers.fenced_on_tpu. No TPU compiler is needed to see it lowered."""
+    """What the fence is for: layers.barrier_on_tpu. No TPU compiler is needed to see it lowered."""
     config = tiny_config()
     model = Model(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
