@@ -10,7 +10,8 @@ from orthrus_jax.checkpoint.directory import read_json
 from orthrus_jax.checkpoint.hf_config import FAMILIES
 from orthrus_jax.config import PRESETS, QWEN3_MASK_TOKEN_ID, ModelConfig
 from orthrus_jax.errors import UserError
-from tests.helpers import DATA, tiny_config
+from tests.support.configs import tiny_config
+from tests.support.paths import DATA
 
 RAW = {
     "architectures": ["Qwen3ForCausalLM"],
