@@ -6,15 +6,16 @@ import pytest
 
 from orthrus_jax.errors import UserError
 from orthrus_jax.tokenizer import check_vocabulary, encode, encode_messages, load_tokenizer
-from tests.helpers import DATA, tiny_config
-from train.pretrain import train_tokenizer
+from tests.support.configs import tiny_config
+from tests.support.paths import DATA
+from tests.support.tokenizers import small_tokenizer
 
 VOCABULARY = 300
 
 
 @pytest.fixture
 def tokenizer():
-    return train_tokenizer(["a few words of text"], VOCABULARY)
+    return small_tokenizer(["a few words of text"], VOCABULARY)
 
 
 def refusal(function, *args, **options) -> str:
