@@ -1,7 +1,7 @@
 """Turn a Qwen3 into an Orthrus checkpoint, ready to be trained: `python -m orthrus_jax.convert`.
 
-The diffusion view of a Qwen3 starts as a copy of its attention; that of an Orthrus is kept, so the
-command also changes a checkpoint's dtype. What a checkpoint holds is decided in checkpoint.py.
+A Qwen3 gets a diffusion view that copies its attention; an Orthrus keeps its own, so the command
+also changes a checkpoint's dtype. Knows no tensors: checkpoint/ reads and writes them.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from orthrus_jax.errors import run_command
 
 
 def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
-    """Run the command; `argv` is the process's own by default.
+    """Run the command; without `argv`, with the process's own arguments.
 
     Raises:
       UserError: when the source cannot be loaded or the target cannot be written.
@@ -63,7 +63,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=pathlib.Path,
         help="where the Orthrus checkpoint goes",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: what the source's config says")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the source's")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the checkpoint that --to holds"
     )

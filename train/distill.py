@@ -28,7 +28,6 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from orthrus_jax import checkpoint, engine, sharding
-from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import SamplingParams
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import write_atomic
@@ -197,7 +196,7 @@ def model_identity(directory: pathlib.Path, dtype: str | None = None) -> dict[st
     Raises:
       UserError: when config.json is missing or refused.
     """
-    sizes = ModelConfig.from_directory(directory)
+    sizes = checkpoint.read_config(directory).config
     files = sorted(directory.glob("*.safetensors"))
     return {
         "weights": digest(files),

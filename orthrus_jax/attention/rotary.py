@@ -1,4 +1,7 @@
-"""Rotary position embedding: angles of positions, and heads rotated by them."""
+"""Rotary position embedding: angles of positions, and heads rotated by them.
+
+Knows no cache, no segment and no config.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,7 @@ Array = jax.Array
 
 
 def rope_cos_sin(positions: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Return cos and sin, float32[..., D/2], of the rotary embedding (arXiv 2104.09864)."""
+    """Return cos and sin, float32[..., D/2], of `positions` int32[...] (arXiv 2104.09864)."""
     frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)

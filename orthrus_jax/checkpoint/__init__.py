@@ -1,6 +1,7 @@
 """Checkpoints in and out: files to a parameter tree and back. Knows no decoding."""
 
-from orthrus_jax.checkpoint.directory import TOKENIZER_FILE, check_target, inside, resolve
+from orthrus_jax.checkpoint.directory import TOKENIZER_FILE, check_target, resolve
+from orthrus_jax.checkpoint.hf_config import config_from_hf, config_to_hf, read_config
 from orthrus_jax.checkpoint.reader import Checkpoint, load_checkpoint
 from orthrus_jax.checkpoint.tensors import tensor_specs
 from orthrus_jax.checkpoint.writer import save_checkpoint
@@ -9,8 +10,10 @@ __all__ = [
     "TOKENIZER_FILE",
     "Checkpoint",
     "check_target",
-    "inside",
+    "config_from_hf",
+    "config_to_hf",
     "load_checkpoint",
+    "read_config",
     "resolve",
     "save_checkpoint",
     "tensor_specs",

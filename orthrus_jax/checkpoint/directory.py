@@ -4,6 +4,7 @@ Reads no pickle and runs no code of others. Knows no tensors and no settings.
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -12,7 +13,6 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from orthrus_jax.config import read_json
 from orthrus_jax.errors import UserError
 
 SINGLE = "model.safetensors"
@@ -58,12 +58,31 @@ def resolve(source: str | pathlib.Path, revision: str | None = None) -> pathlib.
     )
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Read a JSON object from `path`.
+
+    Raises:
+      UserError: when the file is missing, is not JSON, or holds something other than an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist: expected a Hugging Face checkpoint there"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
 def weight_files(directory: pathlib.Path) -> list[str]:
-    """Name the files with weights. What is in them, their headers say; an index may be wrong."""
+    """Name the files with weights. Their headers list the tensors; an index may be wrong."""
     if (directory / SINGLE).exists():
         return [SINGLE]
     if (directory / INDEX).exists():
-        claims = read_json(inside(directory, INDEX)).get("weight_map")
+        claims = read_json(checked_path(directory, INDEX)).get("weight_map")
         if claims and isinstance(claims, dict) and {type(v) for v in claims.values()} == {str}:
             return sorted(set(claims.values()))
         raise UserError(f"{directory / INDEX} has no weight_map of tensor names to file names")
@@ -75,7 +94,7 @@ def weight_files(directory: pathlib.Path) -> list[str]:
     raise UserError(f"{directory} holds no {SINGLE} nor {INDEX}{hint if pickles else ''}")
 
 
-def inside(directory: pathlib.Path, name: str) -> pathlib.Path:
+def checked_path(directory: pathlib.Path, name: str) -> pathlib.Path:
     """Return the path of file `name` of a checkpoint, refusing one that lies elsewhere.
 
     `name` may come from a downloaded index, so it must be a bare file name. A link may point within

@@ -1,6 +1,6 @@
 """Read a checkpoint: a directory of config.json and safetensors becomes a config and a tree.
 
-Decides what a directory must hold to be a Qwen3 or an Orthrus. Knows nothing of training state.
+Decides which tensors a directory must hold. Knows no training state.
 """
 
 import contextlib
@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from orthrus_jax import sharding
-from orthrus_jax.checkpoint.directory import first_line, inside, resolve, weight_files
+from orthrus_jax.checkpoint.directory import checked_path, first_line, resolve, weight_files
+from orthrus_jax.checkpoint.hf_config import read_config
 from orthrus_jax.checkpoint.tensors import (
     FILE_DTYPES,
     TensorSpec,
@@ -25,7 +26,7 @@ from orthrus_jax.checkpoint.tensors import (
     tensor_specs,
     to_device,
 )
-from orthrus_jax.config import ModelConfig, read_json
+from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model.params import DIFFUSION, diffusion_from_base, merge
 from orthrus_jax.model.transformer import Params
@@ -39,10 +40,10 @@ class Checkpoint(NamedTuple):
     """A model in memory.
 
     Attributes:
-      config: its sizes; `dtype` is that of every leaf of `params`.
+      config: sizes and switches; every leaf of `params` has its `dtype`.
       params: the whole tree, frozen base and diffusion view merged.
-      trained: whether the diffusion view differs from a copy of the AR attention. False for a
-        Qwen3, and for an Orthrus that was converted but never trained: its drafts are useless.
+      trained: whether the diffusion view differs from a copy of the AR attention. False for a base
+        model, and for an Orthrus that was converted but never trained: its drafts are useless.
       directory: where the files lie, tokenizer files among them.
     """
 
@@ -59,33 +60,32 @@ def load_checkpoint(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Checkpoint:
-    """Load a Qwen3, its diffusion view then a copy of its attention, or an Orthrus.
+    """Load an Orthrus, or a base model, whose diffusion view is then a copy of its attention.
 
-    Files are memory-mapped and read tensor by tensor: beside the weights on the device, the host
-    holds one tensor and its cast. bfloat16, which numpy lacks, is read as the `ml_dtypes` type that
-    jax brings along: safetensors looks it up by name. No bits change unless the dtype does.
+    Files are memory-mapped and read tensor by tensor: the host holds one tensor and its cast, the
+    device the weights. bfloat16, which numpy lacks, is read as the `ml_dtypes` type that jax brings
+    along: safetensors looks it up by name. No bits change unless the dtype does.
 
     Args:
       source: a directory or a hub id, see `resolve`.
-      dtype: of the parameters; None takes what config.json says.
+      dtype: of the parameters; None takes the one in config.json.
       mesh: devices to share the parameters out over, each tensor straight to where it belongs.
       progress: show a bar on stderr, if that is a terminal.
 
     Raises:
-      UserError: for a source that cannot be had, a config.json that is refused, a damaged or
+      UserError: for a source that cannot be fetched, a config.json that is refused, a damaged or
         missing file; and once for all tensors that are missing, unexpected, or of a wrong shape
         or dtype.
     """
     directory = resolve(source)
-    config = ModelConfig.from_directory(directory)
+    config, orthrus = read_config(directory)
     if dtype is not None:
         config = dataclasses.replace(config, dtype=dtype)
     if mesh is not None:
         sharding.check_divides(config, mesh)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(directory, stack)
-        said = read_json(directory / "config.json").get("architectures") or []
-        orthrus = "OrthrusLM" in said or any("_diff." in name for name in tensors)
+        orthrus = orthrus or any("_diff." in name for name in tensors)
         specs = tensor_specs(config, diffusion=orthrus)
         _check_tensors(directory, config, specs, tensors)
         named = tqdm(specs.items(), "load", unit="tensor", disable=None if progress else True)
@@ -112,7 +112,7 @@ def _open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[
     """Map the weight files into memory; return, by tensor name, the file that holds it."""
     tensors: dict[str, Handle] = {}
     for file in weight_files(directory):
-        handle = stack.enter_context(_open_file(inside(directory, file)))
+        handle = stack.enter_context(_open_file(checked_path(directory, file)))
         for name in handle.keys():  # noqa: SIM118 (not a dict)
             if name in tensors:
                 raise UserError(f"{directory / file}: {name} is in another shard as well")
@@ -136,7 +136,7 @@ def _check_tensors(
     specs: dict[str, TensorSpec],
     tensors: dict[str, Handle],
 ) -> None:
-    """Compare what the files hold with what the config needs; raise once, for everything."""
+    """Compare the tensors in the files with those the config needs; raise once, for all."""
     unexpected = sorted(set(tensors) - set(specs))
     if config.tie_word_embeddings and HEAD in unexpected:
         unexpected.remove(HEAD)
@@ -156,9 +156,9 @@ def _check_tensors(
         "of wrong shape": sorted(wrong_shape),
         "of wrong dtype": sorted(wrong_dtype),
     }
-    told = [f"{len(names)} {kind}: {shorten(names)}" for kind, names in problems.items() if names]
-    if told:
-        raise UserError(f"{directory}: the tensors do not fit config.json; " + "; ".join(told))
+    listed = [f"{len(names)} {kind}: {shorten(names)}" for kind, names in problems.items() if names]
+    if listed:
+        raise UserError(f"{directory}: the tensors do not fit config.json; " + "; ".join(listed))
 
 
 def _is_copy(tensors: dict[str, Handle], *names: str) -> bool:

@@ -1,10 +1,12 @@
 """Tensors of a checkpoint: names and shapes, dtypes, and the way to a device and back.
 
-A path in the parameter tree and a name in a Hugging Face checkpoint are the same word list, spelled
-two ways:
+A path in the parameter tree and a name in a Hugging Face checkpoint list the same words:
 
   layers_3/self_attn/q_proj/kernel        model.layers.3.self_attn.q_proj.weight        (transposed)
+  layers_3/self_attn_diff/q_proj/bias     model.layers.3.self_attn.q_proj_diff.bias
   layers_3/self_attn_diff/q_norm/weight   model.layers.3.self_attn.q_norm_diff.weight
+
+Knows no files.
 """
 
 import re
@@ -28,7 +30,7 @@ SHOWN = 6  # tensors named per kind of problem; the rest are counted
 class TensorSpec(NamedTuple):
     """Where a checkpoint tensor lives in the parameter tree.
 
-    `shape` is that in the checkpoint; `transpose` says the tree keeps it as [in, out].
+    `shape` is the checkpoint's; with `transpose` the tree keeps it as [in, out].
     """
 
     path: tuple[str, ...]
@@ -37,7 +39,7 @@ class TensorSpec(NamedTuple):
 
 
 def tensor_specs(config: ModelConfig, *, diffusion: bool) -> dict[str, TensorSpec]:
-    """Return every tensor of a checkpoint by name: a Qwen3's, with `diffusion` an Orthrus's."""
+    """Return every tensor of a base model's checkpoint by name, with `diffusion` an Orthrus's."""
     return {
         checkpoint_name(path): TensorSpec(
             path, shape[::-1] if path[-1] == "kernel" else shape, path[-1] == "kernel"
@@ -55,7 +57,7 @@ def checkpoint_name(path: tuple[str, ...]) -> str:
     if DIFFUSION in names:
         names = [name.replace(DIFFUSION, "self_attn") for name in names]
         names[-1] += "_diff"
-    return ".".join(["model", *names, "weight"])
+    return ".".join(["model", *names, "bias" if path[-1] == "bias" else "weight"])
 
 
 def cast_on_host(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
@@ -83,15 +85,15 @@ def to_device(host: np.ndarray, spec: TensorSpec, mesh: Mesh | None) -> jax.Arra
 
 def to_host(leaf: jax.Array, spec: TensorSpec) -> np.ndarray:
     """Return a leaf as the checkpoint keeps it."""
-    # A jax.Array that was read keeps its host copy for life: read one that dies here instead.
+    # A jax.Array that was read keeps its host copy for life: read a temporary one instead.
     return np.ascontiguousarray(
         transpose_bits(leaf) if spec.transpose else jnp.array(leaf, copy=True)
     )
 
 
 def transpose_bits(x: jax.Array) -> jax.Array:
-    """x.T, its bits moved as integers: a compiler may pass floats through another type, which
-    changes NaNs. Not under `jit`, where XLA sees the floats behind them.
+    """Return x.T, moving its bits as integers: floats may pass through another type, which changes
+    NaNs. Not for use under `jit`, where XLA sees through to the floats.
     """
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").T
     return jax.lax.bitcast_convert_type(bits, x.dtype)

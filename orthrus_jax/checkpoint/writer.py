@@ -1,4 +1,7 @@
-"""Write a checkpoint: the published Orthrus layout, or a plain Qwen3's. Whole, or not at all."""
+"""Write a checkpoint, of an Orthrus or of a base model: a whole directory, or nothing.
+
+Decides the files and their order. Knows no training state.
+"""
 
 import dataclasses
 import json
@@ -18,9 +21,10 @@ from orthrus_jax.checkpoint.directory import (
     SINGLE,
     TOKENIZER_FILE,
     check_target,
-    inside,
+    checked_path,
     replacing,
 )
+from orthrus_jax.checkpoint.hf_config import config_to_hf
 from orthrus_jax.checkpoint.tensors import (
     FILE_DTYPES,
     TensorSpec,
@@ -47,7 +51,7 @@ def save_checkpoint(
     max_shard_bytes: int = 5_000_000_000,
     progress: bool = False,
 ) -> None:
-    """Write a checkpoint directory: the published Orthrus layout, or a plain Qwen3.
+    """Write a checkpoint directory: the published Orthrus layout, or a base model's.
 
     It is an Orthrus iff `params` holds the diffusion view. Everything is written to a hidden
     directory beside the target, which is renamed when complete: no failure leaves half a checkpoint
@@ -58,14 +62,15 @@ def save_checkpoint(
       config: written with the dtype the tensors have.
       params: the frozen tree, or both views merged.
       tokenizer: its `save_pretrained` writes the tokenizer files.
-      tokenizer_from: or they are copied from this checkpoint directory, those that it has.
-      dtype: of the tensors; None keeps that of the leaves, which must then be one.
+      tokenizer_from: or those present in this checkpoint directory are copied.
+      dtype: of the tensors; None keeps that of the leaves, which must then all have the same.
       overwrite: replace a checkpoint that is already there.
       max_shard_bytes: weights above this are cut into shards of at most this size, with an index.
       progress: show a bar on stderr, if that is a terminal.
 
     Raises:
-      UserError: when the target is taken, the disk is full, or the leaves differ in dtype.
+      UserError: when the target is taken, the disk is full, the leaves differ in dtype, or no
+        config.json describes the model.
       ValueError: when `params` is not a tree of `config`.
     """
     if tokenizer is not None and tokenizer_from is not None:
@@ -76,7 +81,7 @@ def save_checkpoint(
     config = dataclasses.replace(config, dtype=dtype or _common_dtype(leaves))
     itemsize = jnp.dtype(config.dtype).itemsize
     shards = _shards(leaves, itemsize, max_shard_bytes)
-    written = config.to_hf(orthrus=any(DIFFUSION in leaf.spec.path for leaf in leaves))
+    written = config_to_hf(config, orthrus=any(DIFFUSION in leaf.spec.path for leaf in leaves))
     eos = {"eos_token_id": written["eos_token_id"]}
     texts = {"config.json": written, "generation_config.json": eos}
     if list(shards) != [SINGLE]:
@@ -91,7 +96,7 @@ def save_checkpoint(
             tokenizer.save_pretrained(str(folder))
         for path in sorted(tokenizer_from.iterdir()) if tokenizer_from else ():
             if TOKENIZER_FILE.fullmatch(path.name):
-                shutil.copyfile(inside(path.parent, path.name), folder / path.name)
+                shutil.copyfile(checked_path(path.parent, path.name), folder / path.name)
         check_target(target, overwrite=overwrite)  # another run may have written it meanwhile
 
 
@@ -106,8 +111,8 @@ def _leaves(config: ModelConfig, params: Params) -> list[_Leaf]:
     flat = traverse_util.flatten_dict(params)
     specs = tensor_specs(config, diffusion=any(DIFFUSION in path for path in flat))
     needed = {s.path: s.shape[::-1] if s.transpose else s.shape for s in specs.values()}
-    found = {path: leaf.shape for path, leaf in flat.items()}
-    differ = sorted({"/".join(path) for path, _ in found.items() ^ needed.items()})
+    given = {path: leaf.shape for path, leaf in flat.items()}
+    differ = sorted({"/".join(path) for path, _ in given.items() ^ needed.items()})
     if differ:
         raise ValueError(f"params is not a tree of this config; they differ in {shorten(differ)}")
     return [_Leaf(name, flat[spec.path], spec) for name, spec in specs.items()]

@@ -1,7 +1,7 @@
-"""The parts of a Qwen3 layer as Flax Linen modules: norm, projections, SwiGLU.
+"""The parts of a decoder layer as Flax Linen modules: norm, projections, SwiGLU.
 
-They know nothing of caches, views or segments. Submodule names are those of the Hugging Face
-checkpoint, so that a parameter's path is its name there.
+The config's switches are honoured here. Knows no caches, views or segments. Submodules bear Hugging
+Face's names, so that a parameter's path is its name in a checkpoint.
 
 Shape letters, here and everywhere: B batch, T rows of a segment, S cache slots, H query heads, G kv
 heads, D head dim, K block size, A anchors (blocks), V vocabulary, E model width, F MLP width.
@@ -30,42 +30,47 @@ class RMSNorm(nn.Module):
         return weight.astype(x.dtype) * x32.astype(x.dtype)
 
 
-def fenced_on_tpu(x: Array) -> Array:
-    """x as it is, and for the TPU's compiler the end of the product that made it.
+def barrier_on_tpu(x: Array) -> Array:
+    """Identity; on TPU an optimisation barrier.
 
-    It would otherwise draw the split into heads into the product and want the weights transposed: a
-    second copy of them all, made before each decoding loop.
+    XLA would otherwise fuse the split into heads with the projection and transpose the weights: a
+    second copy of all of them, made before each decoding loop.
     """
-    fence = jax.lax.optimization_barrier
-    return jax.lax.platform_dependent(x, tpu=fence, default=lambda x: x)
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(x, tpu=barrier, default=lambda x: x)
 
 
 class AttentionProjections(nn.Module):
-    """One view's weights in one layer: q, k, v, o projections and the per-head q/k norms."""
+    """One view's weights in one layer: q, k, v, o projections, per-head q/k norms if `qk_norm`."""
 
     config: ModelConfig
 
     def setup(self) -> None:
         c = self.config
         heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = linear(c, heads)
-        self.k_proj = linear(c, kv_heads)
-        self.v_proj = linear(c, kv_heads)
+        self.q_proj = linear(c, heads, bias=c.attention_bias)
+        self.k_proj = linear(c, kv_heads, bias=c.attention_bias)
+        self.v_proj = linear(c, kv_heads, bias=c.attention_bias)
         self.o_proj = linear(c, c.hidden_size)
-        self.q_norm = RMSNorm(c.rms_norm_eps)
-        self.k_norm = RMSNorm(c.rms_norm_eps)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.rms_norm_eps)
+            self.k_norm = RMSNorm(c.rms_norm_eps)
 
     def qkv(
         self, x: Array, cos: Array, sin: Array, cached: bool = False
     ) -> tuple[Array, Array, Array]:
-        """x [B, T, E] -> normed, rotated q [B, T, H, D] and k [B, T, G, D], and v [B, T, G, D]."""
+        """x [B, T, E] -> rotated q [B, T, H, D] and k [B, T, G, D], and v [B, T, G, D].
+
+        `cos` and `sin` are [B, T, D/2]; `cached` says that the forward decodes over a cache.
+        """
         heads = (*x.shape[:2], -1, self.config.head_dim)
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if cached:
-            q, k, v = (fenced_on_tpu(x) for x in (q, k, v))
-        q = apply_rope(self.q_norm(q.reshape(heads)), cos, sin)
-        k = apply_rope(self.k_norm(k.reshape(heads)), cos, sin)
-        return q, k, v.reshape(heads)
+            q, k, v = (barrier_on_tpu(x) for x in (q, k, v))
+        q, k, v = (x.reshape(heads) for x in (q, k, v))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
     def out(self, attended: Array) -> Array:
         """[B, T, H, D] -> [B, T, E]."""
@@ -86,11 +91,14 @@ class SwiGLU(nn.Module):
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def linear(config: ModelConfig, features: int) -> nn.Dense:
-    """A projection without bias in the config's dtype, kernel [in, out], Qwen3's initial scale."""
+def linear(config: ModelConfig, features: int, *, bias: bool = False) -> nn.Dense:
+    """Make a projection to `features` in the config's dtype, its kernel [in, out].
+
+    Every projection is made here. Kernels start as N(0, 0.02), as Qwen's do, biases as zeros.
+    """
     return nn.Dense(
         features,
-        use_bias=False,
+        use_bias=bias,
         dtype=config.dtype,
         kernel_init=nn.initializers.normal(0.02),
     )

@@ -1,7 +1,7 @@
 """Parameter trees: the frozen base, the diffusion subtree, and the ways to make both.
 
-`split` and `merge` are the only place that says which parameters are trained. Names and shapes in
-files are checkpoint/tensors.py's.
+`split` and `merge` alone decide which parameters are trained. Knows no files: checkpoint/tensors.py
+has names and shapes there.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,8 +55,8 @@ def stack(
     """Join the layers' weights along a new first axis: what training scans over.
 
     {"layers_0": {"x": [..]}, "layers_1": ...} -> {"layers": {"x": [2, ..]}}. Works on either
-    subtree; arrays may be ShapeDtypeStructs of `jax.eval_shape`. `join` makes one array of a
-    weight's path in its layer and its leaves in all layers.
+    subtree; arrays may be ShapeDtypeStructs of `jax.eval_shape`. `join(path, leaves)` makes the
+    array of one weight from its path in a layer and its leaves in all layers.
     """
     layers = sorted((k for k in params if k.startswith("layers_")), key=lambda k: int(k[7:]))
     rest = {k: v for k, v in params.items() if k not in layers}

@@ -23,7 +23,7 @@ from eval.audit import Audit, Options
 from eval.lossless import audit, table
 from eval.reference import TokenStats, near_tie
 from orthrus_jax.attention import cache
-from orthrus_jax.config import ModelConfig
+from orthrus_jax.checkpoint import read_config
 from orthrus_jax.decoding import sampling, speculative
 from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.decoding.sampling import Proposal, Purpose
@@ -467,7 +467,7 @@ def test_command_audits_the_demo_base(tiny_base, prompts, tmp_path, capsys) -> N
     out = tmp_path / "out.json"
     lossless.main(arguments(tiny_base, prompts, "--dtype", "bfloat16", "--json", str(out)))
     text, result = capsys.readouterr().out, json.loads(out.read_text())
-    config = dataclasses.replace(ModelConfig.from_directory(tiny_base), dtype="bfloat16")
+    config = dataclasses.replace(read_config(tiny_base).config, dtype="bfloat16")
     assert text.endswith("\nPASS\n")
     assert result["failures"] == []
     assert result["dtype"] == "bfloat16"

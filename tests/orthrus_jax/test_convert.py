@@ -40,7 +40,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_a_qwen3_becomes_an_orthrus_whose_view_is_a_copy(base, tmp_path, capsys) -> None:
+def test_qwen3_becomes_an_orthrus_whose_view_is_a_copy(base, tmp_path, capsys) -> None:
     convert(base, tmp_path / "out")
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (raw["architectures"], raw["block_size"]) == (["OrthrusLM"], 32)
@@ -51,15 +51,15 @@ def test_a_qwen3_becomes_an_orthrus_whose_view_is_a_copy(base, tmp_path, capsys)
         assert same_bits(leaf, flat(TREE)[path.replace("self_attn_diff", "self_attn")]), path
     frozen, diffusion = (params_lib.count(part) for part in params_lib.split(TREE))
     size = (tmp_path / "out" / "model.safetensors").stat().st_size / 1e9
-    told = capsys.readouterr()
-    assert told.out == (
+    printed = capsys.readouterr()
+    assert printed.out == (
         f"wrote {tmp_path / 'out'}: {frozen:,} frozen parameters, {diffusion:,} in the diffusion "
         f"view (a copy of the AR attention, untrained), {size:.3g} GB, float32\n"
     )
-    assert told.err == ""
+    assert printed.err == ""
 
 
-def test_an_orthrus_keeps_its_trained_view_and_changes_dtype(tmp_path, capsys) -> None:
+def test_orthrus_keeps_its_trained_view_and_changes_dtype(tmp_path, capsys) -> None:
     save_checkpoint(tmp_path / "trained", CONFIG, TREE, dtype="bfloat16")
     convert(tmp_path / "trained", tmp_path / "out", "--dtype", "float32")
     assert "(as it was)" in capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_an_orthrus_keeps_its_trained_view_and_changes_dtype(tmp_path, capsys) -
         assert same_bits(leaf, flat(source.params)[path]), path
 
 
-def test_a_checkpoint_can_be_converted_in_place(base: pathlib.Path) -> None:
+def test_checkpoint_can_be_converted_in_place(base: pathlib.Path) -> None:
     (base / "merges.txt").write_text("a b")
     with pytest.raises(UserError, match="is not empty"):
         convert(base, base)
@@ -81,13 +81,13 @@ def test_a_checkpoint_can_be_converted_in_place(base: pathlib.Path) -> None:
     assert list(base.parent.iterdir()) == [base]
 
 
-def test_a_taken_target_is_refused_before_anything_is_loaded(base, tmp_path, monkeypatch) -> None:
+def test_taken_target_is_refused_before_anything_is_loaded(base, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("orthrus_jax.checkpoint.load_checkpoint", None)
     with pytest.raises(UserError, match="is not empty"):
         convert(base, base)
 
 
-def test_the_real_tokenizer_comes_along(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_tokenizer_files_are_copied(base: pathlib.Path, tmp_path: pathlib.Path) -> None:
     if not (DATA / "qwen3_tokenizer").is_dir():
         pytest.skip("no shared data here")
     for path in (DATA / "qwen3_tokenizer").iterdir():
@@ -97,7 +97,7 @@ def test_the_real_tokenizer_comes_along(base: pathlib.Path, tmp_path: pathlib.Pa
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_bad_source_ends_in_one_line_and_status_2(tmp_path: pathlib.Path) -> None:
+def test_bad_source_ends_in_one_line_and_status_2(tmp_path: pathlib.Path) -> None:
     done = command("--from", str(tmp_path), "--to", str(tmp_path / "out"))
     assert done.returncode == 2
     assert done.stdout == ""

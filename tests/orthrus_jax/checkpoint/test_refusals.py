@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be loaded: each is told in one line that names the file."""
+"""Checkpoints that cannot be loaded: one line names the file."""
 
 import json
 import pathlib
@@ -69,7 +69,7 @@ def first_shard(directory: pathlib.Path) -> pathlib.Path:
 # The tensors
 
 
-def test_everything_wrong_with_the_tensors_is_one_error(single: pathlib.Path) -> None:
+def test_all_that_is_wrong_with_the_tensors_is_one_error(single: pathlib.Path) -> None:
     change(
         single,
         **{
@@ -94,7 +94,7 @@ def test_everything_wrong_with_the_tensors_is_one_error(single: pathlib.Path) ->
     )
 
 
-def test_a_long_list_is_cut_and_counted(single: pathlib.Path) -> None:
+def test_long_list_is_cut_and_counted(single: pathlib.Path) -> None:
     raw = json.loads((single / "config.json").read_text())
     (single / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 4}))
     message = refusal(single)
@@ -104,7 +104,7 @@ def test_a_long_list_is_cut_and_counted(single: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["architecture", "one_tensor"])
-def test_an_orthrus_needs_its_whole_diffusion_view(single: pathlib.Path, kind: str) -> None:
+def test_orthrus_needs_its_whole_diffusion_view(single: pathlib.Path, kind: str) -> None:
     if kind == "architecture":
         raw = json.loads((single / "config.json").read_text())
         (single / "config.json").write_text(json.dumps(raw | {"architectures": ["OrthrusLM"]}))
@@ -114,7 +114,7 @@ def test_an_orthrus_needs_its_whole_diffusion_view(single: pathlib.Path, kind: s
         assert "11 missing: model.layers.0.self_attn.k_norm_diff.weight, " in refusal(single)
 
 
-def test_a_head_beside_tied_embeddings_must_be_their_copy(single: pathlib.Path) -> None:
+def test_head_of_tied_embeddings_must_be_their_copy(single: pathlib.Path) -> None:
     head = load_file(single / WEIGHTS)["model.embed_tokens.weight"].copy()
     change(single, **{"lm_head.weight": head})
     loaded = load_checkpoint(single)
@@ -131,7 +131,7 @@ def test_a_head_beside_tied_embeddings_must_be_their_copy(single: pathlib.Path) 
     assert "1 missing: model.embed_tokens.weight; 1 unexpected: lm_head.weight" in refusal(single)
 
 
-def test_a_large_head_is_compared_to_its_last_row(tmp_path: pathlib.Path) -> None:
+def test_large_head_is_compared_to_its_last_row(tmp_path: pathlib.Path) -> None:
     config = tiny_config(vocab_size=4100)
     save_checkpoint(tmp_path / "q", config, params_lib.split(random_params(config, 1))[0])
     head = load_file(tmp_path / "q" / WEIGHTS)["model.embed_tokens.weight"].copy()
@@ -157,7 +157,7 @@ def test_a_large_head_is_compared_to_its_last_row(tmp_path: pathlib.Path) -> Non
     ],
     ids=["one_byte_short", "short", "empty", "noise", "bad_header", "lfs_pointer"],
 )
-def test_a_damaged_file_is_named(single: pathlib.Path, damage) -> None:
+def test_damaged_file_is_named(single: pathlib.Path, damage) -> None:
     path = single / WEIGHTS
     path.write_bytes(damage(path.read_bytes()))
     message = refusal(single)
@@ -165,7 +165,7 @@ def test_a_damaged_file_is_named(single: pathlib.Path, damage) -> None:
     assert "Git LFS pointer" in message
 
 
-def test_an_absent_shard_is_named(sharded: pathlib.Path) -> None:
+def test_missing_shard_is_named(sharded: pathlib.Path) -> None:
     shard = first_shard(sharded)
     shard.unlink()
     assert f"{shard} does not exist" in refusal(sharded)
@@ -175,7 +175,7 @@ def test_an_absent_shard_is_named(sharded: pathlib.Path) -> None:
     "name",
     ["../x.safetensors", "sub/x.safetensors", "..", "", "\\x.safetensors", "x\0y", "a" * 5000],
 )
-def test_an_index_may_not_name_a_path(sharded: pathlib.Path, name: str) -> None:
+def test_index_may_not_name_a_path(sharded: pathlib.Path, name: str) -> None:
     shard = first_shard(sharded)
     (sharded / "sub").mkdir()
     for place in (sharded / "sub", sharded.parent):
@@ -184,7 +184,7 @@ def test_an_index_may_not_name_a_path(sharded: pathlib.Path, name: str) -> None:
     assert "expected a name without a folder" in refusal(sharded)
 
 
-def test_an_index_may_not_name_an_absolute_path(sharded: pathlib.Path) -> None:
+def test_index_may_not_name_an_absolute_path(sharded: pathlib.Path) -> None:
     shard = first_shard(sharded)
     outside = sharded.parent / "x.safetensors"
     shutil.move(shard, outside)
@@ -192,7 +192,7 @@ def test_an_index_may_not_name_an_absolute_path(sharded: pathlib.Path) -> None:
     assert "expected a name without a folder" in refusal(sharded)
 
 
-def test_a_link_out_of_the_directory_is_refused_and_one_within_is_read(
+def test_link_out_of_the_directory_is_refused_and_one_within_is_read(
     sharded: pathlib.Path,
 ) -> None:
     shard = first_shard(sharded)
@@ -206,14 +206,14 @@ def test_a_link_out_of_the_directory_is_refused_and_one_within_is_read(
     assert f"{shard} is a link to {sharded.parent / 'store' / 'weights'}" in refusal(sharded)
 
 
-def test_a_loop_of_links_is_refused(sharded: pathlib.Path) -> None:
+def test_loop_of_links_is_refused(sharded: pathlib.Path) -> None:
     shard = first_shard(sharded)
     shard.unlink()
     shard.symlink_to(shard.name)
     assert f"{shard} does not exist or is no file" in refusal(sharded)
 
 
-def test_a_hub_snapshot_is_links_to_its_own_blobs(single: pathlib.Path) -> None:
+def test_hub_snapshot_may_link_to_its_own_blobs_only(single: pathlib.Path) -> None:
     repo = single.parent / "hub" / "models--owner--name"
     snapshot, blobs = repo / "snapshots" / "abc", repo / "blobs"
     snapshot.mkdir(parents=True)
@@ -227,26 +227,26 @@ def test_a_hub_snapshot_is_links_to_its_own_blobs(single: pathlib.Path) -> None:
     assert "outside its checkpoint" in refusal(snapshot)
 
 
-def test_a_tensor_in_two_shards_is_refused(sharded: pathlib.Path) -> None:
+def test_tensor_in_two_shards_is_refused(sharded: pathlib.Path) -> None:
     first, second, *_ = sorted(sharded.glob("*.safetensors"))
     shutil.copy(first, second)
     assert f"{second}: model." in refusal(sharded)
 
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
-def test_an_index_without_a_map_is_named(sharded: pathlib.Path, index: str) -> None:
+def test_index_without_a_map_is_named(sharded: pathlib.Path, index: str) -> None:
     (sharded / INDEX).write_text(index)
     assert f"{sharded / INDEX} has no weight_map" in refusal(sharded)
 
 
-def test_a_pickle_is_not_read(single: pathlib.Path) -> None:
+def test_pickle_is_not_read(single: pathlib.Path) -> None:
     (single / WEIGHTS).rename(single / "pytorch_model.bin")
     message = refusal(single)
     assert "is a pickle, which can run code, and is not read" in message
     assert "save_pretrained" in message
 
 
-def test_a_directory_without_weights_or_config_is_named(single: pathlib.Path) -> None:
+def test_directory_without_weights_or_config_is_named(single: pathlib.Path) -> None:
     (single / WEIGHTS).unlink()
     assert refusal(single) == f"{single} holds no {WEIGHTS} nor {INDEX}"
     (single / "config.json").unlink()
@@ -257,7 +257,9 @@ def test_a_directory_without_weights_or_config_is_named(single: pathlib.Path) ->
 
 
 @pytest.mark.parametrize("source", ["nowhere", "./no/where", "a/b/c", "", "owner/"])
-def test_neither_a_directory_nor_an_id(tmp_path, monkeypatch, source: str) -> None:
+def test_source_that_is_neither_directory_nor_id_is_refused(
+    tmp_path, monkeypatch, source: str
+) -> None:
     monkeypatch.chdir(tmp_path / "..")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # must not be asked
     if source == "":
@@ -267,11 +269,11 @@ def test_neither_a_directory_nor_an_id(tmp_path, monkeypatch, source: str) -> No
     assert "give a checkpoint directory, or a hub id owner/name" in message
 
 
-def test_a_file_is_not_a_source(single: pathlib.Path) -> None:
+def test_file_is_not_a_source(single: pathlib.Path) -> None:
     assert "no such directory" in refusal(single / WEIGHTS)
 
 
-def test_a_hub_id_is_fetched_without_pickles_and_code(single: pathlib.Path, monkeypatch) -> None:
+def test_hub_id_is_fetched_without_pickles_and_code(single: pathlib.Path, monkeypatch) -> None:
     calls = []
 
     def fetch(repo: str, **options) -> str:
@@ -294,7 +296,7 @@ def test_a_hub_id_is_fetched_without_pickles_and_code(single: pathlib.Path, monk
 
 
 @pytest.mark.parametrize("error", [OSError("offline\nsecond line"), ValueError(), KeyError("x")])
-def test_a_failed_download_names_both_ways_out(monkeypatch, error: Exception) -> None:
+def test_failed_download_names_both_remedies(monkeypatch, error: Exception) -> None:
     def fetch(*args, **options):
         raise error
 
@@ -305,7 +307,7 @@ def test_a_failed_download_names_both_ways_out(monkeypatch, error: Exception) ->
     assert (str(error) or "ValueError").splitlines()[0] in message
 
 
-def test_a_revision_of_a_directory_is_refused(single: pathlib.Path) -> None:
+def test_revision_of_a_directory_is_refused(single: pathlib.Path) -> None:
     assert resolve(single) == single
     with pytest.raises(UserError, match="a revision \\(v1\\) needs a hub id"):
         resolve(single, "v1")

@@ -1,6 +1,6 @@
-"""Checkpoints that are right: byte-exact round trips, dtypes, shards, and transformers both ways.
+"""Sound checkpoints: byte-exact round trips, dtypes, shards, and transformers both ways.
 
-Files the tests read are written by the safetensors library, and what we write is read with it.
+The safetensors library writes the files that the tests load, and reads those that we save.
 """
 
 import json
@@ -16,7 +16,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from orthrus_jax.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, tensor_specs
+from orthrus_jax.checkpoint import (
+    Checkpoint,
+    config_to_hf,
+    load_checkpoint,
+    save_checkpoint,
+    tensor_specs,
+)
 from orthrus_jax.config import DTYPES, ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, ar_segment
@@ -46,7 +52,7 @@ def write(
     """A checkpoint directory by the library's own writer."""
     directory.mkdir()
     orthrus = any("_diff" in name for name in tensors)
-    (directory / "config.json").write_text(json.dumps(config.to_hf(orthrus=orthrus)))
+    (directory / "config.json").write_text(json.dumps(config_to_hf(config, orthrus=orthrus)))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -117,7 +123,7 @@ def test_every_bit_pattern_survives_transposed_or_not(tmp_path: pathlib.Path, dt
     assert contents(tmp_path / "copy") == contents(source)
 
 
-def test_names_are_the_published_ones(tmp_path: pathlib.Path) -> None:
+def test_saved_tensors_have_the_published_names(tmp_path: pathlib.Path) -> None:
     save_checkpoint(tmp_path / "out", UNTIED, random_params(UNTIED, 1))
     linear = [f"{name}_proj" for name in "qkvo"]
     attention = [*linear, "q_norm", "k_norm"]
@@ -140,7 +146,7 @@ def test_names_are_the_published_ones(tmp_path: pathlib.Path) -> None:
     assert read(tmp_path / "out" / "generation_config.json") == {"eos_token_id": [7, 9]}
 
 
-def test_shards_stay_below_the_limit_and_the_index_says_what_is_where(
+def test_shards_stay_below_the_limit_and_the_index_lists_their_tensors(
     tmp_path: pathlib.Path,
 ) -> None:
     limit = 20_000
@@ -159,13 +165,13 @@ def test_shards_stay_below_the_limit_and_the_index_says_what_is_where(
             assert header_end % 8 == 0, "tensor data is not aligned"
 
 
-def test_a_tensor_above_the_limit_gets_a_shard_of_its_own(tmp_path: pathlib.Path) -> None:
+def test_tensor_above_the_limit_gets_a_shard_of_its_own(tmp_path: pathlib.Path) -> None:
     save_checkpoint(tmp_path / "out", TIED, random_params(TIED, 1), max_shard_bytes=1)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(contents(tmp_path / "out"))
     assert len(load_checkpoint(tmp_path / "out").params) == len(random_params(TIED, 1))
 
 
-def test_a_dtype_is_cast_to_nearest_and_config_json_says_so(tmp_path: pathlib.Path) -> None:
+def test_dtype_is_cast_to_nearest_and_written_to_config_json(tmp_path: pathlib.Path) -> None:
     tree = random_params(TIED, 1)
     save_checkpoint(tmp_path / "out", TIED, tree, dtype="bfloat16")
     assert read(tmp_path / "out" / "config.json")["dtype"] == "bfloat16"
@@ -186,7 +192,7 @@ def test_files_of_another_dtype_are_cast_to_that_of_the_config(tmp_path: pathlib
     assert same_bits(loaded.params["norm"]["weight"], norm.astype(np.float32))
 
 
-def test_config_json_follows_the_leaves_where_the_config_differs(tmp_path: pathlib.Path) -> None:
+def test_config_json_has_the_dtype_of_the_leaves(tmp_path: pathlib.Path) -> None:
     save_checkpoint(tmp_path / "out", tiny_config(dtype="bfloat16"), random_params(TIED, 1))
     assert read(tmp_path / "out" / "config.json")["dtype"] == "float32"
     assert {dtype for dtype, _, _ in contents(tmp_path / "out").values()} == {"F32"}
@@ -213,7 +219,7 @@ def test_weights_too_large_for_float16_are_refused_both_ways(tmp_path: pathlib.P
         load_checkpoint(tmp_path / "out", dtype="float16")
 
 
-def test_a_tree_of_another_config_is_a_bug_told_by_path(tmp_path: pathlib.Path) -> None:
+def test_tree_of_another_config_is_a_bug_that_names_the_path(tmp_path: pathlib.Path) -> None:
     tree = random_params(TIED, 1)
     with pytest.raises(ValueError, match="lm_head/kernel") as raised:
         save_checkpoint(tmp_path / "out", UNTIED, tree)
@@ -223,7 +229,7 @@ def test_a_tree_of_another_config_is_a_bug_told_by_path(tmp_path: pathlib.Path) 
         save_checkpoint(tmp_path / "out", TIED, part)
 
 
-def test_a_qwen3_gets_a_diffusion_view_that_is_a_copy(tmp_path: pathlib.Path) -> None:
+def test_qwen3_gets_a_diffusion_view_that_is_a_copy(tmp_path: pathlib.Path) -> None:
     loaded = load_checkpoint(write(tmp_path / "q", TIED, random_tensors(TIED, diffusion=False)))
     assert not loaded.trained
     assert loaded.directory == tmp_path / "q"
@@ -283,7 +289,7 @@ def test_one_tensor_at_a_time_is_on_the_host(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("shard", ["1GB", "20KB"], ids=["single", "sharded"])
-def test_a_qwen3_saved_by_transformers_gives_its_logits(
+def test_qwen3_saved_by_transformers_gives_its_logits(
     tmp_path: pathlib.Path, tied: bool, shard: str
 ) -> None:
     torch = pytest.importorskip("torch")
@@ -292,7 +298,7 @@ def test_a_qwen3_saved_by_transformers_gives_its_logits(
     torch.manual_seed(0)
     torch.set_num_threads(1)
     config = tiny_config(tie_word_embeddings=tied, eos_token_ids=(7, 9))
-    hf = Qwen3Config(**config.to_hf(orthrus=False), initializer_range=0.3)
+    hf = Qwen3Config(**config_to_hf(config, orthrus=False), initializer_range=0.3)
     theirs = Qwen3ForCausalLM(hf).to(torch.float32).eval()
     theirs.save_pretrained(tmp_path / "hf", max_shard_size=shard)
     assert (tmp_path / "hf" / "model.safetensors").exists() == (shard == "1GB")

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: whole or not at all, over what it may replace, and what goes with it."""
+"""Writing a checkpoint: whole or not at all, which targets it may replace, tokenizer files."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def state(directory: pathlib.Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=repr
 )
-def test_a_failure_leaves_things_as_they_were(
+def test_failed_save_changes_nothing(
     tmp_path: pathlib.Path, monkeypatch, taken: bool, error: BaseException
 ) -> None:
     target = tmp_path / "out"
@@ -65,7 +65,7 @@ def test_a_failure_leaves_things_as_they_were(
     assert not taken or state(target) == before
 
 
-def test_a_failed_exchange_puts_the_old_checkpoint_back(tmp_path, monkeypatch) -> None:
+def test_failed_exchange_puts_the_old_checkpoint_back(tmp_path, monkeypatch) -> None:
     target = tmp_path / "out"
     save_checkpoint(target, CONFIG, BASE)
     before = state(target)
@@ -83,7 +83,7 @@ def test_a_failed_exchange_puts_the_old_checkpoint_back(tmp_path, monkeypatch) -
     assert state(target) == before
 
 
-def test_a_target_is_replaced_only_when_asked(tmp_path: pathlib.Path) -> None:
+def test_target_is_replaced_only_with_overwrite(tmp_path: pathlib.Path) -> None:
     target = tmp_path / "deep" / "out"
     save_checkpoint(target, CONFIG, BASE)  # makes its parents
     before = state(target)
@@ -97,7 +97,7 @@ def test_a_target_is_replaced_only_when_asked(tmp_path: pathlib.Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
-def test_an_empty_directory_is_taken_and_a_link_kept(tmp_path: pathlib.Path) -> None:
+def test_empty_directory_is_used_and_a_link_kept(tmp_path: pathlib.Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     save_checkpoint(tmp_path / "link", CONFIG, BASE)
@@ -107,7 +107,7 @@ def test_an_empty_directory_is_taken_and_a_link_kept(tmp_path: pathlib.Path) -> 
     assert load_checkpoint(tmp_path / "real").trained
 
 
-def test_what_is_no_checkpoint_is_never_overwritten(tmp_path: pathlib.Path) -> None:
+def test_other_files_than_a_checkpoint_are_never_overwritten(tmp_path: pathlib.Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="holds no checkpoint"):
         save_checkpoint(tmp_path, CONFIG, BASE, overwrite=True)
@@ -118,11 +118,11 @@ def test_what_is_no_checkpoint_is_never_overwritten(tmp_path: pathlib.Path) -> N
     assert state(tmp_path) == {"thesis.tex": b"years of work"}
 
 
-def test_a_checkpoint_that_appears_meanwhile_is_kept(tmp_path: pathlib.Path) -> None:
+def test_checkpoint_that_appears_meanwhile_is_kept(tmp_path: pathlib.Path) -> None:
     target = tmp_path / "out"
 
     class Rival:
-        """A tokenizer in whose place another run finishes first."""
+        """A tokenizer that lets another run finish first."""
 
         def save_pretrained(self, folder: str) -> None:
             target.mkdir()
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_appears_meanwhile_is_kept(tmp_path: pathlib.Path) -> 
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_tokenizer_files_are_copied_but_not_what_a_link_points_to(
+def test_tokenizer_files_are_copied_but_not_the_target_of_a_link(
     single: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     for name in ("tokenizer.json", "merges.txt", "chat_template.jinja", "modeling.py", "notes.txt"):
@@ -150,13 +150,13 @@ def test_tokenizer_files_are_copied_but_not_what_a_link_points_to(
     assert not (tmp_path / "leak").exists()
 
 
-def test_one_tokenizer_at_most(single: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_two_tokenizers_are_refused(single: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="not both"):
         save_checkpoint(tmp_path / "o", CONFIG, BASE, tokenizer=object(), tokenizer_from=single)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float64", "fp16"])
-def test_a_dtype_that_no_checkpoint_has_is_refused(single: pathlib.Path, dtype: str) -> None:
+def test_dtype_that_no_checkpoint_has_is_refused(single: pathlib.Path, dtype: str) -> None:
     with pytest.raises(UserError, match=f"dtype='{dtype}' is not one of"):
         load_checkpoint(single, dtype=dtype)
     with pytest.raises(UserError, match=f"dtype='{dtype}' is not one of"):

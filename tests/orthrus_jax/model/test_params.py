@@ -1,4 +1,4 @@
-"""Which parameters are trained, what they start as, and what a checkpoint calls them."""
+"""The trained parameters, their initial values, and their names in a checkpoint."""
 
 import math
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from orthrus_jax.checkpoint import tensor_specs
 from orthrus_jax.config import PRESETS
@@ -16,12 +17,29 @@ from tests.support.configs import tiny_config
 from tests.support.weights import random_params
 
 TIED, UNTIED = tiny_config(), tiny_config(tie_word_embeddings=False)
+BIASED = tiny_config(qk_norm=False, attention_bias=True)  # the switches of a Qwen2
+CONFIGS = {"tied": TIED, "untied": UNTIED, "biased": BIASED}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
-@pytest.fixture(scope="module", params=[TIED, UNTIED], ids=["tied", "untied"])
-def whole(request) -> dict:
-    return params_lib.init(Model(request.param), jax.random.key(0))
+def attention_leaves(config) -> set[tuple[str, str]]:
+    """Module and leaf of every parameter of one attention view in one layer."""
+    leaves = {(name, "kernel") for name in ATTENTION if name.endswith("proj")}
+    if config.attention_bias:
+        leaves |= {(f"{name}_proj", "bias") for name in "qkv"}
+    if config.qk_norm:
+        leaves |= {("q_norm", "weight"), ("k_norm", "weight")}
+    return leaves
+
+
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
+def config(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def whole(config) -> dict:
+    return params_lib.init(Model(config), jax.random.key(0))
 
 
 def test_split_is_a_partition_and_merge_its_inverse(whole: dict) -> None:
@@ -35,17 +53,36 @@ def test_split_is_a_partition_and_merge_its_inverse(whole: dict) -> None:
     assert params_lib.count(frozen) + params_lib.count(diffusion) == params_lib.count(whole)
 
 
-def test_the_trained_subtree_is_the_diffusion_attention_of_every_layer(whole: dict) -> None:
+def test_trained_subtree_is_the_diffusion_attention_of_every_layer(whole: dict, config) -> None:
     _, diffusion = params_lib.split(whole)
-    leaf = {name: "weight" if name.endswith("norm") else "kernel" for name in ATTENTION}
     assert set(flat(diffusion)) == {
-        f"layers_{layer}/self_attn_diff/{name}/{leaf[name]}"
-        for layer in range(TIED.num_hidden_layers)
-        for name in ATTENTION
+        f"layers_{layer}/self_attn_diff/{module}/{leaf}"
+        for layer in range(config.num_hidden_layers)
+        for module, leaf in attention_leaves(config)
     }
 
 
-def test_the_diffusion_subtree_starts_as_a_bit_copy_in_buffers_of_its_own(whole: dict) -> None:
+def test_stack_and_unstack_are_inverse(whole: dict, config) -> None:
+    for part in params_lib.split(whole):
+        stacked = params_lib.stack(part)
+        for path, leaf in flat(stacked["layers"]).items():
+            assert leaf.shape == (config.num_hidden_layers, *flat(part["layers_0"])[path].shape)
+        again = flat(params_lib.unstack(stacked))
+        assert set(again) == set(flat(part))
+        assert all(same_bits(again[path], leaf) for path, leaf in flat(part).items())
+
+
+def test_a_frozen_module_of_the_diffusion_view_stays_whole() -> None:
+    whole = random_params(BIASED, 3)
+    frozen, diffusion = params_lib.split(whole, freeze=["q_proj"])
+    moved = {path for path in flat(frozen) if "self_attn_diff" in path}
+    assert moved == {
+        f"layers_{i}/self_attn_diff/q_proj/{x}" for i in (0, 1) for x in ("kernel", "bias")
+    }
+    assert not moved & set(flat(diffusion))
+
+
+def test_diffusion_subtree_starts_as_a_bit_copy_in_buffers_of_its_own(whole: dict) -> None:
     frozen, diffusion = params_lib.split(whole)
     base = flat(frozen)
     for path, leaf in flat(diffusion).items():
@@ -56,29 +93,32 @@ def test_the_diffusion_subtree_starts_as_a_bit_copy_in_buffers_of_its_own(whole:
         assert leaf.unsafe_buffer_pointer() != source.unsafe_buffer_pointer(), path
 
 
-def test_fresh_weights_are_random_where_they_are_matrices(whole: dict) -> None:
+def test_fresh_matrices_are_random_norms_one_and_biases_zero(whole: dict) -> None:
     for path, leaf in flat(whole).items():
         value = np.asarray(leaf)
         if path.endswith("weight"):
             assert (value == 1).all(), path
+        elif path.endswith("bias"):
+            assert (value == 0).all(), path
         else:
             assert 0.015 < value.std() < 0.025, path
 
 
-def test_a_copied_view_with_a_block_of_one_row_is_the_ar_view() -> None:
-    """A block that is one row sees what an AR row sees: the rows before it, and itself."""
-    model, params = Model(TIED), random_params(TIED, 3, copy=True)
+@pytest.mark.parametrize("config", [TIED, BIASED], ids=["tied", "biased"])
+def test_copied_view_with_blocks_of_one_row_is_the_ar_view(config) -> None:
+    """A block of one row sees the same as an AR row: the rows before it, and itself."""
+    model, params = Model(config), random_params(config, 3, copy=True)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 9)), jnp.int32)
     clean = ar_segment(tokens, jnp.zeros(2, jnp.int32))
     blocks = Segment(tokens, clean.positions, View.DIFFUSION, block=1)
     (ar, diffusion), _ = model.forward(params, [clean, blocks], None)
     assert relative_error(diffusion, ar) < 2e-5
-    (_, other), _ = model.forward(random_params(TIED, 3), [clean, blocks], None)
+    (_, other), _ = model.forward(random_params(config, 3), [clean, blocks], None)
     assert relative_error(other, ar) > 0.1  # weights of its own: the views do differ
 
 
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
-def test_checkpoint_names_are_the_published_ones(config) -> None:
+def test_tensor_specs_have_the_published_names(config) -> None:
     layer = [
         "input_layernorm",
         "post_attention_layernorm",
@@ -118,8 +158,43 @@ def test_tensor_specs_give_the_checkpoint_shape_and_the_place_in_the_tree() -> N
         assert spec.transpose == (spec.path[-1] == "kernel")
 
 
-def test_shapes_are_those_of_the_initialised_tree(whole: dict) -> None:
-    config = UNTIED if "lm_head" in whole else TIED
+def test_switches_change_their_own_tensors_alone() -> None:
+    """A bias is named like its module: `q_proj.bias`, in the diffusion view `q_proj_diff.bias`."""
+    heads, groups = 4 * 16, 2 * 16
+    plain, biased, bare = (
+        {name: spec.shape for name, spec in tensor_specs(config, diffusion=True).items()}
+        for config in (TIED, tiny_config(attention_bias=True), tiny_config(qk_norm=False))
+    )
+    attention = [f"model.layers.{i}.self_attn." for i in range(2)]
+    assert biased == plain | {
+        f"{prefix}{name}_proj{view}.bias": (size,)
+        for prefix in attention
+        for view in ("", "_diff")
+        for name, size in {"q": heads, "k": groups, "v": groups}.items()
+    }
+    norms = {f"{a}{n}_norm{view}.weight" for a in attention for n in "qk" for view in ("", "_diff")}
+    assert bare == {name: shape for name, shape in plain.items() if name not in norms}
+    specs = tensor_specs(tiny_config(attention_bias=True), diffusion=True)
+    spec = specs["model.layers.1.self_attn.k_proj_diff.bias"]
+    assert spec.path == ("layers_1", "self_attn_diff", "k_proj", "bias")
+    assert not spec.transpose
+
+
+@pytest.mark.parametrize("switch", [{"attention_bias": True}, {"qk_norm": False}], ids=str)
+def test_each_switch_changes_the_forward(switch: dict) -> None:
+    """With equal weights wherever both models have them."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (1, 9)), jnp.int32)
+    clean = ar_segment(tokens, jnp.zeros(1, jnp.int32))
+    config = tiny_config(**switch)
+    ours, plain = flat(random_params(config, 3)), flat(random_params(TIED, 3))
+    (hidden,), _ = Model(config).forward(random_params(config, 3), [clean], None)
+    shared = {path: ours.get(path, leaf) for path, leaf in plain.items()}
+    tree = traverse_util.unflatten_dict(shared, sep="/")
+    (other,), _ = Model(TIED).forward(tree, [clean], None)
+    assert relative_error(other, hidden) > 0.01
+
+
+def test_shapes_are_those_of_the_initialised_tree(whole: dict, config) -> None:
     shapes = {"/".join(path): shape for path, shape in params_lib.shapes(config).items()}
     assert shapes == {path: leaf.shape for path, leaf in flat(whole).items()}
 
@@ -128,7 +203,7 @@ def test_shapes_are_those_of_the_initialised_tree(whole: dict) -> None:
     ("preset", "percent"),
     [("qwen3-0.6b", 22.8), ("qwen3-1.7b", 17.0), ("qwen3-4b", 19.0), ("qwen3-8b", 15.6)],
 )
-def test_the_trainable_share_is_the_published_one(preset: str, percent: float) -> None:
+def test_trainable_share_is_the_published_one(preset: str, percent: float) -> None:
     sizes = {path: math.prod(shape) for path, shape in params_lib.shapes(PRESETS[preset]).items()}
     trained = sum(size for path, size in sizes.items() if params_lib.DIFFUSION in path)
     assert round(100 * trained / sum(sizes.values()), 1) == percent

@@ -1,9 +1,11 @@
-"""The AR view against transformers' Qwen3ForCausalLM, part by part, in float32 on the CPU.
+"""The AR view against transformers' Qwen3 and Qwen2, part by part, in float32 on the CPU.
 
-Weights are random and far from their initial scale, so that no comparison is of zeros. Every bound
-is on max |ours - theirs| / max |theirs|.
+A Qwen3 has q/k norms and no bias, a Qwen2 the opposite: the two switches of ModelConfig. Weights
+are random and far from their initial scale, so that no comparison is of zeros. Every bound is on
+max |ours - theirs| / max |theirs|.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +16,7 @@ import pytest
 from orthrus_jax import attention, decoding
 from orthrus_jax.attention.cache import LayerCache
 from orthrus_jax.attention.rotary import apply_rope, rope_cos_sin
-from orthrus_jax.checkpoint import tensor_specs
+from orthrus_jax.checkpoint import config_to_hf, tensor_specs
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import Layer, Model, ar_segment, block_segment
 from orthrus_jax.model import params as params_lib
@@ -26,7 +28,12 @@ from tests.support.weights import random_params
 
 torch = pytest.importorskip("torch")
 qwen3 = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
-from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+from transformers import (  # noqa: E402
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 torch.set_num_threads(1)  # two thread pools on two cores spin against each other
 BOUND = 2e-5
@@ -46,6 +53,16 @@ CONFIGS = {
         num_attention_heads=10,
         num_key_value_heads=2,
         rope_theta=10_000.0,
+        tie_word_embeddings=False,
+    ),
+    "qwen2-gqa2-tied": tiny_config(qk_norm=False, attention_bias=True),
+    "qwen2-gqa3-wide-heads-untied": tiny_config(
+        qk_norm=False,
+        attention_bias=True,
+        hidden_size=48,
+        num_attention_heads=6,
+        head_dim=32,
+        vocab_size=331,
         tie_word_embeddings=False,
     ),
 }
@@ -75,10 +92,17 @@ class Pair:
         return self.theirs.model.rotary_emb(torch.tensor(self.x), torch.tensor(self.positions))
 
 
-def reference(config: ModelConfig, params: dict) -> "Qwen3ForCausalLM":
+def reference(config: ModelConfig, params: dict) -> "Qwen3ForCausalLM | Qwen2ForCausalLM":
     """transformers' model of our config.json, loaded with our weights by their names."""
-    hf = Qwen3Config(**config.to_hf(orthrus=False), attn_implementation="eager")
-    model = Qwen3ForCausalLM(hf).to(torch.float32).eval()
+    qwen3 = dataclasses.replace(config, qk_norm=True, attention_bias=False)
+    raw = config_to_hf(qwen3, orthrus=False) | {"attn_implementation": "eager"}
+    if config.qk_norm:
+        model = Qwen3ForCausalLM(Qwen3Config(**raw))
+    else:
+        raw |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+        del raw["attention_bias"]  # no key of a Qwen2, which always has one
+        model = Qwen2ForCausalLM(Qwen2Config(**raw))
+    model = model.to(torch.float32).eval()
     leaves, state = flat(params), {}
     for name, spec in tensor_specs(config, diffusion=False).items():
         value = np.asarray(leaves["/".join(spec.path)])
@@ -90,13 +114,13 @@ def reference(config: ModelConfig, params: dict) -> "Qwen3ForCausalLM":
 
 
 @functools.cache
-def made(name: str, gain: float) -> Pair:
+def pair_of(name: str, gain: float) -> Pair:
     return Pair(CONFIGS[name], gain)
 
 
 @pytest.fixture(params=[(n, g) for n in CONFIGS for g in GAINS], ids=lambda p: f"{p[0]}-{p[1]}")
 def pair(request) -> Pair:
-    return made(*request.param)
+    return pair_of(*request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -131,8 +155,9 @@ def test_projections_with_norms_and_rotation(pair: Pair) -> None:
     c, attn = pair.config, pair.theirs.model.layers[1].self_attn
     x = torch.tensor(pair.x)
     heads = (2, T, -1, c.head_dim)
-    q = attn.q_norm(attn.q_proj(x).view(heads))
-    k = attn.k_norm(attn.k_proj(x).view(heads))
+    q, k = attn.q_proj(x).view(heads), attn.k_proj(x).view(heads)
+    if c.qk_norm:
+        q, k = attn.q_norm(q), attn.k_norm(k)
     q, k = qwen3.apply_rotary_pos_emb(q, k, *pair.torch_rotary(), unsqueeze_dim=2)
     theirs = (q, k, attn.v_proj(x).view(heads))
     ours = AttentionProjections(c).apply(
@@ -243,8 +268,8 @@ def test_names_of_every_tensor_are_transformers_own(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_padded_prefill_and_steps_over_a_cache_equal_one_forward_without(name: str) -> None:
-    pair = made(name, 1.0)
+def test_padded_prefill_and_steps_over_a_cache_equal_one_forward(name: str) -> None:
+    pair = pair_of(name, 1.0)
     model, params, tokens = pair.model, pair.params, jnp.asarray(pair.tokens)
     whole = ar_segment(tokens, jnp.zeros(2, jnp.int32))
     (hidden,), _ = model.forward(params, [whole], None)
