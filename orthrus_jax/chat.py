@@ -1,10 +1,11 @@
 """Talk to a model: `python -m orthrus_jax.chat --model DIR_OR_ID`.
 
-Each turn continues from the cache of the turns before: only what the cache lacks is read. The text
-is that of a fresh prefill of the whole dialogue.
+Each turn continues from the cache of the turns before: only tokens that the cache lacks are read.
+The text equals that of a fresh prefill of the whole dialogue.
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +18,9 @@ from orthrus_jax.cli import (
     runtime_options,
     spend_rows,
 )
-from orthrus_jax.engine import MODES
+from orthrus_jax.engine import MODES, Completion
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.llm import Completion, Conversation, load
+from orthrus_jax.llm import Conversation, load
 
 HELP = "/reset forgets the dialogue, /exit or end of input leaves"
 
@@ -36,9 +37,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> Completion | None:
-    """Print one answer; return None where the user interrupted it."""
+    """Print one answer; return None if the user interrupted it."""
     try:
-        return print_pieces(conversation.ask(text, **options))
+        with contextlib.closing(conversation.ask(text, **options)) as pieces:
+            return print_pieces(pieces)
     except KeyboardInterrupt:
         return None
 
