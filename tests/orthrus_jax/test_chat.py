@@ -32,7 +32,7 @@ def test_every_turn_says_what_a_fresh_prefill_says(model, mode: str) -> None:
     conversation = orthrus_jax.Conversation(model, system="Be brief.")
     messages = [{"role": "system", "content": "Be brief."}]
     for turn, question in enumerate(TURNS):
-        known = list(conversation.memory.ids)
+        known = list(conversation.session.ids)
         messages.append({"role": "user", "content": question})
         ids = encode_messages(model.tokenizer, messages)
         text, completion = said(conversation.ask(question, mode=mode, max_new_tokens=40))
@@ -43,19 +43,18 @@ def test_every_turn_says_what_a_fresh_prefill_says(model, mode: str) -> None:
         assert conversation.messages == messages
         if turn:
             assert known == ids[: len(known)], "what was read before is a part of the dialogue"
-            assert conversation.memory.ids[: len(ids)] == ids
+            assert conversation.session.ids[: len(ids)] == ids
 
 
 def test_a_turn_reads_only_what_is_new(model, monkeypatch) -> None:
     read = []
-    engine = model.engine
-    prefill = engine._prefill
+    prefill = model.engine.prefill
 
-    def watched(rows, shape, plan, memory=None):
-        read.append((memory.common(rows[0].request.prompt), len(rows[0].request.prompt)))
-        return prefill(rows, shape, plan, memory)
+    def watched(rows, plan, capacity, cache=None, kept=0):
+        read.append((kept, len(rows[0].prompt)))
+        return prefill(rows, plan, capacity, cache, kept)
 
-    monkeypatch.setattr(engine, "_prefill", watched)
+    monkeypatch.setattr(model.engine, "prefill", watched)
     conversation = orthrus_jax.Conversation(model)
     for question in TURNS:
         said(conversation.ask(question, max_new_tokens=24))
@@ -71,7 +70,7 @@ def test_a_dialogue_that_outgrows_its_slots_is_read_anew(model) -> None:
     for question in TURNS:
         texts = [said(c.ask(question, max_new_tokens=30))[0] for c in (small, large)]
         assert texts[0] == texts[1]
-    assert small.memory.slots > 64
+    assert small.session.slots > 64
 
 
 def test_an_abandoned_answer_leaves_a_dialogue_that_goes_on(model) -> None:

@@ -19,10 +19,10 @@ from orthrus_jax import generate
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding.prefill import prefill
 from orthrus_jax.decoding.sampling import Proposal, Rule, greedy
-from orthrus_jax.engine import STREAM_CYCLES, Engine, Memory, Plan, Request, SamplingParams
-from orthrus_jax.engine import loop as engine_module
+from orthrus_jax.engine import STREAM_CYCLES, Engine, Plan, Request, SamplingParams, Session, bucket
+from orthrus_jax.engine import queue as queue_module
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Segment
 from orthrus_jax.tokenizer import decode as decode_text
 from tests.helpers import in_lockstep, random_params, tiny_config, views
@@ -149,22 +149,22 @@ def table_of(kind: str) -> np.ndarray:
 
 
 @functools.cache
-def hashing(*, counted: bool = False, **changes) -> Generator:
+def hashing(*, counted: bool = False, **changes) -> LLM:
     """A generator over a HashModel, with a tokenizer. One for each use: it keeps its programs."""
     config = dataclasses.replace(CONFIG, **changes)
-    found = Generator(config, {"table": jnp.asarray(table_of("plain"))}, tokenizer())
+    found = LLM(config, {"table": jnp.asarray(table_of("plain"))}, tokenizer())
     found.engine.model = HashModel(config, counted)
     return found
 
 
 @pytest.fixture
-def model() -> Generator:
+def model() -> LLM:
     return hashing()
 
 
 @pytest.fixture(scope="module")
-def real() -> Generator:
-    return Generator(REAL, random_params(REAL, 0, gain=2.5), tokenizer())
+def real() -> LLM:
+    return LLM(REAL, random_params(REAL, 0, gain=2.5), tokenizer())
 
 
 def prompts_of(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
@@ -196,10 +196,10 @@ def requests_of(count: int, kind: str) -> list[Request]:
 
 def served(engine: Engine, requests, plan: Plan):
     """The answers by index, and the indices as they were answered."""
-    events = [e for e in engine.serve(requests, plan) if e.answer is not None]
+    events = [e for e in engine.serve(requests, plan) if e.completion is not None]
     order = [e.index for e in events]
     assert sorted(order) == list(range(len(requests))), "one answer each"
-    return {e.index: e.answer for e in events}, order
+    return {e.index: e.completion for e in events}, order
 
 
 def finishing_order(cycles: list[int], batch: int, refill: bool) -> list[int]:
@@ -229,7 +229,7 @@ def answers_alone(kind: str, mode: str, count: int = 23):
     engine = hashing().engine
     for i, request in enumerate(requests_of(count, kind)):
         (event,) = engine.serve([request], Plan(mode, KINDS[kind]))
-        answers[i] = event.answer
+        answers[i] = event.completion
     return answers
 
 
@@ -274,13 +274,15 @@ def test_likeliest_drafts_give_a_text_that_depends_on_no_batch_either() -> None:
 def test_the_first_token_is_timed_where_asked_for_and_changes_no_text() -> None:
     requests, alone = requests_of(23, "greedy"), answers_alone("greedy", "orthrus")
     for timed in (True, False):
-        for event in hashing().engine.serve(requests, Plan(batch_size=3, time_first=timed)):
-            answer = event.answer
+        for event in hashing().engine.serve(
+            requests, Plan(batch_size=3, time_to_first_token=timed)
+        ):
+            answer = event.completion
             assert answer.tokens == alone[event.index].tokens
             if timed:
-                assert 0 < answer.first_seconds <= answer.seconds
+                assert 0 < answer.time_to_first_token <= answer.seconds
             else:
-                assert answer.first_seconds is None
+                assert answer.time_to_first_token is None
 
 
 def test_text_and_order_do_not_depend_on_pauses_for_streaming() -> None:
@@ -289,10 +291,10 @@ def test_text_and_order_do_not_depend_on_pauses_for_streaming() -> None:
     pieces = dict.fromkeys(range(23), "")
     for event in hashing().engine.serve(requests, plan):
         pieces[event.index] += event.text
-        if event.answer is not None:
-            assert event.answer.tokens == alone[event.index].tokens
-            assert event.answer.text == pieces[event.index]
-            assert event.answer.text == decode_text(tokenizer(), event.answer.tokens)
+        if event.completion is not None:
+            assert event.completion.tokens == alone[event.index].tokens
+            assert event.completion.text == pieces[event.index]
+            assert event.completion.text == decode_text(tokenizer(), event.completion.tokens)
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("ar", "greedy"), *(("orthrus", k) for k in KINDS)])
@@ -310,7 +312,7 @@ def test_the_real_model_answers_each_request_as_if_it_were_alone(real, mode, kin
 @pytest.mark.parametrize("mode", ["ar", "orthrus"])
 def test_more_prompts_of_a_bucket_compile_nothing(mode) -> None:
     generator = hashing.__wrapped__()
-    programs = generator.engine._programs
+    programs = generator.engine.programs.compiled
     prompts = prompts_of(23, seed=3)
     options = {"mode": mode, "batch_size": 3, "max_new_tokens": 20, "stop": ("qqq",)}
     generator.complete(prompts[:8], **options)
@@ -336,15 +338,15 @@ def test_a_batch_that_would_be_mostly_padding_is_read_one_by_one(mode, monkeypat
     plan = Plan(mode, batch_size=6)
     found = {}
     for padding in 0, 1 << 30:
-        monkeypatch.setattr(engine_module, "PADDING", padding)
+        monkeypatch.setattr(queue_module, "MAX_PREFILL_PADDING", padding)
         engine, shapes = hashing.__wrapped__().engine, []
 
-        def watched(function, *args, run=engine._run, shapes=shapes, **named):
+        def watched(function, *args, run=engine.programs.run, shapes=shapes, **named):
             if function is prefill:
                 shapes.append(args[0].shape)
             return run(function, *args, **named)
 
-        monkeypatch.setattr(engine, "_run", watched)
+        monkeypatch.setattr(engine.programs, "run", watched)
         answers, order = served(engine, requests, plan)
         found[padding] = [answers[i].tokens for i in range(len(lengths))], order, shapes
     apart, together = found.values()
@@ -356,7 +358,7 @@ def test_a_batch_that_would_be_mostly_padding_is_read_one_by_one(mode, monkeypat
 def test_calls_that_name_the_same_slots_share_the_loop() -> None:
     engine = hashing.__wrapped__().engine
     sampling = SamplingParams(max_new_tokens=20)
-    loops = lambda: [key for key in engine._programs if key[0].__name__ == "orthrus_decode"]
+    loops = lambda: [key for key in engine.programs.compiled if key[0].__name__ == "orthrus_decode"]
     for slots, count in (0, 2), (400, 3):  # a short and a long prompt: each its own; then one
         for length in 5, 200:
             served(engine, [Request([7] * length, sampling)], Plan(slots=slots))
@@ -586,7 +588,7 @@ STREAMED = [
 ]
 
 
-def streamed(generator: Generator, prompt: str, **options):
+def streamed(generator: LLM, prompt: str, **options):
     """The pieces of a stream, and the completion it returned."""
     pieces = []
     stream = generator.stream(prompt, chat=False, **options)
@@ -617,8 +619,8 @@ def test_the_pieces_are_the_text_of_generate(kind, options, monkeypatch) -> None
 def test_the_host_reads_once_in_a_chunk_of_cycles(options, monkeypatch) -> None:
     generator = hashing()
     reads = []
-    fetch = engine_module._fetch
-    monkeypatch.setattr(engine_module, "_fetch", lambda s: reads.append(s) or fetch(s))
+    fetch = queue_module._fetch
+    monkeypatch.setattr(queue_module, "_fetch", lambda s: reads.append(s) or fetch(s))
     gets, get = [], jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: gets.append(x) or get(x))
     for budget in (1, 2, 9, 10, 60):
@@ -719,7 +721,7 @@ def test_what_cannot_be_done_is_refused_with_value_and_limit(model, name) -> Non
 
 
 def test_stop_strings_and_streams_need_a_tokenizer() -> None:
-    bare = Generator(CONFIG, {"table": jnp.asarray(table_of("plain"))})
+    bare = LLM(CONFIG, {"table": jnp.asarray(table_of("plain"))})
     with pytest.raises(UserError, match="stop strings need a tokenizer"):
         bare.complete([[1, 2]], stop=("x",))
     with pytest.raises(UserError, match="without a tokenizer"):
@@ -729,10 +731,10 @@ def test_stop_strings_and_streams_need_a_tokenizer() -> None:
 
 
 def test_a_refused_request_starts_nothing(model) -> None:
-    before = len(model.engine._programs)
+    before = len(model.engine.programs.compiled)
     with pytest.raises(UserError, match="prompt 1 has 500 tokens"):
         model.complete([[1], [2] * 500], max_new_tokens=40)
-    assert len(model.engine._programs) == before
+    assert len(model.engine.programs.compiled) == before
 
 
 COMMANDS = {
@@ -792,21 +794,21 @@ def test_the_commands_samples_and_stream_are_the_interfaces(model, command, caps
 
 def read_by(engine: Engine, monkeypatch) -> list[tuple[int, int]]:
     """Of every prefill from now on: the rows it is padded to, and the tokens it really reads."""
-    found, run = [], engine._run
+    found, run = [], engine.programs.run
 
     def watched(function, *arguments, **named):
         if function is prefill:
             found.append((arguments[0].shape[1], int(arguments[1].sum())))
         return run(function, *arguments, **named)
 
-    monkeypatch.setattr(engine, "_run", watched)
+    monkeypatch.setattr(engine.programs, "run", watched)
     return found
 
 
-def turn(engine: Engine, prompt, memory, *, mode="orthrus", **sampling):
+def turn(engine: Engine, prompt, session, *, mode="orthrus", **sampling):
     sampling = SamplingParams(**({"max_new_tokens": 20} | sampling))
-    (event,) = engine.serve([Request(prompt, sampling)], Plan(mode), memory)
-    return event.answer
+    (event,) = engine.serve([Request(prompt, sampling)], Plan(mode), session)
+    return event.completion
 
 
 @pytest.mark.parametrize(
@@ -816,20 +818,20 @@ def test_turns_say_what_a_fresh_prefill_of_the_whole_would_say(mode, sampled, mo
     engine = hashing().engine
     read = read_by(engine, monkeypatch)
     options = {"mode": mode} | ({"temperature": 0.9, "seed": 2} if sampled else {})
-    rng, memory, history = np.random.default_rng(14), Memory(slots=640), []
+    rng, session, history = np.random.default_rng(14), Session(slots=640), []
     for i in range(4):
         said = rng.integers(3, VOCAB - 1, 50 + i).tolist()
         prompt = history + said
-        answer = turn(engine, prompt, memory, **options)
+        answer = turn(engine, prompt, session, **options)
         padded, tokens = read.pop()
         if i:  # the last token of an answer is not in the cache yet
             assert tokens == len(said) + 1
             assert padded == 64
-        assert memory.ids == [*prompt, *answer.tokens[:-1]]
-        fresh = turn(engine, prompt, Memory(memory.slots), **options)
+        assert session.ids == [*prompt, *answer.tokens[:-1]]
+        fresh = turn(engine, prompt, Session(session.slots), **options)
         assert answer.tokens == fresh.tokens
         assert answer.accepted == fresh.accepted
-        assert read.pop() == (engine_module.bucket(len(prompt)), len(prompt))
+        assert read.pop() == (bucket(len(prompt)), len(prompt))
         history = [*prompt, *answer.tokens]
     assert len(history) > 250
 
@@ -851,9 +853,9 @@ def test_what_the_next_prompt_shares_is_kept_and_no_more(change, kept, monkeypat
     engine = hashing().engine
     (prompt,) = prompts_of(1, seed=15, longest=1)
     prompt = np.random.default_rng(15).integers(3, 99, 60).tolist()
-    memory = Memory(slots=256)
-    known = [*prompt, *turn(engine, prompt, memory).tokens[:-1]]
-    assert memory.ids == known
+    session = Session(slots=256)
+    known = [*prompt, *turn(engine, prompt, session).tokens[:-1]]
+    assert session.ids == known
     assert len(known) == 79
     following = {
         "in the middle": [*prompt[:30], 100, *known[31:]],
@@ -866,12 +868,12 @@ def test_what_the_next_prompt_shares_is_kept_and_no_more(change, kept, monkeypat
         "longer": [*known, *range(100, 140)],
     }[change]
     read = read_by(engine, monkeypatch)
-    answer = turn(engine, following, memory)
+    answer = turn(engine, following, session)
     assert read == [(64, len(following) - kept)]
     assert answer.tokens == greedy_text(following, table_of("plain"), 20)
-    assert memory.ids == [*following, *answer.tokens[:-1]]
-    again = [*memory.ids, *answer.tokens[-1:], 100, 101]
-    assert turn(engine, again, memory).tokens == greedy_text(again, table_of("plain"), 20)
+    assert session.ids == [*following, *answer.tokens[:-1]]
+    again = [*session.ids, *answer.tokens[-1:], 100, 101]
+    assert turn(engine, again, session).tokens == greedy_text(again, table_of("plain"), 20)
 
 
 @pytest.mark.parametrize("mode", ["ar", "orthrus"])
@@ -880,15 +882,15 @@ def test_a_conversation_goes_on_behind_a_stop_string(mode, monkeypatch) -> None:
     engine = hashing().engine
     (prompt,) = prompts_of(1, seed=16)
     ids, text = plain_text_of(prompt)
-    memory = Memory(slots=256)
-    answer = turn(engine, prompt, memory, mode=mode, max_new_tokens=40, stop=(text[9:12],))
+    session = Session(slots=256)
+    answer = turn(engine, prompt, session, mode=mode, max_new_tokens=40, stop=(text[9:12],))
     assert (answer.tokens, answer.text, answer.finish_reason) == cut_at(ids, (text[9:12],))
-    live = len(memory.ids) - len(prompt)
-    assert memory.ids == [*prompt, *ids[:live]]
+    live = len(session.ids) - len(prompt)
+    assert session.ids == [*prompt, *ids[:live]]
     following = [*prompt, *answer.tokens, 200, 201]
     kept = len(prompt) + min(live, len(answer.tokens))
     read = read_by(engine, monkeypatch)
-    again = turn(engine, following, memory, mode=mode)
+    again = turn(engine, following, session, mode=mode)
     assert read == [(64, len(following) - kept)]
     assert again.tokens == greedy_text(following, table_of("plain"), 20)
 
@@ -896,23 +898,22 @@ def test_a_conversation_goes_on_behind_a_stop_string(mode, monkeypatch) -> None:
 def test_a_conversation_that_outgrows_its_slots_is_read_anew(monkeypatch) -> None:
     engine = hashing().engine
     read = read_by(engine, monkeypatch)
-    memory, rng = Memory(slots=64), np.random.default_rng(17)
+    session, rng = Session(slots=64), np.random.default_rng(17)
     history: list[int] = []
     for size in (20, 100, 30, 150, 8):
-        before = memory.slots
+        before = session.slots
         prompt = [*history, *rng.integers(3, 99, size).tolist()]
-        answer = turn(engine, prompt, memory)
+        answer = turn(engine, prompt, session)
         assert answer.tokens == greedy_text(prompt, table_of("plain"), 20)
         tokens = read.pop()[1]
-        grew = memory.slots > before
+        grew = session.slots > before
         assert tokens == (len(prompt) if grew else size + 1)
-        assert memory.slots >= len(prompt) + 20 + K - 1
+        assert session.slots >= len(prompt) + 20 + K - 1
         history = [*prompt, *answer.tokens]
 
 
 def test_what_is_left_of_a_prompt_fits_behind_what_is_kept_even_when_padded() -> None:
     """A write that ran over the end would be moved back over live slots."""
-    bucket = engine_module.bucket
     for length in range(1, 3000, 7):
         slots = bucket(bucket(length) + bucket(1) + 2)
         assert all(kept + bucket(length - kept) <= slots for kept in range(0, length, 3))
@@ -921,13 +922,13 @@ def test_what_is_left_of_a_prompt_fits_behind_what_is_kept_even_when_padded() ->
 @pytest.mark.parametrize("mode", ["ar", "orthrus"])
 def test_the_real_model_continues_a_conversation_from_its_cache(real, mode, monkeypatch) -> None:
     read = read_by(real.engine, monkeypatch)
-    rng, memory, history = np.random.default_rng(19), Memory(slots=320), []
+    rng, session, history = np.random.default_rng(19), Session(slots=320), []
     for i in range(4):
         prompt = history + rng.integers(3, VOCAB - 1, 40 - i).tolist()
-        answer = turn(real.engine, prompt, memory, mode=mode)
+        answer = turn(real.engine, prompt, session, mode=mode)
         resumed = read.pop()
         assert resumed[0] == 64 or i == 3
-        assert answer.tokens == turn(real.engine, prompt, Memory(320), mode=mode).tokens
+        assert answer.tokens == turn(real.engine, prompt, Session(320), mode=mode).tokens
         history = [*prompt, *answer.tokens]
         if i == 2:
             history[50] = 4  # the user edits what was said

@@ -11,7 +11,7 @@ from orthrus_jax import generate
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import bucket
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, params
 from tests.helpers import DATA
 from train.pretrain import train_tokenizer
@@ -46,7 +46,7 @@ def random_weights(config, scale=8.0):
 def model():
     tokenizer = train_tokenizer(TEXTS, 400)
     config = config_for(400)
-    return Generator(config, random_weights(config), tokenizer)
+    return LLM(config, random_weights(config), tokenizer)
 
 
 def test_both_modes_give_the_same_text_and_count_their_forwards(model):
@@ -79,14 +79,14 @@ def test_every_block_size_gives_the_same_text(model):
 
 
 def test_fifty_prompt_lengths_compile_once_a_bucket(model):
-    fresh = Generator(model.config, model.params, model.tokenizer)
+    fresh = LLM(model.config, model.params, model.tokenizer)
     for length in range(1, 51):
         fresh.complete([[5] * length], max_new_tokens=20)
-    assert len(fresh.engine._programs) == 2  # prefill and the loop, both for one bucket
-    compiled = dict(fresh.engine._programs)
+    assert len(fresh.engine.programs.compiled) == 2  # prefill and the loop, both for one bucket
+    compiled = dict(fresh.engine.programs.compiled)
     fresh.complete([[5] * 65], max_new_tokens=20)  # the next bucket: another prefill
-    assert {key: fresh.engine._programs[key] for key in compiled} == compiled
-    assert 3 <= len(fresh.engine._programs) <= 4
+    assert {key: fresh.engine.programs.compiled[key] for key in compiled} == compiled
+    assert 3 <= len(fresh.engine.programs.compiled) <= 4
 
 
 def test_buckets_hold_what_they_must_and_waste_less_than_a_quarter():
@@ -101,9 +101,9 @@ def test_budget_is_exact_and_eos_ends_the_answer(model):
     assert len(model.complete([[5, 6]], max_new_tokens=7)[0].tokens) == 7
     tokens = model.complete([[5, 6]], max_new_tokens=30)[0].tokens
     stop = tokens[11]
-    ended = Generator(
-        config_for(400, eos_token_ids=(stop,)), model.params, model.tokenizer
-    ).complete([[5, 6]], max_new_tokens=30)[0]
+    ended = LLM(config_for(400, eos_token_ids=(stop,)), model.params, model.tokenizer).complete(
+        [[5, 6]], max_new_tokens=30
+    )[0]
     assert ended.tokens == tokens[: tokens.index(stop) + 1]
 
 
@@ -130,7 +130,7 @@ def test_empty_prompts_are_refused(model):
 
 
 def test_drafting_without_a_mask_token_is_refused(model):
-    bare = Generator(config_for(400, mask_token_id=None), model.params, model.tokenizer)
+    bare = LLM(config_for(400, mask_token_id=None), model.params, model.tokenizer)
     with pytest.raises(UserError, match="mask_token_id"):
         bare.complete([[1]])
     assert len(bare.complete([[1]], mode="ar", max_new_tokens=3)[0].tokens) == 3
@@ -230,7 +230,7 @@ def test_the_real_qwen3_tokenizer_and_template_go_through_generation():
     ]  # fmt: skip
     assert encode(tokenizer, "What is 2+2?", chat=True, thinking=True) == ids[:-4]
     config = config_for(151_936, mask_token_id=151_669, eos_token_ids=(151_645, 151_643))
-    model = Generator(config, random_weights(config), tokenizer)
+    model = LLM(config, random_weights(config), tokenizer)
     prompts = ["What is 2+2?", "Name a prime."]
     ar = model.generate(prompts, mode="ar", max_new_tokens=24)
     orthrus = model.generate(prompts, max_new_tokens=24)
