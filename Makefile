@@ -8,8 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BASE := assets/tiny-base.tar.xz
-# Its slow tests run for longer than they compile: not in haste (tests/haste.py).
-LAWS := tests/orthrus_jax/test_sampling.py
+# Its slow tests run for longer than they compile: not compiled fast (tests/support/fast_compile.py).
+LAWS := tests/orthrus_jax/decoding/test_sampling.py
 
 .PHONY: demo base test test-slow test-ends lint format clean
 

@@ -6,14 +6,17 @@ import pathlib
 import tarfile
 from collections.abc import Iterator
 
-from tests import haste
+from tests.support import fast_compile
+from tests.support.paths import ROOT
 
 # Commands keep compiled programs in the user's home; their tests, which inherit this, do not.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-os.environ.setdefault("XLA_FLAGS", haste.FLAGS)
+os.environ.setdefault("XLA_FLAGS", fast_compile.FLAGS)
 
 import jax
 import pytest
+
+pytest.register_assert_rewrite("tests.support.decoding")  # asserts there say what differs
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +36,7 @@ def programs_end_with_their_file(request: pytest.FixtureRequest) -> Iterator[Non
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The demo's trained base, unpacked: a Hugging Face directory."""
-    packed = pathlib.Path(__file__).resolve().parents[1] / "assets" / "tiny-base.tar.xz"
+    packed = ROOT / "assets" / "tiny-base.tar.xz"
     directory = tmp_path_factory.mktemp("assets")
     with tarfile.open(packed) as archive:
         archive.extractall(directory, filter="data")

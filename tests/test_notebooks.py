@@ -6,10 +6,11 @@ import re
 
 import pytest
 
+from tests.support.paths import ROOT
+
 nbclient = pytest.importorskip("nbclient", reason="pip install '.[notebooks]'")
 import nbformat  # noqa: E402 (comes with nbclient)
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -43,7 +44,7 @@ def execute(name: str, run: pathlib.Path, monkeypatch, **environment: str):
     """Run a notebook in its folder, as a person would; commands write into `run`."""
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # they train: what is compiled in haste is slow
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # they train: what is compiled fast runs slowly
     monkeypatch.setenv("ORTHRUS_RUN", str(run))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")

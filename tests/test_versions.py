@@ -1,11 +1,11 @@
 """The README's table of tested versions is what CI installs and the package allows."""
 
 import fnmatch
-import pathlib
 import re
 import tomllib
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
+
 PACKAGES = ("jax", "flax")
 
 

@@ -11,7 +11,7 @@ import pytest
 from eval import benchmarks, sandbox
 from eval.benchmarks import BENCHMARKS, BOXED, digest, final_part, load
 from orthrus_jax.errors import UserError
-from tests.helpers import DATA
+from tests.support.paths import DATA
 
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the shared data is not here")
 FILES = {

@@ -16,8 +16,9 @@ from orthrus_jax.engine.planner import Calibration, Split
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import Generator
 from orthrus_jax.model import params
-from tests.helpers import random_params, tiny_config
-from train.pretrain import train_tokenizer
+from tests.support.configs import tiny_config
+from tests.support.tokenizers import small_tokenizer
+from tests.support.weights import random_params
 
 VOCAB = 400
 CONFIG = tiny_config(vocab_size=VOCAB, mask_token_id=VOCAB - 1, num_hidden_layers=1, block_size=6)
@@ -112,7 +113,7 @@ def directory(tmp_path):
     texts = ["How many apples are 12 and 30?", "They are 42 apples."] * 20
     path = tmp_path / "model"
     config = dataclasses.replace(CONFIG, eos_token_ids=(2,))
-    save_checkpoint(path, config, half_right(1), tokenizer=train_tokenizer(texts, VOCAB))
+    save_checkpoint(path, config, half_right(1), tokenizer=small_tokenizer(texts, VOCAB))
     (tmp_path / "prompts.jsonl").write_text(
         "".join(json.dumps({"prompt": text}) + "\n" for text in texts[:2])
     )

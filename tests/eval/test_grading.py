@@ -12,7 +12,7 @@ import pytest
 from eval import grading
 from eval.grading import Grade, final_answer, grade_integer, grade_math
 from orthrus_jax.errors import UserError
-from tests.helpers import DATA
+from tests.support.paths import DATA
 
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the shared data is not here")
 

@@ -22,11 +22,13 @@ from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.engine import Plan, SamplingParams
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import Conversation
-from tests.helpers import DATA, random_params, slow, tiny_config
-from train.pretrain import train_tokenizer
+from tests.support.configs import tiny_config
+from tests.support.marks import slow
+from tests.support.paths import DATA, ROOT
+from tests.support.tokenizers import small_tokenizer
+from tests.support.weights import random_params
 from train.problems import is_correct, problems
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 TEXTS = ["How many apples are 12 and 30?", "They are 42 apples. The answer is \\boxed{42}."] * 20
 REAL = {
     "math500": "math500_test.jsonl",
@@ -68,7 +70,7 @@ def directory(tmp_path_factory):
     )
     path = tmp_path_factory.mktemp("model") / "tiny"
     weights = random_params(config, 3, gain=3.0)
-    save_checkpoint(path, config, weights, tokenizer=train_tokenizer(TEXTS, 400))
+    save_checkpoint(path, config, weights, tokenizer=small_tokenizer(TEXTS, 400))
     return str(path)
 
 

@@ -30,7 +30,8 @@ from orthrus_jax.decoding.speculative import Verdict
 from orthrus_jax.engine import Answer
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import Generator
-from tests.helpers import random_params, tiny_config
+from tests.support.configs import tiny_config
+from tests.support.weights import random_params
 
 EOS, K = 5, 4
 NAMES = itertools.count(1000)

@@ -17,7 +17,7 @@ import pytest
 from eval import sandbox
 from eval.sandbox import Outcome, check_humaneval, check_mbpp, program_of, run_program
 from orthrus_jax.errors import UserError
-from tests.helpers import DATA
+from tests.support.paths import DATA
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="no limits to set here")
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the shared data is not here")

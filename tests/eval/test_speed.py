@@ -11,8 +11,9 @@ from eval.hf import HF
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import Generator
-from tests.helpers import random_params, tiny_config
-from train.pretrain import train_tokenizer
+from tests.support.configs import tiny_config
+from tests.support.tokenizers import small_tokenizer
+from tests.support.weights import random_params
 
 TEXTS = ["How many apples are 12 and 30?", "They are 42 apples. The answer is \\boxed{42}."] * 20
 SIZES = {"vocab_size": 400, "mask_token_id": 399, "num_hidden_layers": 1, "eos_token_ids": (2, 7)}
@@ -23,7 +24,7 @@ def directory(tmp_path_factory):
     config = tiny_config(**SIZES)
     path = tmp_path_factory.mktemp("model") / "tiny"
     weights = random_params(config, 3, gain=3.0)
-    save_checkpoint(path, config, weights, tokenizer=train_tokenizer(TEXTS, 400))
+    save_checkpoint(path, config, weights, tokenizer=small_tokenizer(TEXTS, 400))
     return str(path)
 
 

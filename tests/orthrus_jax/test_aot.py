@@ -16,7 +16,7 @@ from orthrus_jax import aot, sharding
 from orthrus_jax.config import PRESETS
 from orthrus_jax.engine import Plan
 from orthrus_jax.errors import UserError
-from tests.helpers import tiny_config
+from tests.support.configs import tiny_config
 
 DECODE = ["--preset", "qwen3-0.6b", "--topology", "v5e:1x1", "--program", "orthrus"]
 

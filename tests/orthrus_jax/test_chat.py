@@ -8,7 +8,7 @@ import orthrus_jax
 from orthrus_jax import chat
 from orthrus_jax.errors import UserError
 from orthrus_jax.tokenizer import encode_messages
-from tests.helpers import slow
+from tests.support.marks import slow
 
 TURNS = ("Tom has 3 apples and buys 5 more. How many?", "And if he eats 2?", "Why?")
 

@@ -7,7 +7,8 @@ import pytest
 
 from orthrus_jax.config import PRESETS, QWEN3_MASK_TOKEN_ID, ModelConfig, read_json
 from orthrus_jax.errors import UserError
-from tests.helpers import DATA, tiny_config
+from tests.support.configs import tiny_config
+from tests.support.paths import DATA
 
 RAW = {
     "architectures": ["Qwen3ForCausalLM"],

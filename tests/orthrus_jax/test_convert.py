@@ -11,11 +11,13 @@ from orthrus_jax.checkpoint import load_checkpoint, save_checkpoint
 from orthrus_jax.convert import main
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import params as params_lib
-from tests.helpers import DATA, flat, random_params, same_bits, tiny_config
+from tests.support.compare import flat, same_bits
+from tests.support.configs import tiny_config
+from tests.support.paths import DATA, ROOT
+from tests.support.weights import random_params
 
 CONFIG = tiny_config(eos_token_ids=(7, 9), block_size=32)
 TREE = random_params(CONFIG, 1)
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -33,7 +35,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
         [sys.executable, "-m", "orthrus_jax.convert", *arguments],
         capture_output=True,
         text=True,
-        cwd=REPOSITORY,
+        cwd=ROOT,
         check=False,
     )
 
@@ -105,7 +107,7 @@ def test_a_bad_source_ends_in_one_line_and_status_2(tmp_path: pathlib.Path) -> N
 
 def test_help_and_bad_flags_do_not_wait_for_jax(capsys) -> None:
     slow = "import sys, orthrus_jax.convert; sys.exit(bool({'jax', 'flax'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", slow], cwd=REPOSITORY, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", slow], cwd=ROOT, check=False).returncode == 0
     with pytest.raises(SystemExit) as raised:
         main(["--help"])
     assert raised.value.code == 0

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.llm import Generator
 from orthrus_jax.model import params as params_lib
-from tests.helpers import random_params, tiny_config
+from tests.support.configs import tiny_config
+from tests.support.weights import random_params
 
 VOCAB = 24
 PIECES = ["", *("".join(p) for n in (1, 2, 3) for p in itertools.product("abc", repeat=n))][:VOCAB]

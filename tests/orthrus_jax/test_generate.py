@@ -13,8 +13,8 @@ from orthrus_jax.engine import bucket
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, params
-from tests.helpers import DATA
-from train.pretrain import train_tokenizer
+from tests.support.paths import DATA
+from tests.support.tokenizers import small_tokenizer
 
 TEXTS = ["How many apples are 12 and 30?", "They are 42 apples. The answer is \\boxed{42}."] * 20
 
@@ -44,7 +44,7 @@ def random_weights(config, scale=8.0):
 
 @pytest.fixture(scope="module")
 def model():
-    tokenizer = train_tokenizer(TEXTS, 400)
+    tokenizer = small_tokenizer(TEXTS, 400)
     config = config_for(400)
     return LLM(config, random_weights(config), tokenizer)
 

@@ -1,7 +1,6 @@
-"""The mesh and its rules, and serving on eight fake devices (tests/eight_serving.py)."""
+"""The mesh and its rules, and serving on eight fake devices (support/programs/serve_on_8.py)."""
 
 import json
-import pathlib
 import subprocess
 import sys
 import types
@@ -14,10 +13,11 @@ from orthrus_jax import sharding
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, params
-from tests.helpers import random_params, slow, tiny_config
-from train.pretrain import train_tokenizer
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.support.configs import tiny_config
+from tests.support.marks import slow
+from tests.support.paths import ROOT
+from tests.support.tokenizers import small_tokenizer
+from tests.support.weights import random_params
 
 
 def mesh_of(**sizes):
@@ -88,10 +88,16 @@ def served(request, tmp_path_factory):
     config = tiny_config(vocab_size=300, mask_token_id=299, tie_word_embeddings=False)
     directory = tmp_path_factory.mktemp("model") / "tiny"
     save_checkpoint(
-        directory, config, random_params(config, 3), tokenizer=train_tokenizer(["a few words"], 300)
+        directory, config, random_params(config, 3), tokenizer=small_tokenizer(["a few words"], 300)
     )
     run = subprocess.run(
-        [sys.executable, "-m", "tests.eight_serving", str(directory), *SERVED[request.param]],
+        [
+            sys.executable,
+            "-m",
+            "tests.support.programs.serve_on_8",
+            str(directory),
+            *SERVED[request.param],
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,

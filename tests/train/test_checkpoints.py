@@ -1,7 +1,6 @@
 """A run that is killed and goes on ends as one that was not; damage is survived or told."""
 
 import json
-import pathlib
 import random
 import shutil
 import subprocess
@@ -11,17 +10,22 @@ import jax
 import pytest
 
 from orthrus_jax.errors import UserError
-from tests.helpers import slow
-from tests.train import resumable
-from tests.train.test_objective import random_trees
+from tests.support.marks import slow
+from tests.support.paths import ROOT
+from tests.support.programs import resumable
+from tests.support.training import random_trees
 from train import trainer
 from train.checkpoints import Checkpoints
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
 
 def run(directory, devices, *last):
-    command = [sys.executable, "-m", "tests.train.resumable", str(directory), str(devices)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.programs.resumable",
+        str(directory),
+        str(devices),
+    ]
     return subprocess.run(
         [*command, *map(str, last)], capture_output=True, text=True, cwd=ROOT, timeout=600
     )

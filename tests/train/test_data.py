@@ -8,7 +8,7 @@ import pytest
 
 from orthrus_jax.errors import UserError
 from orthrus_jax.tokenizer import encode_messages, load_tokenizer
-from tests.helpers import DATA
+from tests.support.paths import DATA
 from train.data import (
     ChatEncoder,
     Conversation,

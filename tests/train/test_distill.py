@@ -11,9 +11,11 @@ import orthrus_jax
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.errors import UserError
 from orthrus_jax.tokenizer import decode, encode, encode_messages, load_tokenizer
-from tests.helpers import DATA, random_params, tiny_config
+from tests.support.configs import tiny_config
+from tests.support.paths import DATA
+from tests.support.tokenizers import small_tokenizer
+from tests.support.weights import random_params
 from train import distill, hosts
-from train.pretrain import train_tokenizer
 from train.problems import problems
 from train.prompts import Mix
 from train.responses import read_responses
@@ -28,7 +30,7 @@ def base(tmp_path_factory):
     sizes = {"vocab_size": 400, "mask_token_id": 399, "max_position_embeddings": 512}
     config = tiny_config(**sizes, eos_token_ids=(2, 0, *range(250, 380)))
     directory = tmp_path_factory.mktemp("base") / "base"
-    tokenizer = train_tokenizer(texts, 400)
+    tokenizer = small_tokenizer(texts, 400)
     save_checkpoint(directory, config, random_params(config, 0), tokenizer=tokenizer)
     return directory
 

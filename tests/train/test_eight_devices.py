@@ -1,14 +1,14 @@
 """Training and decoding over meshes of eight fake devices are those on one."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.support.paths import ROOT
+
 slow = pytest.mark.slow
 MESHES = ("8 x 1 x 1", "1 x 8 x 1", "2 x 2 x 2", "4 x 1 x 2")
 
@@ -19,7 +19,7 @@ MESHES = ("8 x 1 x 1", "1 x 8 x 1", "2 x 2 x 2", "4 x 1 x 2")
 )
 def found(request):
     run = subprocess.run(
-        [sys.executable, "-m", "tests.eight_devices", *request.param],
+        [sys.executable, "-m", "tests.support.programs.train_on_8", *request.param],
         capture_output=True,
         text=True,
         cwd=ROOT,

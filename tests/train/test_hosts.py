@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pathlib
 import shutil
 import signal
 import socket
@@ -15,11 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests import haste
-from tests.train.test_main import miniature
+from tests.support import fast_compile
+from tests.support.paths import ROOT
+from tests.support.training import miniature
 from train import pretrain
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
 FLAGS = {
     "mesh.data": 2, "mesh.fsdp": 2,
@@ -47,7 +46,7 @@ def start(base, run, hosts, devices):
     command += [f"--config.{name}={value}" for name, value in options.items()]
     found = []
     for host in range(hosts):
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": haste.on_devices(devices)}
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": fast_compile.on_devices(devices)}
         if hosts > 1:
             env |= {
                 "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": str(hosts),

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -14,29 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import orthrus_jax
-from configs.tiny import get_config
 from eval import demo
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import REMAT, params
+from tests.support.paths import ROOT
+from tests.support.training import miniature
 from train import distill, pretrain
 from train import main as train_main
 from train.log import Log
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-def miniature(run):
-    """configs/tiny.py at a size that trains in seconds."""
-    c = get_config()
-    c.run, c.base = str(run), str(run / "base")
-    c.model.update(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16)
-    c.model.update(num_attention_heads=2, num_key_value_heads=1, vocab_size=400)
-    c.pretrain.update(steps=12, batch_size=4, row_length=256)
-    c.distill.update(prompts=24, max_new_tokens=24, batch_size=8)
-    c.train.update(block_size=6, steps=8, batch_size=2, anchors=6, log_every=2, eval_every=4)
-    c.train.update(save_every=3)
-    c.train.update(eval_prompts=4)
-    return c
 
 
 @pytest.fixture(scope="module")

@@ -8,44 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View, params
-from tests.helpers import random_params
+from tests.support.training import CONFIG, LENGTH, VOCAB, K, made_rows, random_trees
 from train import objective
 from train.data import Conversation, pack, stack
 from train.divergence import Divergence, RowScores, head_of, to_teacher
 from train.objective import Blocks, Objective, distillation_loss, sample_blocks
 
-K, LENGTH, VOCAB = 4, 24, 47  # 47: no other size here, so shapes tell
-CONFIG = ModelConfig(
-    vocab_size=VOCAB,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    block_size=K,
-    mask_token_id=VOCAB - 1,
-    dtype="float32",
-)
-
-
-def made_rows(seed=0, rows=3, length=LENGTH):
-    rng = np.random.default_rng(seed)
-    ids = lambda n: rng.integers(0, VOCAB - 1, n).tolist()
-    talk = [Conversation(ids(rng.integers(1, 5)), ids(rng.integers(3, 9))) for _ in range(40)]
-    return stack(list(pack(talk, length, pad=0))[:rows])
-
-
 draw_blocks = jax.jit(sample_blocks, static_argnums=(2, 3))
 total_loss = jax.jit(distillation_loss, static_argnums=(2, 5))
-
-
-def random_trees(seed=0, config=CONFIG):
-    """Frozen and diffusion trees with weights large enough that the two views disagree."""
-    return Model(config), *params.split(random_params(config, seed))
 
 
 def mean_loss(diffusion, frozen, model, rows, key, aim):

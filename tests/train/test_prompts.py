@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from orthrus_jax.errors import UserError
-from tests.helpers import DATA
+from tests.support.paths import DATA
 from train.problems import problems
 from train.prompts import BUFFER, Mix, Skip, file_rows, parse_source, prompt_of, shares
 

@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from orthrus_jax.model import ar_segment, params
-from tests.helpers import flat
-from tests.train.test_objective import made_rows, random_trees
+from tests.support.compare import flat
+from tests.support.training import made_rows, random_trees
 from train.data import Loader
 from train.objective import Objective
 from train.trainer import Interrupted, adamw, fit, init_state, to_devices, train_step

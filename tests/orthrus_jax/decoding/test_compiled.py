@@ -1,0 +1,138 @@
+"""What the compiled loops promise: one compile, a donated cache, no copy of the cache."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orthrus_jax import decoding
+from orthrus_jax.model import Model
+from tests.support.configs import NO_EOS, tiny_config
+from tests.support.fake_models import scripted
+from tests.support.fake_models.scripted import ScriptedModel, plain_text
+from tests.support.weights import random_params
+
+SLOTS, N = 96, 12
+
+
+def prefilled(model, params, prompt, length: int, *, batch: int = 1, slots: int = SLOTS):
+    prompts = jnp.asarray(np.tile(prompt, (batch, 1)), jnp.int32)
+    lengths, budgets = jnp.full(batch, length, jnp.int32), jnp.full(batch, N, jnp.int32)
+    return decoding.prefill(
+        model, params, prompts, lengths, budgets, NO_EOS, slots=slots, max_new_tokens=N
+    )
+
+
+LOOPS = {"ar": decoding.ar_decode, "orthrus": decoding.orthrus_decode}
+
+
+def test_fifty_prompt_lengths_of_one_bucket_compile_each_program_once() -> None:
+    config = tiny_config(num_hidden_layers=1, rms_norm_eps=3e-6)  # no other test's programs
+    model, params = Model(config), random_params(config, 0)
+    programs = (decoding.prefill, *LOOPS.values())
+    before = [program._cache_size() for program in programs]
+    prompt = np.random.default_rng(0).integers(0, 63, 64)
+    for length in range(1, 51):
+        for loop in LOOPS.values():
+            state = loop(model, params, prefilled(model, params, prompt, length))
+            assert int(state.count[0]) == N
+    assert [program._cache_size() for program in programs] == [n + 1 for n in before]
+
+
+def test_each_program_traces_its_forwards_once() -> None:
+    """Equal models are one static argument: a new instance a call does not trace again."""
+    config = tiny_config(rms_norm_eps=4e-6)
+    text = plain_text(1, SLOTS + 8)
+    params = {"text": jnp.asarray(text), "drafts": jnp.asarray(text)}
+    scripted.traces.clear()
+    for length in range(1, 51):
+        model = ScriptedModel(config)
+        state = prefilled(model, params, text[0, :64], length)
+        state = decoding.orthrus_decode(model, params, state)
+        assert np.asarray(state.tokens)[0].tolist() == text[0, length : length + N].tolist()
+    prefill, *cycle = scripted.traces
+    assert prefill == "ar"
+    assert len(cycle) % 2 == 0, cycle
+    assert cycle == ["diffusion", "ar"] * (len(cycle) // 2)
+    assert len(cycle) <= 4, "a while_loop's body is traced at most twice"
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_passed_state_is_donated(loop: str, batch: int) -> None:
+    config = tiny_config()
+    model, params = Model(config), random_params(config, 0)
+    state = prefilled(model, params, np.arange(8), 5, batch=batch)
+    if not donates():
+        pytest.skip("this backend does not donate")
+    after = LOOPS[loop](model, params, state)
+    for name in ("k", "v"):
+        for old, new in zip(getattr(state.cache, name), getattr(after.cache, name), strict=True):
+            assert old.is_deleted()
+            assert new.shape == old.shape
+    assert state.tokens.is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+def donates() -> bool:
+    x = jnp.zeros(8)
+    jax.jit(lambda x: x + 1, donate_argnums=0)(x)
+    return x.is_deleted()
+
+
+def copies_of_a_cache(program: str, config, slots: int) -> list[str]:
+    """HLO lines that copy or transpose an array with the dimensions of a layer's keys or values."""
+    without_ones = lambda dims: sorted(d for d in dims if d != 1)
+    cache = without_ones((config.num_key_value_heads, config.head_dim, slots))
+    found = []
+    for line in program.splitlines():
+        made = re.search(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|transpose)\(", line)
+        if made and without_ones(map(int, made[1].split(","))) == cache:
+            found.append(line.strip())
+    return found
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a claim about XLA's CPU compiler")
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_loop_of_one_row_copies_no_cache(loop: str, groups: int) -> None:
+    """Keys f32[G,16,95] and values f32[G,95,16] of 2 layers; only rotary has 95 too."""
+    slots = 95
+    config = tiny_config(num_key_value_heads=groups)
+    model, params = Model(config), random_params(config, 0)
+    state = prefilled(model, params, np.arange(8), 5, slots=slots)
+    program = LOOPS[loop].lower(model, params, state).compile().as_text()
+    assert re.search(rf"f32\[(1,)?({groups},)?{slots},16\]", program), (
+        "the cache is not in the text"
+    )
+    assert " while(" in program
+    assert copies_of_a_cache(program, config, slots) == []
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a claim about XLA's CPU compiler")
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_copy_of_a_cache_would_be_found(groups: int) -> None:
+    config = tiny_config(num_key_value_heads=groups)
+    cache = Model(config).init_cache(1, 95)
+    turn = jax.jit(lambda k: (k.swapaxes(-1, -2) + 0.0, jnp.copy(k)))
+    program = turn.lower(cache.k[0]).compile().as_text()
+    assert copies_of_a_cache(program, config, 95) != []
+
+
+@pytest.mark.parametrize(("loop", "forwards"), [("ar", 1), ("orthrus", 2)])
+@pytest.mark.parametrize(("platform", "fences"), [("tpu", 3), ("cpu", 0)])
+def test_projections_are_fenced_on_tpu_alone(
+    loop: str, forwards: int, platform: str, fences: int
+) -> None:
+    """What the fence is for: layers.fenced_on_tpu. No TPU compiler is needed to see it lowered."""
+    config = tiny_config()
+    model = Model(config)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    prompt = np.arange(8)
+    state = jax.eval_shape(lambda params: prefilled(model, params, prompt, 5), params)
+    traced = LOOPS[loop].trace(model, params, state)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    expected = forwards * fences * config.num_hidden_layers
+    assert text.count("stablehlo.optimization_barrier") == expected

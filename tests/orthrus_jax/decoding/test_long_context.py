@@ -1,0 +1,490 @@
+"""Long contexts: attention in steps, prefill in chunks, 32 K positions, and bounded memory."""
+
+import functools
+import re
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orthrus_jax import attention, decoding
+from orthrus_jax.attention import chunked
+from orthrus_jax.attention.chunked import MANY_SLOTS, SLOT_STEP
+from orthrus_jax.config import ModelConfig
+from orthrus_jax.llm import Generator
+from orthrus_jax.model import Model, ar_segment
+from tests.support.compare import relative_error, same_bits
+from tests.support.configs import NO_EOS, tiny_config
+from tests.support.decoding import assert_same_decoding
+from tests.support.fake_models.drafted import DraftedModel
+from tests.support.marks import slow
+from tests.support.weights import random_params
+
+CHUNK = decoding.PREFILL_CHUNK
+SLOTS = 4 * SLOT_STEP
+attend, attend_blocks = jax.jit(attention.attend), jax.jit(attention.attend_blocks)
+LOOPS = {"ar": decoding.ar_decode, "orthrus": decoding.orthrus_decode}
+on_cpu = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="a claim about XLA's CPU compiler"
+)
+
+
+# Attention in steps
+
+
+HEADS = [(groups, per_group) for groups in (1, 2) for per_group in (1, 3)]
+ENDS = [1, 2, 511, 512, 513, 700, 1023, 1024, 1025, 1536, 1900, 2047, 2048]
+
+
+def normal(rng, *shape: int, dtype=jnp.float32):
+    return jnp.asarray(rng.normal(0, 1.5, shape), dtype)
+
+
+def by_definition(q, k, v, visible) -> np.ndarray:
+    """Softmax attention in float64: q [B, R, H, D], k [B, R, G, S, D] or [B, 1, G, S, D], v alike.
+
+    visible: bool[B, R, S].
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros(q.shape)
+    per_group = q.shape[2] // k.shape[2]
+    for b, r, h in np.ndindex(q.shape[:3]):
+        at = min(r, k.shape[1] - 1)
+        keys, values = (x[b, at, h // per_group][visible[b, r]] for x in (k, v))
+        scores = keys @ q[b, r, h] / q.shape[-1] ** 0.5
+        weights = np.exp(scores - scores.max())
+        out[b, r, h] = weights @ values / weights.sum()
+    return out
+
+
+def rows_of(seed: int, groups: int, per_group: int, *, batch: int = 3, rows: int = 5):
+    """q, k, v, and starts and ends that lie on all sides of the borders between steps."""
+    rng = np.random.default_rng(seed)
+    q = normal(rng, batch, rows, groups * per_group, 16)
+    k = normal(rng, batch, groups, 16, SLOTS)
+    v = normal(rng, batch, groups, SLOTS, 16)
+    end = rng.choice(ENDS, (batch, rows)).astype(np.int32)
+    end[0, :2] = 1, SLOTS
+    start = (end * rng.random((batch, rows))).astype(np.int32)
+    return q, k, v, jnp.asarray(start), jnp.asarray(end)
+
+
+@pytest.mark.parametrize(("groups", "per_group"), HEADS)
+@pytest.mark.parametrize("started", [False, True])
+def test_attention_in_steps_is_attention(groups: int, per_group: int, started: bool) -> None:
+    assert SLOTS > MANY_SLOTS
+    for seed in range(3):
+        q, k, v, start, end = rows_of(seed, groups, per_group)
+        start = start if started else None
+        plain = attend(q, k, v, start, end)
+        walked = attend(q, k, v, start, end, end.max())
+        assert walked.dtype == plain.dtype
+        assert relative_error(walked, plain) < 2e-6
+        slots = np.arange(SLOTS)
+        visible = slots < np.asarray(end)[..., None]
+        if started:
+            visible &= slots >= np.asarray(start)[..., None]
+        heads = lambda x: x[:, None]
+        expected = by_definition(q, heads(k.swapaxes(2, 3)), heads(v), visible)
+        assert relative_error(walked, expected) < 2e-6
+
+
+def test_a_row_of_the_batch_alone_attends_alike() -> None:
+    """A batch of one lies differently in the cache."""
+    for groups in (1, 2):
+        q, k, v, _, end = rows_of(5, groups, 3)
+        whole = attend(q, k, v, None, end, end.max())
+        for b in range(3):
+            x = slice(b, b + 1)
+            alone = attend(q[x], k[x], v[x], None, end[x], end[x].max())
+            assert relative_error(alone, whole[x]) < 2e-6
+
+
+def test_many_slots_but_no_bound_and_few_slots_with_one_are_the_plain_path() -> None:
+    q, k, v, _, end = rows_of(6, 2, 1)
+    end = jnp.minimum(end, MANY_SLOTS)
+    few_k, few_v = k[..., :MANY_SLOTS], v[:, :, :MANY_SLOTS]
+    plain = attend(q, few_k, few_v, None, end)
+    assert same_bits(attend(q, few_k, few_v, None, end, end.max()), plain)
+    assert relative_error(attend(q, k, v, None, end, end.max()), plain) < 2e-6
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_steps_behind_the_last_live_slot_change_no_bit(groups: int) -> None:
+    q, k, v, start, end = rows_of(7, groups, 3)
+    end = jnp.minimum(end, 600)
+    start = jnp.minimum(start, end - 1)
+    few = attend(q, k, v, start, end, jnp.int32(600))
+    for used in (601, 1024, 1025, 2000, SLOTS):
+        assert same_bits(attend(q, k, v, start, end, jnp.int32(used)), few)
+    q, k, v, own_k, own_v, start, end = blocks_of(7, groups, 3)
+    end = jnp.minimum(end, 600)
+    few = attend_blocks(q, k, v, own_k, own_v, None, end, jnp.int32(600))
+    for used in (601, 1024, 1025, 2000, SLOTS):
+        assert same_bits(attend_blocks(q, k, v, own_k, own_v, None, end, jnp.int32(used)), few)
+
+
+def test_what_stands_behind_the_end_is_no_matter() -> None:
+    q, k, v, _, end = rows_of(8, 2, 1)
+    end = jnp.minimum(end, 900)
+    few = attend(q, k, v, None, end, jnp.int32(900))
+    other_k, other_v = k.at[..., 900:].set(1e6), v.at[:, :, 900:].set(-1e6)
+    assert same_bits(attend(q, other_k, other_v, None, end, jnp.int32(900)), few)
+
+
+def blocks_of(seed: int, groups: int, per_group: int, *, blocks: int = 4, rows: int = 4):
+    """q, the slots, the blocks' own keys and values, starts and ends; some blocks see no slot."""
+    rng = np.random.default_rng(seed)
+    q = normal(rng, 2, blocks, rows, groups * per_group, 16)
+    k = normal(rng, 2, groups, 16, SLOTS)
+    v = normal(rng, 2, groups, SLOTS, 16)
+    own_k, own_v = (normal(rng, 2, blocks, rows, groups, 16) for _ in range(2))
+    end = rng.choice([0, *ENDS], (2, blocks)).astype(np.int32)
+    end[0, :2] = 0, SLOTS
+    start = (end * rng.random((2, blocks))).astype(np.int32)
+    start[1, 0] = end[1, 0]
+    return q, k, v, own_k, own_v, jnp.asarray(start), jnp.asarray(end)
+
+
+@pytest.mark.parametrize(("groups", "per_group"), HEADS)
+@pytest.mark.parametrize("started", [False, True])
+def test_block_attention_in_steps_is_block_attention(groups, per_group, started) -> None:
+    for seed in range(3):
+        q, k, v, own_k, own_v, start, end = blocks_of(seed, groups, per_group)
+        start = start if started else None
+        plain = attend_blocks(q, k, v, own_k, own_v, start, end)
+        walked = attend_blocks(q, k, v, own_k, own_v, start, end, end.max())
+        assert walked.dtype == plain.dtype
+        assert relative_error(walked, plain) < 2e-6
+
+        slots = np.arange(SLOTS)
+        visible = slots < np.asarray(end)[..., None]
+        if started:
+            visible &= slots >= np.asarray(start)[..., None]
+        blocks, rows = q.shape[1:3]
+        for a in range(blocks):
+            both = np.concatenate([visible[:, a], np.ones((2, rows), bool)], axis=1)
+            seen = np.repeat(both[:, None], rows, axis=1)
+            own = lambda x, a=a: x[:, a].swapaxes(1, 2)  # [B, G, K, D]
+            keys = jnp.concatenate([k.swapaxes(2, 3), own(own_k)], axis=2)[:, None]
+            values = jnp.concatenate([v, own(own_v)], axis=2)[:, None]
+            expected = by_definition(q[:, a], keys, values, seen)
+            assert relative_error(walked[:, a], expected) < 2e-6
+
+
+@pytest.mark.parametrize("used", [0, 1, SLOTS])
+def test_blocks_that_see_no_slot_see_only_themselves(used: int) -> None:
+    q, k, v, own_k, own_v, _, end = blocks_of(9, 2, 3)
+    args = (q, k, v, own_k, own_v, None, end * 0)
+    assert relative_error(attend_blocks(*args, jnp.int32(used)), attend_blocks(*args)) < 2e-6
+
+
+def test_bfloat16_attention_in_steps_is_as_near_to_float32_as_the_plain_form() -> None:
+    q, k, v, _, end = rows_of(10, 2, 3)
+    exact = attend(q, k, v, None, end)
+    low = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    errors = []
+    for used in (None, end.max()):
+        found = attend(*low, None, end, used)
+        assert found.dtype == jnp.bfloat16
+        errors.append(relative_error(found.astype(jnp.float32), exact))
+    assert errors[1] < 1.5 * errors[0] < 0.1
+
+
+# Prefill in chunks
+
+
+CONFIG = tiny_config(max_position_embeddings=8192)
+PADDED = 2 * CHUNK + 128  # no multiple of the chunk: the last one is moved back
+LENGTHS = {
+    "at the borders": [CHUNK, 2 * CHUNK, CHUNK + 1, CHUNK - 1],
+    "ragged": [PADDED, 300, 1, 777],
+    "none fills the width": [2 * CHUNK - 5, 3, 64, CHUNK + 2],
+    "all in one chunk": [3, 300, 64, CHUNK],
+}
+
+
+def ids_of(seed: int, batch: int, width: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 63, (batch, width)), jnp.int32)
+
+
+@functools.cache
+def in_one_piece(slots: int):
+    """One forward over all rows, each with one plain softmax: the last logits, and the cache."""
+
+    @jax.jit
+    def read(params, tokens, lengths):
+        model = Model(CONFIG)
+        rows = ar_segment(tokens, jnp.zeros_like(lengths))
+        cache = model.init_cache(tokens.shape[0], slots)
+        with mock.patch.object(chunked, "MANY_SLOTS", 1 << 30):
+            (hidden,), cache = model.forward(params, [rows], cache)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+        return model.logits(params, last), cache
+
+    return read
+
+
+def budget_of(lengths, tokens: int):
+    return jnp.full(len(lengths), tokens, jnp.int32)
+
+
+def prefilled(params, tokens, lengths, *, slots: int, new: int = 24, **resumed):
+    return decoding.prefill(
+        Model(CONFIG),
+        params,
+        tokens,
+        jnp.asarray(lengths, jnp.int32),
+        budget_of(lengths, new),
+        NO_EOS,
+        slots=slots,
+        max_new_tokens=new,
+        logprobs=True,
+        **resumed,
+    )
+
+
+def assert_same_live_cache(cache, expected, lengths) -> None:
+    live = jnp.arange(cache.k[0].shape[-1]) < jnp.asarray(lengths)[:, None]
+    for ours, theirs in zip(cache.k, expected.k, strict=True):
+        rows = live[:, None, None, :]
+        assert relative_error(ours * rows, theirs * rows) < 2e-5
+    for ours, theirs in zip(cache.v, expected.v, strict=True):
+        rows = live[:, None, :, None]
+        assert relative_error(ours * rows, theirs * rows) < 2e-5
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+@pytest.mark.parametrize("width", [PADDED, *slow(2 * CHUNK)])
+def test_prefill_in_chunks_is_one_big_forward(case: str, width: int) -> None:
+    lengths, slots = [min(n, width) for n in LENGTHS[case]], 3 * SLOT_STEP
+    params, tokens = random_params(CONFIG, 0), ids_of(1, 4, width)
+    logits, cache = in_one_piece(slots)(params, tokens, jnp.asarray(lengths, jnp.int32))
+    state = prefilled(params, tokens, lengths, slots=slots)
+    assert_same_live_cache(state.cache, cache, lengths)
+    assert state.position.tolist() == lengths
+    assert state.count.tolist() == [1] * 4
+    np.testing.assert_array_equal(state.tokens[:, 0], logits[:, 0].argmax(axis=-1))
+    log_p = jax.nn.log_softmax(logits[:, 0]).max(axis=-1)
+    np.testing.assert_allclose(state.logprobs[:, 0], log_p, rtol=2e-5, atol=2e-5)
+
+
+def text_by_whole_forwards(params, prompt: list[int], new: int) -> list[int]:
+    """Greedy text with a forward over everything for each token: no cache, no chunk, no loop."""
+    ids = list(prompt)
+    for _ in range(new):
+        tokens = jnp.asarray([ids + [0] * (len(prompt) + new - len(ids))], jnp.int32)
+        logits, _ = in_one_piece(PADDED + 64)(params, tokens, jnp.asarray([len(ids)]))
+        ids.append(int(logits[0, 0].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_the_text_behind_chunks_is_that_behind_one_big_forward(loop: str) -> None:
+    params, tokens, new = random_params(CONFIG, 1), ids_of(2, 4, PADDED), 24
+    lengths = [PADDED, 300, CHUNK, 2 * CHUNK + 1]
+    state = prefilled(params, tokens, lengths, slots=3 * SLOT_STEP, new=new)
+    state = LOOPS[loop](Model(CONFIG), params, state)
+    for row in (0, 1, 2, 3) if loop == "ar" else (0, 2):
+        prompt = tokens[row, : lengths[row]].tolist()
+        assert state.tokens[row].tolist() == text_by_whole_forwards(params, prompt, new)
+
+
+@pytest.mark.parametrize("first", [1, 200, *slow(CHUNK, 700)])
+def test_a_resumed_prefill_in_chunks_is_one_of_the_whole(first: int) -> None:
+    params, tokens, slots = random_params(CONFIG, 2), ids_of(3, 1, PADDED), 4 * SLOT_STEP
+    whole = prefilled(params, tokens, [PADDED], slots=slots)
+    begun = prefilled(params, tokens[:, :768], [first], slots=slots)
+    rest = jnp.zeros((1, PADDED), jnp.int32).at[:, : PADDED - first].set(tokens[:, first:])
+    state = prefilled(
+        params,
+        rest,
+        [PADDED - first],
+        slots=slots,
+        cache=begun.cache,
+        start=jnp.asarray([first], jnp.int32),
+    )
+    assert int(state.position[0]) == PADDED
+    assert state.tokens[0, 0] == whole.tokens[0, 0]
+    as_batch = lambda cache: jax.tree.map(lambda x: x[None] if x.ndim == 3 else x, cache)
+    assert_same_live_cache(as_batch(state.cache), as_batch(whole.cache), [PADDED])
+    for name in LOOPS:
+        again, plain = (
+            LOOPS[name](Model(CONFIG), params, jax.tree.map(jnp.copy, s)) for s in (state, whole)
+        )
+        assert again.tokens.tolist() == plain.tokens.tolist()
+
+
+# Whole answers behind long prompts
+
+
+def long_config(**changes) -> ModelConfig:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return tiny_config(**sizes | {"tie_word_embeddings": False} | changes)
+
+
+def both_texts(config: ModelConfig, prompt: list[int], new: int) -> tuple[list[int], list[int]]:
+    model = Generator(config, random_params(config, 0, gain=2.5))
+    ar, orthrus = (
+        model.complete([prompt], mode=mode, max_new_tokens=new)[0] for mode in ("ar", "orthrus")
+    )
+    assert len(ar.tokens) == new
+    assert len(set(ar.tokens)) > 5, "a text that says nothing"
+    return ar.tokens, orthrus.tokens
+
+
+def test_orthrus_is_ar_behind_3000_tokens() -> None:
+    config = long_config(num_hidden_layers=2, max_position_embeddings=4096)
+    prompt = ids_of(4, 1, 3000)[0].tolist()
+    ar, orthrus = both_texts(config, prompt, 40)
+    assert orthrus == ar
+    other = both_texts(config, [(prompt[0] + 1) % 63, *prompt[1:]], 40)
+    assert other[1] == other[0]
+
+
+@pytest.mark.parametrize("agree", [0.8, *slow(0.0, 1.0)])
+def test_drafts_are_taken_and_rolled_back_behind_long_prompts(agree: float) -> None:
+    """Over many slots, with drafts that are right as often as asked."""
+    config, new, lengths = long_config(num_key_value_heads=2), 30, [1100, 900, 5]
+    model, slots = DraftedModel(config), 3 * SLOT_STEP
+    prompts = ids_of(6, 3, 1104)
+    params = {"model": random_params(config, 0, gain=2.5), "drafts": jnp.zeros((3, slots), int)}
+
+    def decoded(loop: str):
+        lengths_, budget = (jnp.asarray(x, jnp.int32) for x in (lengths, [new, new, 17]))
+        static = {"slots": slots, "max_new_tokens": new}
+        state = decoding.prefill(model, params, prompts, lengths_, budget, NO_EOS, **static)
+        return jax.tree.map(np.asarray, LOOPS[loop](model, params, state))
+
+    ar = decoded("ar")
+    drafts = np.zeros((3, slots), np.int32)
+    for row, length in enumerate(lengths):
+        drafts[row, length : length + new] = ar.tokens[row]
+    wrong = np.random.default_rng(7).random(drafts.shape) >= agree
+    params["drafts"] = jnp.asarray(np.where(wrong, (drafts + 1) % 63, drafts))
+    orthrus = decoded("orthrus")
+    assert_same_decoding(ar, orthrus)
+    rest = ar.count - 1
+    least = -(-rest // config.block_size)
+    assert (orthrus.cycles >= least).all()
+    assert (orthrus.cycles <= rest).all()
+    if agree in (0.0, 1.0):
+        np.testing.assert_array_equal(orthrus.cycles, least if agree else rest)
+
+
+def test_long_and_short_prompts_share_a_batch() -> None:
+    config = long_config(max_position_embeddings=4096)
+    model = Generator(config, random_params(config, 0, gain=2.5))
+    prompts = [ids_of(seed, 1, n)[0].tolist() for seed, n in enumerate((3, 1200, 700, 40, 1100))]
+    alone = [c.tokens for c in model.complete(prompts, mode="ar", max_new_tokens=20)]
+    for mode in ("ar", "orthrus"):
+        found = model.complete(prompts, mode=mode, max_new_tokens=20, batch_size=2)
+        assert [c.tokens for c in found] == alone
+
+
+@pytest.mark.slow
+def test_orthrus_is_ar_behind_32000_tokens() -> None:
+    config = long_config(max_position_embeddings=32_768 + 256)
+    ar, orthrus = both_texts(config, ids_of(5, 1, 32_000)[0].tolist(), 40)
+    assert orthrus == ar
+
+
+# Memory
+
+
+@functools.cache
+def compiled_prefill(batch: int, padded: int, slots: int):
+    ids = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    params = random_params(CONFIG, 0)
+    arguments = (ids(batch, padded), ids(batch), ids(batch), ids(3))
+    lowered = decoding.prefill.lower(
+        Model(CONFIG), params, *arguments, slots=slots, max_new_tokens=64
+    )
+    return lowered.compile()
+
+
+@functools.cache
+def compiled_loop(loop: str, slots: int, *, batch: int = 1, groups: int = 2, block: int = 4):
+    config = tiny_config(num_key_value_heads=groups, block_size=block)
+    params, model = random_params(config, 0), Model(config)
+    one = jnp.ones(batch, jnp.int32)
+    state = jax.eval_shape(
+        lambda: decoding.prefill(
+            model, params, one[:, None], one, one, NO_EOS, slots=slots, max_new_tokens=64
+        )
+    )
+    return LOOPS[loop].lower(model, params, state).compile()
+
+
+def temporaries(program) -> int:
+    return program.memory_analysis().temp_size_in_bytes
+
+
+@on_cpu
+@pytest.mark.parametrize("batch", [1, *slow(2)])
+def test_the_memory_of_prefill_does_not_grow_with_the_prompt(batch: int) -> None:
+    slots = 16_384
+    short, long = (temporaries(compiled_prefill(batch, padded, slots)) for padded in (2048, 8192))
+    ids = 4 * batch * (8192 - 2048)
+    assert long - short <= ids
+    assert short < 2 * temporaries(compiled_prefill(batch, CHUNK, slots))
+
+
+@on_cpu
+@pytest.mark.parametrize("batch", [1, *slow(2)])
+def test_what_orthrus_needs_beyond_ar_is_constant_in_the_context(batch: int) -> None:
+    extra = [
+        temporaries(compiled_loop("orthrus", slots, batch=batch))
+        - temporaries(compiled_loop("ar", slots, batch=batch))
+        for slots in (2048, 16_384)
+    ]
+    assert extra[0] == extra[1]
+    assert 0 < extra[0] < 200_000
+    for loop in LOOPS:  # of which nothing is as long as the cache
+        few, many = (
+            temporaries(compiled_loop(loop, slots, batch=batch)) for slots in (2048, 16_384)
+        )
+        assert few == many
+
+
+def copies_inside_loops(program: str, dims: tuple[int, ...]) -> list[str]:
+    """HLO lines outside the entry that copy or transpose an array of these sizes, 1s aside."""
+    without_ones = lambda dims: sorted(d for d in dims if d != 1)
+    found, computation = [], ""
+    for line in program.splitlines():
+        if line.endswith("{"):
+            computation = line
+        made = re.search(r"= \w+\[([\d,]+)\]\S* (copy|copy-start|transpose)\(", line)
+        if not made or computation.startswith("ENTRY"):
+            continue
+        if without_ones(map(int, made[1].split(","))) == without_ones(dims):
+            found.append(line.strip())
+    return found
+
+
+@on_cpu
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(("batch", "groups", "block"), [(1, 1, 4), (1, 2, 2), (2, 2, 4)])
+def test_a_loop_over_many_slots_copies_no_cache(loop, batch, groups, block) -> None:
+    slots = 2048
+    program = compiled_loop(loop, slots, batch=batch, groups=groups, block=block).as_text()
+    assert " while(" in program
+    assert re.search(rf"f32\[({batch},)?({groups},)?{slots},16\]", program)
+    assert copies_inside_loops(program, (batch, groups, slots, 16)) == []
+
+
+@on_cpu
+@pytest.mark.parametrize("batch", [1, *slow(2)])
+def test_prefill_in_chunks_copies_no_cache(batch: int) -> None:
+    program = compiled_prefill(batch, 2048, 16_384).as_text()
+    assert copies_inside_loops(program, (batch, 2, 16_384, 16)) == []
+
+
+@on_cpu
+def test_a_copy_inside_a_loop_would_be_found() -> None:
+    turn = lambda i, x: jnp.sin(x).swapaxes(0, 1).reshape(x.shape)
+    program = jax.jit(lambda n, x: jax.lax.fori_loop(0, n, turn, x))
+    text = program.lower(jnp.int32(3), jnp.zeros((16, 2048))).compile().as_text()
+    assert copies_inside_loops(text, (16, 2048)) != []

@@ -1,0 +1,129 @@
+"""The planner: what it chooses from measured figures, from a roofline, by rule; and its file."""
+
+import json
+
+import pytest
+
+from orthrus_jax.engine import planner
+from orthrus_jax.engine.planner import Calibration, Earned, Split, choose
+from orthrus_jax.errors import UserError
+from orthrus_jax.llm import Generator
+from tests.support.configs import tiny_config
+
+KIND = "a device"
+PAPER, WIDE, WIDER = Split("paper", 8), Split("one-forward", 8, 15, 6), Split("two-forward", 8, 63)
+
+
+def calibration(curves: dict[int, list[tuple[int, float]]] | None = None) -> Calibration:
+    """The paper's cycle, 64 rows in one forward, 64 rows in the second of two."""
+    figures = {PAPER: 2.6, WIDE: 4.8, WIDER: 3.5}
+    earned = tuple(Earned(s, n, (n - 0.1, n + 0.1), n, 3.0, 0.9) for s, n in figures.items())
+    return Calibration(earned, {KIND: curves} if curves else {}, {"prompts": 3})
+
+
+FLAT = {1: [(1, 10.0), (256, 10.0)]}
+STEEP = {1: [(1, 10.0), (9, 14.0), (64, 80.0)]}
+
+
+@pytest.mark.parametrize(
+    ("curves", "rows", "split", "said"),
+    [
+        (FLAT, 64, WIDE, "4.80 tokens a forward at 1.00 times the cost of one row, 4.80 times"),
+        (FLAT, 63, PAPER, "2.60 tokens a forward"),
+        (STEEP, 64, PAPER, "2.60 tokens a forward at 1.35 times the cost of one row, 1.93 times"),
+        (FLAT, 7, Split("ar"), "one token a forward is fastest with 7 rows at batch 1: none fits"),
+        ({1: [(1, 1.0), (8, 8.0)]}, 64, Split("ar"), "gives 0.33 of its speed"),
+    ],
+)
+def test_most_tokens_a_second_win(curves, rows: int, split: Split, said: str) -> None:
+    choice = choose(calibration(curves), rows, 1, 8, KIND)
+    assert choice.split == split
+    assert said in choice.why
+    assert "measured here" in choice.why
+
+
+def test_a_batch_pays_for_its_rows() -> None:
+    """Four prompts of 64 rows are 256 rows: at batch 4 the measured curve, else the nearest's."""
+    curves = {1: [(1, 10.0), (64, 11.0), (256, 40.0)]}
+    assert choose(calibration(curves), 64, 1, 8, KIND).split == WIDE
+    assert choose(calibration(curves), 64, 4, 8, KIND).split == PAPER
+    assert (
+        choose(calibration(curves | FLAT | {4: [(1, 1.0), (64, 1.0)]}), 64, 4, 8, KIND).split
+        == WIDE
+    )
+
+
+def test_another_device_is_estimated_by_its_ridge() -> None:
+    on = lambda kind, batch: choose(calibration(FLAT), 256, batch, 8, kind)
+    assert on("TPU v6 lite", 1).split == WIDE
+    assert "estimated: TPU v6 lite was not calibrated" in on("TPU v6 lite", 1).why
+    assert on("TPU v6 lite", 64).split == PAPER
+    assert on("cpu", 4).split == Split("ar")
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "batch", "split"),
+    [
+        ("TPU v6 lite", 160, 1, Split("one-forward", 32, 63, 3)),
+        ("TPU v5 lite", 512, 1, Split("one-forward", 32, 79, 5)),
+        ("TPU v5 lite", 512, 8, Split("two-forward", 29)),
+        ("TPU v5 lite", 4, 1, Split("two-forward", 3)),
+        ("TPU v5 lite", 2, 1, Split("ar")),
+        ("NVIDIA H200 141GB", 64, 1, Split("one-forward", 32, 31, 1)),
+        ("cpu", 160, 1, Split("two-forward", 3)),
+        ("cpu", 160, 8, Split("ar")),
+        ("unheard of", 160, 1, Split("one-forward", 32, 63, 3)),
+    ],
+)
+def test_without_figures_what_is_free_is_filled(kind, rows, batch, split: Split) -> None:
+    choice = choose(None, rows, batch, 32, kind)
+    assert choice.split == split
+    assert choice.split.rows <= max(rows, 1)
+    assert "by rule" in choice.why
+
+
+@pytest.mark.parametrize(
+    ("points", "rows", "cost"),
+    [
+        ([(1, 2.0), (9, 4.0), (17, 12.0)], 5, 3.0),
+        ([(1, 2.0), (9, 4.0), (17, 12.0)], 17, 12.0),
+        ([(1, 2.0), (9, 4.0), (17, 12.0)], 25, 20.0),
+        ([(1, 5.0), (2, 4.0)], 40, 5.0),
+        ([(1, 5.0)], 40, 5.0),
+    ],
+)
+def test_costs_between_and_beyond_what_was_measured(points, rows, cost) -> None:
+    assert planner.interpolated(points, rows) == pytest.approx(cost)
+
+
+def test_the_file_is_read_as_it_was_written(tmp_path) -> None:
+    written = calibration(STEEP)
+    assert planner.load(tmp_path) is None
+    assert written.save(tmp_path).name == planner.FILE
+    assert planner.load(tmp_path) == written
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"about": {}, "earned": [{"cycle": "paper"}], "cost": {}}']
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path, text: str) -> None:
+    (tmp_path / planner.FILE).write_text(text)
+    with pytest.raises(UserError, match=r"calibration\.json is damaged .* delete it or run"):
+        planner.load(tmp_path)
+
+
+@pytest.mark.parametrize(("rows", "batch", "name"), [(0, 1, "rows=0"), (9, 0, "batch_size=0")])
+def test_no_rows_and_no_prompts_are_refused(rows, batch, name) -> None:
+    with pytest.raises(UserError, match=f"{name} must be at least 1"):
+        Generator(tiny_config(), {}).plan(rows, batch)
+
+
+def test_the_options_are_those_of_complete(tmp_path) -> None:
+    assert Split("ar").options == {"mode": "ar"}
+    calibration(FLAT).save(tmp_path)
+    options = planner.choose(planner.load(tmp_path), 64, 1, 8, KIND).split.options
+    assert options == {
+        "mode": "orthrus", "cycle": "one-forward", "draft_length": 8,
+        "tree_nodes": 15, "early_blocks": 6, "fresh_blocks": 0,
+    }  # fmt: skip
+    assert json.loads((tmp_path / planner.FILE).read_text())["earned"][1]["rows"] == 64

@@ -1,0 +1,42 @@
+"""What --mesh and the other options of the runtime take."""
+
+import argparse
+
+import jax
+import pytest
+
+from orthrus_jax import cli
+from orthrus_jax.errors import UserError
+
+
+def test_a_mesh_is_read_as_it_is_written():
+    assert cli.parse_mesh(None) is None
+    assert dict(cli.parse_mesh("data=-1").shape) == {
+        "data": jax.device_count(),
+        "fsdp": 1,
+        "tensor": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("4", "expected something like data=2,tensor=4"),
+        ("data=x", "expected something like data=2,tensor=4"),
+        ("fsdp=2", "expected something like data=2,tensor=4"),
+        ("data=3,tensor=5", "is of 15 devices, and there are|does not fit"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
+        cli.parse_mesh(text)
+
+
+def test_what_is_told_is_what_load_takes(monkeypatch):
+    kept = []
+    monkeypatch.setattr(cli, "enable_compilation_cache", kept.append)
+    parser = argparse.ArgumentParser()
+    cli.add_runtime(parser)
+    told = cli.runtime_options(parser.parse_args(["--dtype", "float32", "--compile-cache", "off"]))
+    assert told == {"dtype": "float32", "mesh": None}
+    assert kept == ["off"]
