@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from orthrus_jax.engine.detokenizer import REPLACEMENT, PENDING, IncrementalDetokenizer
+from orthrus_jax.engine.detokenizer import PENDING, REPLACEMENT, IncrementalDetokenizer
 from orthrus_jax.errors import UserError
 from orthrus_jax.tokenizer import decode, load_tokenizer
 from tests.support.paths import DATA
@@ -114,10 +114,10 @@ def strips():
 def expected(tokenizer, ids, stop):
     """Text, stopped and used by their definitions, from decodes of the whole."""
     whole = decode(tokenizer, ids)
-    found = [(whole.find(s), len(s)) for s in stop if s in whole]
-    if not found:
+    starts = [(whole.find(s), len(s)) for s in stop if s in whole]
+    if not starts:
         return whole, False, len(ids)
-    start, size = min(found)
+    start, size = min(starts)
     upto = whole[: start + size]
     used = next(n for n in range(len(ids) + 1) if decode(tokenizer, ids[:n]).startswith(upto))
     return whole[:start], True, used
@@ -223,7 +223,7 @@ def fallback(text):
     cuts=CUTS,
     spans=SPANS,
 )
-def test_a_stripped_first_space_is_stripped_once(parts, cuts, spans):
+def test_first_space_is_stripped_once(parts, cuts, spans):
     ids = [i for part in parts for i in part]
     stop = stops_from(decode(sentencepiece(), ids), spans, [])
     check(sentencepiece(), ids, cuts)
@@ -235,7 +235,7 @@ def test_a_stripped_first_space_is_stripped_once(parts, cuts, spans):
         check(tokenizer, words, cuts, stops_from(decode(tokenizer, words), spans, []))
 
 
-def test_a_character_comes_out_whole_with_its_last_byte():
+def test_character_is_released_whole_with_its_last_byte():
     stream = IncrementalDetokenizer(raw())
     released = [stream.push([b]) for b in "a世🙂".encode()]
     assert released == ["a", "", "", "世", "", "", "", "🙂"]
@@ -252,7 +252,7 @@ def test_special_and_unknown_ids_are_no_text_even_within_a_character():
     assert stream.used == 4 * len(nothing) + 5
 
 
-def test_true_and_invalid_holes_come_out():
+def test_true_and_invalid_replacement_characters_are_released():
     true_hole = 256 + PAIRS.index(b"\xef\xbf\xbd")
     stream = IncrementalDetokenizer(raw())
     assert stream.push([true_hole]) == ""  # it could be the beginning of a character
@@ -269,7 +269,7 @@ def test_true_and_invalid_holes_come_out():
 
 
 @pytest.mark.parametrize("invalid", [[0xFF], [0x80], [0xF0], [256 + PAIRS.index(b"\x9f\xf0")]])
-def test_characters_behind_many_invalid_bytes_are_whole(invalid):
+def test_characters_after_many_invalid_bytes_are_whole(invalid):
     for count in range(3 * PENDING):
         ids = [*invalid * count, *"🙂世é".encode(), *invalid, *"🙂".encode()]
         check(raw(), ids, range(len(ids)))
