@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from eval.judges import Choice, Law, Texts, near_tie, no_cache, one_row
 from orthrus_jax.decoding.sampling import Proposal, Rule, Sampler
-from orthrus_jax.engine import BLOCKS, Answer, Plan, Request, SamplingParams, bucket
+from orthrus_jax.engine import BLOCKS, Completion, Plan, Request, SamplingParams, bucket
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 
 PARTS = ("greedy", "coupled", "rejection")
 Z_LIMIT = 4.0  # 6 in 100,000 honest audits exceed it
@@ -50,7 +50,7 @@ class Options:
       max_new_tokens: of each answer.
       batch_size: texts decoded and judged together.
       draft_length: rows of a draft block, None is the model's own.
-      cycle, early_blocks, fresh_blocks, tree_nodes: what decodes, see Generator.complete.
+      cycle, early_blocks, fresh_blocks, tree_nodes: what decodes, see LLM.complete.
       temperature: of the sampled parts.
       proposal: what the rejection rule proposes, of sampling.Proposal.
       seeds: 0 ... seeds - 1, texts of each prompt in the sampled parts.
@@ -128,7 +128,7 @@ class Case:
 class Audit:
     """A model, its prompts' ids, and the requests of one audit."""
 
-    def __init__(self, model: Generator, prompts: Sequence[Sequence[int]], options: Options):
+    def __init__(self, model: LLM, prompts: Sequence[Sequence[int]], options: Options):
         self.model, self.prompts, self.options = model, prompts, options
         self.near_tie = near_tie(model.config) if options.near_tie is None else options.near_tie
         self.padded = bucket(max(map(len, prompts)))
@@ -154,14 +154,14 @@ class Audit:
         asked = [dataclasses.replace(common, seed=seed) for seed in seeds]
         return [Request(*pair) for pair in itertools.product(self.prompts, asked)]
 
-    def decode(self, requests: Sequence[Request], **how: Any) -> list[Answer]:
+    def decode(self, requests: Sequence[Request], **how: Any) -> list[Completion]:
         """Answer the requests by the audit's plan, but for `how`."""
         plan = dataclasses.replace(self.plan, **how)
         self.bar.set_description(f"{plan.mode}, batch {plan.batch_size}")
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Completion] = {}
         for event in self.model.engine.serve(requests, plan):
-            if event.answer is not None:
-                answers[event.index] = event.answer
+            if event.completion is not None:
+                answers[event.index] = event.completion
                 self.bar.update()
         return [answers[i] for i in range(len(requests))]
 
@@ -169,8 +169,8 @@ class Audit:
         self,
         judge: Any,
         requests: Sequence[Request],
-        answers: Sequence[Answer],
-        rivals: Sequence[Answer],
+        answers: Sequence[Completion],
+        rivals: Sequence[Completion],
         **static: Any,
     ) -> list[Any]:
         """Have `judge` (one_row or no_cache) read every answer: arrays [n] of its n tokens.
@@ -192,7 +192,7 @@ class Audit:
             self.bar.update(len(some))
         return found
 
-    def _texts(self, some: Sequence[tuple[Request, Answer, Answer] | None]) -> Texts:
+    def _texts(self, some: Sequence[tuple[Request, Completion, Completion] | None]) -> Texts:
         """Lay texts out for a judge; None fills a row."""
         rows = np.zeros((len(some), self.padded + self.width), np.int32)
         rivals, anchors = np.zeros((2, len(some), self.width), np.int32)
@@ -205,7 +205,7 @@ class Audit:
             rivals[i, : len(rival.tokens)] = rival.tokens
             anchors[i, : len(answer.tokens)] = _anchors(len(request.prompt), answer)
             lengths[i], counts[i] = len(request.prompt), len(answer.tokens)
-            keys[:, i] = request.sampling.seed, request.stream
+            keys[:, i] = request.sampling.seed, request.noise_id
             sampled = request.sampling.temperature > 0
         sampler = None
         if sampled:
@@ -221,7 +221,7 @@ class Audit:
         )
 
 
-def _anchors(prompt: int, answer: Answer) -> list[int]:
+def _anchors(prompt: int, answer: Completion) -> list[int]:
     """Which token of prompt and answer each of the answer's was drafted behind.
 
     A cycle that accepts n drafts emits n + 1 tokens behind its anchor, if there is room. The first
@@ -233,7 +233,7 @@ def _anchors(prompt: int, answer: Answer) -> list[int]:
     return behind[: len(answer.tokens)]
 
 
-def audit(model: Generator, prompts: Sequence[Sequence[int]], options: Options) -> dict[str, Any]:
+def audit(model: LLM, prompts: Sequence[Sequence[int]], options: Options) -> dict[str, Any]:
     """Audit a model on prompts of ids.
 
     Returns:
@@ -311,17 +311,17 @@ def _seeds(run: Audit, part: str) -> int:
     return 1 if part == "greedy" else run.options.seeds
 
 
-def _acceptance(answers: Sequence[Answer]) -> float:
+def _acceptance(answers: Sequence[Completion]) -> float:
     cycles = sum(len(a.accepted) for a in answers)
     return sum(sum(a.accepted) for a in answers) / max(cycles, 1)
 
 
-def _exact(answers: Sequence[Answer], others: Sequence[Answer]) -> float:
+def _exact(answers: Sequence[Completion], others: Sequence[Completion]) -> float:
     return float(np.mean([a.tokens == b.tokens for a, b in zip(answers, others, strict=True)]))
 
 
 def _agreement(
-    answers: Sequence[Answer] | None, ar: Sequence[Answer], judged: Sequence[Choice]
+    answers: Sequence[Completion] | None, ar: Sequence[Completion], judged: Sequence[Choice]
 ) -> dict[str, Any]:
     """How a judge agrees with texts; without `answers`, what it would itself have said for AR's.
 
@@ -341,7 +341,7 @@ def _agreement(
 
 
 def _bad_tokens(
-    run: Audit, name: Callable[..., Case], text: str, judge: str, answer: Answer, seen: Choice
+    run: Audit, name: Callable[..., Case], text: str, judge: str, answer: Completion, seen: Choice
 ) -> list[Case]:
     limit = run.near_tie * seen.spread
     return [
@@ -359,7 +359,7 @@ def _bad_tokens(
     ]
 
 
-def _bad_ends(run: Audit, name: Callable[..., Case], text: str, answer: Answer) -> list[Case]:
+def _bad_ends(run: Audit, name: Callable[..., Case], text: str, answer: Completion) -> list[Case]:
     """An answer ends with its first end token, or at the budget."""
     ends, most = run.model.config.eos_token_ids, run.options.max_new_tokens
     first = next((i + 1 for i, token in enumerate(answer.tokens) if token in ends), most)
@@ -372,8 +372,8 @@ def _divergences(
     run: Audit,
     part: str,
     requests: Sequence[Request],
-    orthrus: Sequence[Answer],
-    ar: Sequence[Answer],
+    orthrus: Sequence[Completion],
+    ar: Sequence[Completion],
     judged: Sequence[Choice],
 ) -> list[dict[str, Any]]:
     """Where each text first leaves AR's, and the one-row judge's gap between the two tokens."""
@@ -431,7 +431,9 @@ def audit_law(
     return result, cases
 
 
-def _bad_chances(run: Audit, name: Callable[..., Case], answer: Answer, seen: Law) -> list[Case]:
+def _bad_chances(
+    run: Audit, name: Callable[..., Case], answer: Completion, seen: Law
+) -> list[Case]:
     """Tokens that cannot be, and those whose log p Orthrus and the judge do not agree on."""
     reported, limit = np.array(answer.logprobs), 2 * run.near_tie * seen.spread
     right = (seen.own > 0) & (np.abs(reported - seen.log_prob) <= limit)

@@ -33,7 +33,7 @@ from orthrus_jax.decoding.sampling import greedy
 from orthrus_jax.engine import bucket, planner
 from orthrus_jax.engine.planner import Calibration, Earned, Split
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.llm import Generator, load
+from orthrus_jax.llm import LLM, load
 from orthrus_jax.model import Model, ar_segment
 from orthrus_jax.tokenizer import encode
 
@@ -129,7 +129,7 @@ def time_rows(
 
 
 def time_costs(
-    model: Generator, batches: Sequence[int], rows: Sequence[int], context: int, repeats: int
+    model: LLM, batches: Sequence[int], rows: Sequence[int], context: int, repeats: int
 ) -> dict[int, list[tuple[int, float]]]:
     """Milliseconds a forward by batch and rows."""
     inner, weights = model.engine.model, model.params

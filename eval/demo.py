@@ -22,8 +22,9 @@ import orthrus_jax
 from eval.speed import time_forwards
 from orthrus_jax import cli, runtime, tune
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.engine import Completion
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.llm import Completion, Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, Params, params
 from orthrus_jax.tokenizer import encode
 from train.problems import Problem, is_correct, problems
@@ -49,7 +50,7 @@ def cycle_cost(config: ModelConfig, weights: Params, block_size: int) -> dict[st
 
 
 def measure(
-    model: Generator, prompts: list[list[int]], repeats: int, **options: Any
+    model: LLM, prompts: list[list[int]], repeats: int, **options: Any
 ) -> dict[str, list[list[Completion]]]:
     """Decode all prompts `repeats` times in each mode, in turn: AR, Orthrus, AR, Orthrus, ..."""
     runs: dict[str, list[list[Completion]]] = {"ar": [], "orthrus": []}

@@ -31,15 +31,15 @@ from eval.grading import Grade
 from orthrus_jax import cli
 from orthrus_jax.cli import add_cycle, add_rows, spend_rows
 from orthrus_jax.decoding.sampling import Rule
-from orthrus_jax.engine import BLOCKS, Answer, Plan, Request, SamplingParams
+from orthrus_jax.engine import BLOCKS, Completion, Plan, Request, SamplingParams
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.llm import Generator as Answerer
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Params
-from orthrus_jax.tokenizer import decode, encode_messages
+from orthrus_jax.tokenizer import encode_messages
 
 MODEL = "Qwen/Qwen3-4B"
 NEW_TOKENS, THINKING_TOKENS = 2048, 32_768  # the paper's budget; the model cards' for thinking
-Served = Generator[tuple[int, Answer], None, None]  # places and answers, as they finish
+Served = Generator[tuple[int, Completion], None, None]  # places and answers, as they finish
 ROUNDS = 4  # batches in a chunk: what a killed run loses, against how often a batch runs empty
 GRADERS = 16  # programs run at once, at most
 # What --resume must find as it was; `batch_size` too, for it decides what is timed.
@@ -68,7 +68,7 @@ class Loops:
     `plan` is that of all loops; each of `names` is its mode in turn.
     """
 
-    model: Answerer
+    model: LLM
     sampling: SamplingParams
     names: Sequence[str]
     plan: Plan
@@ -83,10 +83,8 @@ class Loops:
             found, took = self._decode(going, loop) if going else ([], 0.0)
             seconds += took
             for dialogue, answer in zip(going, found, strict=True):
-                said = decode(self.model.tokenizer, answer.tokens)
-                dialogue.messages.append({"role": "assistant", "content": said})
-                forwards = 1 + self.of(loop).forwards * answer.cycles
-                dialogue.answers.append(_record(dialogue, turn, loop, answer, said, forwards))
+                dialogue.messages.append({"role": "assistant", "content": answer.text})
+                dialogue.answers.append(_record(dialogue, turn, loop, answer))
         return every, seconds
 
     def warm(self, problems: Sequence[Problem]) -> None:
@@ -129,14 +127,14 @@ class Loops:
     def _serve(self, dialogues: Sequence[Dialogue], loop: str) -> Served:
         requests = [Request(d.prompt, self.sampling, d.sample) for d in dialogues]
         for event in self.model.engine.serve(requests, self.of(loop)):
-            if event.answer is not None:
-                yield event.index, event.answer
+            if event.completion is not None:
+                yield event.index, event.completion
 
     def of(self, loop: str) -> Plan:
         """The plan of one loop."""
         return dataclasses.replace(self.plan, mode=loop)
 
-    def _decode(self, dialogues: Sequence[Dialogue], loop: str) -> tuple[list[Answer], float]:
+    def _decode(self, dialogues: Sequence[Dialogue], loop: str) -> tuple[list[Completion], float]:
         """Answers in the dialogues' order, and seconds without those the engine compiled in."""
         engine = self.model.engine
         compiled, begin = engine.compile_seconds, time.perf_counter()
@@ -145,25 +143,23 @@ class Loops:
         return [answers[i] for i in range(len(dialogues))], seconds
 
 
-def _record(
-    d: Dialogue, turn: int, loop: str, answer: Answer, text: str, forwards: int
-) -> dict[str, Any]:
+def _record(d: Dialogue, turn: int, loop: str, answer: Completion) -> dict[str, Any]:
     """An answer as a line of answers.jsonl holds it."""
     orthrus = loop == "orthrus"
     return {
         "loop": loop,
         "sample": d.sample,
         "turn": turn,
-        "text": text,
+        "text": answer.text,
         "prompt_tokens": len(d.prompt),
         "tokens": len(answer.tokens),
         "digest": _checksum(np.array(answer.tokens, "<i4")),
         "finish_reason": answer.finish_reason,
         "cycles": answer.cycles,
         "accepted": answer.accepted if orthrus else [],
-        "forwards": forwards,
+        "forwards": answer.forwards,
         "seconds": answer.seconds,
-        "first_seconds": answer.first_seconds,
+        "first_seconds": answer.time_to_first_token,
     }
 
 
@@ -356,7 +352,7 @@ def _sampling(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**{name: getattr(args, name) for name in names}, max_new_tokens=budget)
 
 
-def _loops(args: argparse.Namespace, model: Answerer, sampling: SamplingParams) -> Loops:
+def _loops(args: argparse.Namespace, model: LLM, sampling: SamplingParams) -> Loops:
     """The loops asked for, checked against the model."""
     names = metrics.LOOPS if args.mode == "both" else (args.mode,)
     plan = Plan(
@@ -365,7 +361,7 @@ def _loops(args: argparse.Namespace, model: Answerer, sampling: SamplingParams) 
         cycle=args.cycle,
         **{name: getattr(args, name) for name in BLOCKS},
         batch_size=args.batch_size,
-        time_first=True,
+        time_to_first_token=True,
     )
     loops = Loops(model, sampling, names, plan, args.thinking)
     for name in names:

@@ -21,7 +21,7 @@ from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import overlapped as ahead
 from orthrus_jax.decoding.overlapped import CHOICES, Scheme, likeliest
 from orthrus_jax.engine import bucket
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Segment, View, ar_segment
 
 FILLERS = 64  # ids that share what probability the likeliest guesses leave
@@ -51,7 +51,7 @@ class Recording:
 
 
 def record(
-    model: Generator, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], block: int
+    model: LLM, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], block: int
 ) -> Recording:
     """Run a block of `block` rows at each token of each answer.
 

@@ -33,7 +33,7 @@ from orthrus_jax.cli import add_blocks, read_prompts
 from orthrus_jax.config import PRESETS
 from orthrus_jax.engine import BLOCKS, CYCLES, bucket
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, params
 from orthrus_jax.tokenizer import encode
 
@@ -153,7 +153,7 @@ Variant = Callable[[list[list[int]]], list[list[int]]]  # prompts to answers, al
 
 
 def text_variants(
-    model: Generator, theirs: HF | None, args: argparse.Namespace, batch: int
+    model: LLM, theirs: HF | None, args: argparse.Namespace, batch: int
 ) -> dict[str, Variant]:
     """What is timed at this batch size, by name."""
     budget = args.max_new_tokens
@@ -281,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _loaded(args: argparse.Namespace) -> Generator:
+def _loaded(args: argparse.Namespace) -> LLM:
     told = cli.runtime_options(args)
     if args.model:
         return orthrus_jax.load(args.model, **told)
@@ -289,7 +289,7 @@ def _loaded(args: argparse.Namespace) -> Generator:
     make = lambda key: jax.tree.map(lambda x: x.astype(sizes.dtype), params.init(Model(sizes), key))
     key, mesh = jax.random.key(0), told["mesh"]
     where = mesh and sharding.of_tree(jax.eval_shape(make, key), mesh)
-    return Generator(sizes, jax.jit(make, out_shardings=where)(key), mesh=mesh)
+    return LLM(sizes, jax.jit(make, out_shardings=where)(key), mesh=mesh)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,17 +9,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orthrus_jax.engine import SamplingParams
-    from orthrus_jax.llm import Completion, Conversation, Generator, load
+    from orthrus_jax.engine import Completion, SamplingParams
+    from orthrus_jax.llm import LLM, Conversation, load
 
 _HOMES = {
-    "Completion": "llm",
+    "Completion": "engine",
     "Conversation": "llm",
-    "Generator": "llm",
+    "LLM": "llm",
     "SamplingParams": "engine",
     "load": "llm",
 }
-__all__ = ["Completion", "Conversation", "Generator", "SamplingParams", "load"]
+__all__ = ["LLM", "Completion", "Conversation", "SamplingParams", "load"]
 
 
 def __getattr__(name: str) -> object:

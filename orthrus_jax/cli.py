@@ -13,9 +13,9 @@ import jax
 from orthrus_jax import sharding
 from orthrus_jax.config import DTYPES
 from orthrus_jax.decoding.sampling import Rule
-from orthrus_jax.engine import BLOCKS, CYCLES, Plan, SamplingParams
+from orthrus_jax.engine import BLOCKS, CYCLES, Completion, Plan, SamplingParams
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Completion, Generator, Pieces
+from orthrus_jax.llm import LLM, Pieces
 from orthrus_jax.runtime import enable_compilation_cache
 
 
@@ -104,7 +104,7 @@ def add_blocks(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def spend_rows(args: argparse.Namespace, model: Generator, batch: int) -> None:
+def spend_rows(args: argparse.Namespace, model: LLM, batch: int) -> None:
     """Where --rows was given, set the options of `add_cycle` as the planner has them; say why."""
     if args.rows is None:
         return
@@ -118,7 +118,7 @@ def spend_rows(args: argparse.Namespace, model: Generator, batch: int) -> None:
 
 
 def decoding_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_sampling` and --mode parsed, as arguments of Generator.stream."""
+    """What `add_sampling` and --mode parsed, as arguments of LLM.stream."""
     plan = ("mode", "accept", "draft_length", "cycle", *BLOCKS)
     sampling = (
         "max_new_tokens",

@@ -21,14 +21,14 @@ from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.tokenizer import encode
 
 if TYPE_CHECKING:
-    from orthrus_jax.llm import Generator
+    from orthrus_jax.llm import LLM
 
 FILE = "decoding.json"
 LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 
 
 def measure(
-    model: "Generator", prompts: Sequence[Sequence[int]], repeats: int = 3, **options: Any
+    model: "LLM", prompts: Sequence[Sequence[int]], repeats: int = 3, **options: Any
 ) -> dict[int, float]:
     """Tokens/s (median) by draft length, the runs of all lengths interleaved, compilation apart."""
     lengths = sorted(

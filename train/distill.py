@@ -32,8 +32,7 @@ from orthrus_jax import checkpoint, engine, sharding
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import SamplingParams
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator, load
-from orthrus_jax.tokenizer import decode
+from orthrus_jax.llm import LLM, load
 from train import command, hosts
 from train.prompts import Mix, Prompt
 from train.responses import MANIFEST, digest, prompt_encoder, read_manifest, tokenizer_identity
@@ -171,7 +170,7 @@ def ensure_responses(config: Any, *, overwrite: bool = False) -> pathlib.Path:
     return out
 
 
-def _run(job: "Job", model: Generator) -> None:
+def _run(job: "Job", model: LLM) -> None:
     """Draw the prompts, and answer them: each host its own shards, on its own devices."""
     hosts.once(lambda: job.draw(model))
     hosts.see(job.drawn, job.out / PROMPTS)
@@ -256,7 +255,7 @@ class Job:
         """Whether the prompts are there."""
         return (self.out / MANIFEST).exists() and (self.out / PROMPTS).exists()
 
-    def draw(self, generator: Generator) -> None:
+    def draw(self, generator: LLM) -> None:
         """Write all prompts, one row group a shard, and the first manifest, unless they are there.
 
         Raises:
@@ -281,7 +280,7 @@ class Job:
             {"asked": mix.shares, "read": {n: mix.read[n] for n in mix.shares}, "skipped": skipped}
         )
 
-    def answer(self, generator: Generator, host: int = 0, count: int = 1) -> None:
+    def answer(self, generator: LLM, host: int = 0, count: int = 1) -> None:
         """Answer the missing shards of one host of `count`; the first keeps the manifest."""
         recipe, names = self.recipe, self.recipe.shard_names()
         first = range(0, recipe.prompts, recipe.shard_size)
@@ -326,7 +325,7 @@ class Job:
 
 
 def _answered(
-    generator: Generator, recipe: Recipe, asked: Sequence[Mapping[str, Any]], bar: tqdm
+    generator: LLM, recipe: Recipe, asked: Sequence[Mapping[str, Any]], bar: tqdm
 ) -> pa.Table:
     """Answer the prompts of a shard, in their order, the longest first in time."""
     begin, compiled = time.perf_counter(), generator.engine.compile_seconds
@@ -335,10 +334,10 @@ def _answered(
     plan = engine.Plan(
         recipe.mode, draft_length=generator.draft_length, batch_size=recipe.batch_size
     )
-    answers: dict[int, engine.Answer] = {}
+    answers: dict[int, engine.Completion] = {}
     for event in generator.engine.serve(requests, plan):
-        if event.answer is not None:
-            answers[order[event.index]] = event.answer
+        if event.completion is not None:
+            answers[order[event.index]] = event.completion
             bar.update()
     rows: list[dict[str, Any]] = []
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -349,7 +348,7 @@ def _answered(
             {
                 **prompt,
                 "answer_ids": answer.tokens,
-                "response": decode(generator.tokenizer, answer.tokens),
+                "response": answer.text,
                 "truncated": truncated,
                 "finish_reason": answer.finish_reason,
             }

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding
 
 from orthrus_jax import checkpoint, sharding
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import REMAT, Model, params
 from orthrus_jax.tokenizer import encode_messages, load_tokenizer
 from train import card, command, distill, hosts, trainer
@@ -73,7 +73,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     loader = Loader(rows, t.batch_size, config.seed, jax.process_index(), jax.process_count())
     identity = {"base": distill.model_identity(source)["weights"]}
     keeper = Checkpoints(run, identity, keep=t.keep)
-    evaluate = _held_out(Generator(sizes, frozen, tokenizer, mesh=mesh), tokenizer, frozen, config)
+    evaluate = _held_out(LLM(sizes, frozen, tokenizer, mesh=mesh), tokenizer, frozen, config)
     if found := keeper.restore(state):
         state, place = found
         loader.restore(place)
@@ -184,7 +184,7 @@ def _stacked(tree: params.Params, mesh: Any) -> params.Params:
 
 
 def _held_out(
-    generator: Generator, tokenizer: Any, frozen: params.Params, config: Any
+    generator: LLM, tokenizer: Any, frozen: params.Params, config: Any
 ) -> Callable[[params.Params], dict[str, Any]]:
     """Return a function that decodes held-out prompts with a given diffusion subtree."""
     if not config.train.eval_prompts:

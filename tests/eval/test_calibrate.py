@@ -14,7 +14,7 @@ from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.engine import Plan, planner
 from orthrus_jax.engine.planner import Calibration, Split
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import params
 from tests.support.configs import tiny_config
 from tests.support.tokenizers import small_tokenizer
@@ -39,7 +39,7 @@ def told():
     """A model, prompts, and its own answers, some ending early."""
     rng = np.random.default_rng(2)
     prompts = [rng.integers(8, VOCAB - 2, n).tolist() for n in (3, 9, 14, 5)]
-    model = Generator(CONFIG, half_right(1))
+    model = LLM(CONFIG, half_right(1))
     said = [c.tokens for c in model.complete(prompts, mode="ar", max_new_tokens=40)]
     said[1] = said[1][:17]
     return model, prompts, said
@@ -82,7 +82,7 @@ def test_confidence_is_trusted_as_far_as_it_earns(told, trust: float, monkeypatc
     )
     monkeypatch.setattr(calibrate, "simulate", earns)
     assert calibrate.trusted(recording) == trust
-    found = Generator(CONFIG, model.params, calibration=Calibration((), {}, {}, trust))
+    found = LLM(CONFIG, model.params, calibration=Calibration((), {}, {}, trust))
     plan = Plan(cycle="one-forward", tree_nodes=8)
     assert found.engine._scheme(plan).trust == trust
     answers = found.complete(prompts, max_new_tokens=17, cycle="one-forward", tree_nodes=8)

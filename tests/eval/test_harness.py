@@ -187,7 +187,7 @@ def test_chunks_of_other_lengths_compile_no_loop_of_their_own(directory, data):
     loops = loops.fitted([*asked, *longer])
     for chunk in asked, longer:
         loops.answer(chunk, "ar")
-    compiled = [key[0].__name__ for key in model.engine._programs]
+    compiled = [key[0].__name__ for key in model.engine.programs.compiled]
     assert compiled.count("prefill") > compiled.count("ar_decode") == 1
 
 

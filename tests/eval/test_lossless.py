@@ -27,9 +27,9 @@ from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import sampling, speculative
 from orthrus_jax.decoding.sampling import Proposal, Purpose
 from orthrus_jax.decoding.speculative import Verdict
-from orthrus_jax.engine import Answer
+from orthrus_jax.engine import Completion
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from tests.support.configs import tiny_config
 from tests.support.weights import random_params
 
@@ -47,16 +47,16 @@ TOKENS = {"max_new_tokens": 48, "batch_size": 8}
 SAMPLED = {**TOKENS, "batch_size": 32, "seeds": 6, "temperature": 2.0}
 
 
-def generator(*, view: str = "copy", **changes) -> Generator:
+def generator(*, view: str = "copy", **changes) -> LLM:
     config = tiny_config(
         **{"num_hidden_layers": 1, "eos_token_ids": (EOS,), **changes},
         max_position_embeddings=next(NAMES),
     )
     weights = random_params(config, 0, copy=view == "copy")
-    return Generator(config, jax.tree.map(lambda x: x.astype(config.dtype), weights))
+    return LLM(config, jax.tree.map(lambda x: x.astype(config.dtype), weights))
 
 
-def audited(*parts: str, made: Generator | None = None, **options) -> dict:
+def audited(*parts: str, made: LLM | None = None, **options) -> dict:
     some = SAMPLED if "rejection" in parts else TOKENS
     if made is None:
         # A tied head says again and again what it has said: good drafts, and a law that hardly
@@ -305,8 +305,9 @@ def test_an_answer_that_ends_early_or_late_is_a_case(monkeypatch) -> None:
     def cut(requests, plan):
         for event in honest(requests, plan):
             if event.index == 3 and plan.mode == "orthrus":
-                answer = dataclasses.replace(event.answer, tokens=event.answer.tokens[:-1])
-                event = dataclasses.replace(event, answer=answer)
+                whole = event.completion
+                answer = dataclasses.replace(whole, tokens=whole.tokens[:-1])
+                event = dataclasses.replace(event, completion=answer)
             yield event
 
     monkeypatch.setattr(made.engine, "serve", cut)
@@ -409,7 +410,7 @@ def test_a_chi_square_on_a_normal_s_scale() -> None:
 
 
 def test_each_token_s_anchor_is_that_of_its_cycle() -> None:
-    answer = lambda tokens, accepted: Answer([0] * tokens, None, "", None, 0, accepted, 0.0, 0.0)
+    answer = lambda n, accepted: Completion("", [0] * n, "", len(accepted), accepted, 1, 0.0, 0.0)
     assert audit_module._anchors(5, answer(1, [])) == [4]
     # The first token; then 2 drafts and one more; one more alone; a cycle cut by the budget.
     assert audit_module._anchors(5, answer(7, [2, 0, 2])) == [4, 5, 5, 5, 8, 9, 9]

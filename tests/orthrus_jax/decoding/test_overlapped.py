@@ -10,7 +10,7 @@ from orthrus_jax.decoding.overlapped import Scheme
 from orthrus_jax.decoding.sampling import Proposal
 from orthrus_jax.engine import Plan, Request, SamplingParams
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from tests.support.configs import tiny_config
 from tests.support.decoding import (
     COUNTED,
@@ -266,11 +266,11 @@ def test_no_block_or_more_than_there_are_bets_is_refused(blocks: dict, message: 
 )
 def test_an_impossible_cycle_is_refused(options, message) -> None:
     with pytest.raises(UserError, match=message):
-        Generator(tiny_config(), {}).complete([[1, 2]], **options)
+        LLM(tiny_config(), {}).complete([[1, 2]], **options)
 
 
 def test_a_draw_from_q_is_not_drafted_ahead() -> None:
-    engine = Generator(tiny_config(), {}).engine
+    engine = LLM(tiny_config(), {}).engine
     plan = Plan(cycle="one-forward", proposal=Proposal.DRAW)
     with pytest.raises(UserError, match="proposal=draw needs cycle='paper'"):
         engine.check([Request([1], SamplingParams(temperature=1.0))], plan)

@@ -12,7 +12,7 @@ from orthrus_jax.decoding import overlapped as ahead
 from orthrus_jax.decoding import tree as trees
 from orthrus_jax.decoding.overlapped import Scheme
 from orthrus_jax.decoding.tree import Guesses
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, ar_segment, block_segment
 from tests.support.compare import relative_error
 from tests.support.configs import NO_EOS, tiny_config
@@ -155,7 +155,7 @@ def test_what_lies_beside_the_way_stays(verified) -> None:
 @pytest.mark.parametrize("cycle", ["two-forward", "one-forward"])
 def test_log_probabilities_and_least_lengths_are_ar_s(cycle: str) -> None:
     """Along a tree's way, and where the end token may not come yet."""
-    model = Generator(tiny_config(eos_token_ids=(3, 9, 30)), random_params(CONFIG, 3, gain=2.0))
+    model = LLM(tiny_config(eos_token_ids=(3, 9, 30)), random_params(CONFIG, 3, gain=2.0))
     prompts = PROMPTS.tolist()
     options = {"max_new_tokens": 20, "min_new_tokens": 7, "logprobs": True, "batch_size": 2}
     ar = model.complete(prompts, mode="ar", **options)
