@@ -96,9 +96,10 @@ def test_dialogue_continues_after_an_interrupt_within_a_program(
     run = model.engine.programs.run
 
     def interrupted(called, *arguments, **named):
-        run(called, *arguments, **named)  # which donates
+        result = run(called, *arguments, **named)  # which donates
         if called.__name__ == function:
             raise KeyboardInterrupt
+        return result
 
     with monkeypatch.context() as patch:
         patch.setattr(model.engine.programs, "run", interrupted)

@@ -89,7 +89,7 @@ def test_requests_submitted_at_any_time_are_answered_as_alone(kind, mode, batch)
         assert (completion.cycles, completion.accepted) == (alone[i].cycles, alone[i].accepted)
 
 
-def test_an_open_queue_mixes_greedy_and_sampled_requests() -> None:
+def test_open_queue_mixes_greedy_and_sampled_requests() -> None:
     model, (prompt,) = hashing(), prompts_of(1, seed=31)
     fields = [
         {},
@@ -132,7 +132,7 @@ def test_new_prompts_of_seen_buckets_compile_nothing_in_an_open_queue() -> None:
 
 
 def test_cancelled_waiting_request_is_forgotten() -> None:
-    queue = hashing().engine.open(Plan(batch_size=2, stream=True), ALL)
+    queue = hashing().engine.open(Plan("ar", batch_size=2, stream=True), ALL)
     prompts = prompts_of(5, seed=33)
     for prompt in prompts:
         queue.submit(greedy(prompt))

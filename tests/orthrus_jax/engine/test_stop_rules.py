@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from orthrus_jax.engine import STREAM_CYCLES, Plan, Request, SamplingParams
+from orthrus_jax.engine import queue as queue_module
 from orthrus_jax.tokenizer import decode as decode_text
 from tests.support.engine import (
     cut_at,
@@ -75,8 +76,10 @@ def test_row_ended_by_a_stop_string_is_replaced(model, refill, mode, accept, tem
     assert min(sizes) < 20 < max(sizes), "some end early, some late"
 
 
-def test_loop_runs_on_only_for_rows_that_have_not_stopped() -> None:
-    """Without a refill a stopped row is done at the next pause."""
+def test_loop_runs_on_only_for_rows_that_have_not_stopped(monkeypatch) -> None:
+    """Without a refill a stopped row is done at the next pause; its cycles stop there too."""
+    views, fetch = [], queue_module._fetch
+    monkeypatch.setattr(queue_module, "_fetch", lambda s: views.append(fetch(s)) or views[-1])
     generator = hashing(counted=True)
     prompts = prompts_of(3, seed=7)
     texts = [plain_text_of(p, 60)[1] for p in prompts]
@@ -86,9 +89,8 @@ def test_loop_runs_on_only_for_rows_that_have_not_stopped() -> None:
     completions = generator.complete(prompts, **options, stop=stop)
     jax.effects_barrier()
     assert [c.finish_reason for c in completions] == ["stop", "stop", "length"]
-    sizes = [len(c.tokens) for c in completions]
-    assert [c.cycles for c in completions] == [n - 1 for n in sizes]
-    assert max(sizes[:2]) < STREAM_CYCLES < sizes[2] == 60
+    assert views[-1].cycles.tolist() == [STREAM_CYCLES, STREAM_CYCLES, 59]
+    assert [c.cycles for c in completions] == [len(c.tokens) - 1 for c in completions]
     assert len(forwards) == 60
 
     forwards.clear()
