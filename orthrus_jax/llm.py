@@ -146,7 +146,7 @@ class LLM:
         progress: bool = False,
         **fields: Any,
     ) -> list[Completion]:
-        """Do what `generate` does, from prompt ids.
+        """Answer each prompt, as `generate` does, but from ids.
 
         Args:
           prompts: ids per prompt.
@@ -218,7 +218,7 @@ class LLM:
         session: Session | None = None,
         **fields: Any,
     ) -> Pieces:
-        """Do what `stream` does, from prompt ids; tokens that the `session` holds are not read."""
+        """Answer as `stream` does, but from ids; tokens that the `session` holds are not read."""
         sampling = _with_fields(sampling, fields)
         if sampling.n > 1:
             raise UserError(f"n={sampling.n}: a stream is of one sample")

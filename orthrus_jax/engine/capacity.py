@@ -1,4 +1,4 @@
-"""Capacities: what the programs of a queue are compiled for, and which requests fit them.
+"""Capacities: the shapes that the programs of a queue are compiled for, and the requests that fit.
 
 Every field is static: another value is another set of programs. Knows no model.
 """
@@ -59,7 +59,7 @@ class Capacity:
 
         Args:
           request: checked by `Engine.check`.
-          number: what the message calls it.
+          number: its name in the message.
           eos: how many end ids the model has.
           lookahead: slots that a cycle writes after its anchor.
 

@@ -62,7 +62,7 @@ class Engine:
         return self.programs.compile_seconds
 
     def check(self, requests: Sequence[Request], plan: Plan) -> None:
-        """Refuse what cannot be done.
+        """Refuse a plan that this model cannot follow, and requests that it cannot answer.
 
         Raises:
           UserError: naming the value and its limit.
@@ -127,7 +127,7 @@ class Engine:
             raise UserError(f"prompt {number} is empty: give at least one token")
         vocab = self.config.vocab_size
         if set(map(type, prompt)) == {int} and min(prompt) >= 0 and max(prompt) < vocab:
-            return  # ten times as fast as the search for the one that is wrong
+            return  # the usual case, without a loop in Python
         for at, token in enumerate(prompt):
             if not is_whole(token) or not 0 <= token < vocab:
                 raise UserError(
@@ -136,8 +136,8 @@ class Engine:
 
     def slots(self, prompt: int, new: int, plan: Plan) -> int:
         """Cache slots for a prompt and its answer, of at most so many tokens."""
-        behind = max(self.config.block_size, plan.tree_nodes + 1)
-        return bucket(bucket(prompt) + bucket(new) + behind)
+        after = max(self.config.block_size, plan.tree_nodes + 1)
+        return bucket(bucket(prompt) + bucket(new) + after)
 
     def lookahead(self, plan: Plan) -> int:
         """Cache slots that a cycle writes after its anchor."""

@@ -49,7 +49,7 @@ class Programs:
         """Call a jitted function of decoding/; compile it first if this shape is new.
 
         Args:
-          function: what it donates is lost to the caller, also if the call is interrupted.
+          function: arguments that it donates are lost, even if the call is interrupted.
           arguments, named: arrays and trees of arrays.
           model: the model (static) and its parameters, as first arguments of `function`.
           static: the other static arguments.

@@ -4,7 +4,7 @@ A request's life: (1) `submit` checks it and puts it in line; (2) `step` reads i
 free row; (3) the loop decodes all rows and pauses when the host has something to do; (4) the host
 reads the tokens back, turns them into text, and frees the row when its answer has ended.
 
-Knows neither how a token is chosen nor what a program looks like: that is the engine's.
+How a token is chosen and which program runs is the engine's business.
 """
 
 import collections
@@ -49,7 +49,7 @@ class _Row:
 
 
 class _HostView(NamedTuple):
-    """What the host reads of a state, in one transfer."""
+    """The part of a state that the host reads, in one transfer."""
 
     tokens: np.ndarray
     emitted: np.ndarray
@@ -62,7 +62,7 @@ class _HostView(NamedTuple):
 class Queue:
     """Requests waiting and running, in one batch of static shape. `Engine.open` makes one.
 
-    For one thread. Texts do not depend on when a request was submitted or what runs beside it.
+    For one thread. A text depends neither on the time of submission nor on the requests beside it.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Queue:
         self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
         self._rows: list[_Row | None] = [None] * plan.batch_size
         self._tickets = 0
-        # None while no row runs, and while a program has it: what was donated is never kept.
+        # None while no row runs, and while a program has it: donated arrays are never kept.
         self._state: decoding.DecodeState | None = None
         self._done = np.zeros(plan.batch_size, bool)  # rows that the device counts as done
         self._live: list[int] = []  # with a session, the ids of the cache's live slots
@@ -109,7 +109,7 @@ class Queue:
                 self._release_if_idle()
 
     def step(self) -> list[Event]:
-        """Fill free rows, decode until the host has something to do, and report what is new.
+        """Fill free rows, decode until the host has something to do, and report the news.
 
         It returns when a row has finished that a waiting request can take, when all rows have, or,
         if the plan streams or a request has stop strings, after STREAM_CYCLES cycles.
@@ -157,7 +157,7 @@ class Queue:
     def _start_batch(self) -> None:
         """Begin a batch: all prompts at once, padded to the longest, or one after another.
 
-        If one is much longer than the rest, most of what a common prefill reads would be padding.
+        If one is much longer than the rest, a common prefill would mostly read padding.
         """
         size = self.plan.batch_size
         first = list(self._waiting.values())[:size]
@@ -251,7 +251,7 @@ class Queue:
             leave=active - 1 if refilling else 0,
         )
 
-    # What the host makes of it
+    # The host's side
 
     def _collect(self) -> list[Event]:
         """Read the state back; free the rows that have ended."""
@@ -271,7 +271,7 @@ class Queue:
         return events
 
     def _event(self, i: int, row: _Row, view: _HostView) -> Event:
-        """What is new in row i since it was last read."""
+        """The news of row i since it was last read."""
         count, done = int(view.emitted[i]), bool(view.done[i])
         fresh = view.tokens[i, row.read : count].tolist()
         self._check_finite(i, row, fresh)

@@ -1,4 +1,4 @@
-"""Conversations: turns that continue from the cache say what a fresh prefill says."""
+"""Conversations: turns that continue from the cache equal a fresh prefill."""
 
 import io
 
@@ -18,7 +18,7 @@ def model(tiny_base):
     return orthrus_jax.load(tiny_base, dtype="float32")
 
 
-def said(pieces) -> tuple[str, orthrus_jax.Completion]:
+def drain(pieces) -> tuple[str, orthrus_jax.Completion]:
     text = []
     while True:
         try:
@@ -35,32 +35,32 @@ def test_every_turn_equals_a_fresh_prefill(model, mode: str) -> None:
         known = list(conversation.session.ids)
         messages.append({"role": "user", "content": question})
         ids = encode_messages(model.tokenizer, messages)
-        text, completion = said(conversation.ask(question, mode=mode, max_new_tokens=40))
+        text, completion = drain(conversation.ask(question, mode=mode, max_new_tokens=40))
         (fresh,) = model.complete([ids], mode=mode, max_new_tokens=40)
         assert completion.tokens == fresh.tokens
         assert text == completion.text == fresh.text
         messages.append({"role": "assistant", "content": text})
         assert conversation.messages == messages
         if turn:
-            assert known == ids[: len(known)], "what was read before is a part of the dialogue"
+            assert known == ids[: len(known)], "tokens read before are a part of the dialogue"
             assert conversation.session.ids[: len(ids)] == ids
 
 
 def test_turn_reads_only_new_tokens(model, monkeypatch) -> None:
-    read = []
+    prefills = []
     prefill = model.engine.prefill
 
     def watched(rows, plan, capacity, cache=None, kept=0):
-        read.append((kept, len(rows[0].prompt)))
+        prefills.append((kept, len(rows[0].prompt)))
         return prefill(rows, plan, capacity, cache, kept)
 
     monkeypatch.setattr(model.engine, "prefill", watched)
     conversation = orthrus_jax.Conversation(model)
     for question in TURNS:
-        said(conversation.ask(question, max_new_tokens=24))
-    (first, _), *later = read
+        drain(conversation.ask(question, max_new_tokens=24))
+    (first, _), *later = prefills
     assert first == 0
-    assert all(total - kept < 40 for kept, total in later), read
+    assert all(total - kept < 40 for kept, total in later), prefills
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def test_dialogue_that_outgrows_its_slots_is_read_anew(model) -> None:
     small = orthrus_jax.Conversation(model, slots=64)
     large = orthrus_jax.Conversation(model, slots=1024)
     for question in TURNS:
-        texts = [said(c.ask(question, max_new_tokens=30))[0] for c in (small, large)]
+        texts = [drain(c.ask(question, max_new_tokens=30))[0] for c in (small, large)]
         assert texts[0] == texts[1]
     assert small.session.slots > 64
 
@@ -82,7 +82,7 @@ def test_dialogue_continues_after_an_abandoned_answer(model) -> None:
     ids = encode_messages(
         model.tokenizer, [*conversation.messages, {"role": "user", "content": TURNS[1]}]
     )
-    text, _ = said(conversation.ask(TURNS[1], max_new_tokens=30))
+    text, _ = drain(conversation.ask(TURNS[1], max_new_tokens=30))
     assert text == model.complete([ids], max_new_tokens=30)[0].text
 
 
@@ -92,7 +92,7 @@ def test_dialogue_continues_after_an_interrupt_within_a_program(
     model, function, reset, monkeypatch
 ) -> None:
     conversation = orthrus_jax.Conversation(model)
-    said(conversation.ask(TURNS[0], max_new_tokens=24))
+    drain(conversation.ask(TURNS[0], max_new_tokens=24))
     run = model.engine.programs.run
 
     def interrupted(called, *arguments, **named):
@@ -104,13 +104,13 @@ def test_dialogue_continues_after_an_interrupt_within_a_program(
     with monkeypatch.context() as patch:
         patch.setattr(model.engine.programs, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            said(conversation.ask(TURNS[1], max_new_tokens=24))
+            drain(conversation.ask(TURNS[1], max_new_tokens=24))
     assert conversation.session.ids == []
     if reset:
         conversation.reset()
         assert conversation.messages == []
     messages = [*conversation.messages, {"role": "user", "content": TURNS[2]}]
-    text, _ = said(conversation.ask(TURNS[2], max_new_tokens=24))
+    text, _ = drain(conversation.ask(TURNS[2], max_new_tokens=24))
     (fresh,) = model.generate(messages, max_new_tokens=24)
     assert text == fresh.text
 
@@ -126,14 +126,14 @@ def test_dialogue_continues_after_an_interrupt_between_pieces(model, reset) -> N
     if reset:
         conversation.reset()
     messages = [*conversation.messages, {"role": "user", "content": TURNS[1]}]
-    text, _ = said(conversation.ask(TURNS[1], max_new_tokens=24))
+    text, _ = drain(conversation.ask(TURNS[1], max_new_tokens=24))
     (fresh,) = model.generate(messages, max_new_tokens=24)
     assert text == fresh.text
 
 
 def test_two_open_answers_of_one_dialogue_are_both_right(model) -> None:
     conversation = orthrus_jax.Conversation(model)
-    said(conversation.ask(TURNS[0], max_new_tokens=24))
+    drain(conversation.ask(TURNS[0], max_new_tokens=24))
     dialogues = [[*conversation.messages, {"role": "user", "content": t}] for t in TURNS[1:]]
     expected = [c.text for c in model.generate(dialogues, max_new_tokens=40)]
     answers = [conversation.ask(text, max_new_tokens=40) for text in TURNS[1:]]

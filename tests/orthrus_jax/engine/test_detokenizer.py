@@ -54,7 +54,7 @@ def qwen3():
     return load_tokenizer(DATA / "qwen3_tokenizer")
 
 
-def made(tokens, decoder, special=()):
+def decoder_of(tokens, decoder, special=()):
     """A tokenizer that can only decode: `tokens` are ids 0, 1, ..., then those in `special`."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -82,7 +82,7 @@ def raw():
     rest = [b for b in range(256) if b not in plain]
     letter = {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
     tokens = ["".join(letter[b] for b in pair) for pair in [*([i] for i in range(256)), *PAIRS]]
-    return made(tokens, decoders.ByteLevel(), ["<|end|>"])
+    return decoder_of(tokens, decoders.ByteLevel(), ["<|end|>"])
 
 
 WORDS = ["▁", "▁▁", "▁He", "llo", "▁wor", "ld", ".", "世"]
@@ -99,7 +99,9 @@ def sentencepiece():
         decoders.Fuse(),
         decoders.Strip(" ", 1, 0),
     ]
-    return made([*WORDS, *(f"<0x{b:02X}>" for b in range(256))], decoders.Sequence(steps), ["<s>"])
+    return decoder_of(
+        [*WORDS, *(f"<0x{b:02X}>" for b in range(256))], decoders.Sequence(steps), ["<s>"]
+    )
 
 
 @functools.cache
@@ -108,7 +110,7 @@ def strips():
     from tokenizers import decoders
 
     every = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 99, 0)]
-    return [made(WORDS, d, ["<s>"]) for d in (decoders.Metaspace(), decoders.Sequence(every))]
+    return [decoder_of(WORDS, d, ["<s>"]) for d in (decoders.Metaspace(), decoders.Sequence(every))]
 
 
 def expected(tokenizer, ids, stop):
@@ -146,9 +148,8 @@ def check(tokenizer, ids, cuts=(), stop=()):
         else:
             assert stream.used == count
             so_far = decode(tokenizer, ids[:count])
-            held = so_far.rstrip(REPLACEMENT)[
-                len(stream.text) :
-            ]  # only what may start a stop string
+            # Withheld is only text that may start a stop string.
+            held = so_far.rstrip(REPLACEMENT)[len(stream.text) :]
             assert not held or any(s.startswith(held) and s != held for s in stop), held
     out.append(stream.close())
     assert "".join(out) == stream.text == text
@@ -261,7 +262,7 @@ def test_true_and_invalid_replacement_characters_are_released():
     assert stream.push(b"b") == REPLACEMENT * 2 + "b"
     assert stream.push(b"\xf0\x9f") == ""
     assert stream.close() == REPLACEMENT
-    for ids in ([true_hole] * 100, [0x80] * 100, [0xE4] * 100):  # with no valid text behind
+    for ids in ([true_hole] * 100, [0x80] * 100, [0xE4] * 100):  # with no valid text after it
         stream = IncrementalDetokenizer(raw())
         lengths = [len(stream.push([i])) for i in ids]
         assert sum(lengths) >= 99 - PENDING

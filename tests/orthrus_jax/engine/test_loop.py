@@ -28,7 +28,7 @@ from tests.support.fake_models.hashed import VOCAB, K, forwards, greedy_text
 
 
 def finishing_order(cycles: list[int], batch: int, refill: bool) -> list[int]:
-    """The order of answers where row i takes cycles[i], told in plain Python."""
+    """The order of answers where row i takes cycles[i], in plain Python."""
     queue, order = list(range(len(cycles))), []
     left: dict[int, tuple[int, int]] = {}  # row -> (request, cycles left)
     while queue or left:

@@ -48,12 +48,12 @@ def test_turns_equal_a_fresh_prefill_of_the_whole_dialogue(mode, sampled, monkey
     options = {"mode": mode} | ({"temperature": 0.9, "seed": 2} if sampled else {})
     rng, session, history = np.random.default_rng(14), Session(slots=640), []
     for i in range(4):
-        said = rng.integers(3, VOCAB - 1, 50 + i).tolist()
-        prompt = history + said
+        question = rng.integers(3, VOCAB - 1, 50 + i).tolist()
+        prompt = history + question
         answer = turn(engine, prompt, session, **options)
         padded, tokens = read.pop()
         if i:  # the last token of an answer is not in the cache yet
-            assert tokens == len(said) + 1
+            assert tokens == len(question) + 1
             assert padded == 64
         assert session.ids == [*prompt, *answer.tokens[:-1]]
         fresh = turn(engine, prompt, Session(session.slots), **options)
@@ -106,7 +106,7 @@ def test_only_the_shared_prefix_is_kept(change, kept, monkeypatch) -> None:
 
 @pytest.mark.parametrize("mode", ["ar", "orthrus"])
 def test_session_continues_after_a_stop_string(mode, monkeypatch) -> None:
-    """What stands behind the stop string in the cache is no part of the next prompt."""
+    """Slots after the stop string are no part of the next prompt."""
     engine = hashing().engine
     (prompt,) = prompts_of(1, seed=16)
     ids, text = plain_text_of(prompt)
@@ -159,7 +159,7 @@ def test_real_model_continues_a_session_from_its_cache(real, mode, monkeypatch) 
         assert answer.tokens == turn(real.engine, prompt, Session(320), mode=mode).tokens
         history = [*prompt, *answer.tokens]
         if i == 2:
-            history[50] = 4  # the user edits what was said
+            history[50] = 4  # the user edits the dialogue
     assert resumed[1] == len(prompt) - 50
 
 
