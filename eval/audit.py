@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from eval.reference import Texts, TokenCheck, near_tie, no_cache, one_row
 from orthrus_jax.decoding import Sampler, Strategy
-from orthrus_jax.engine import Answer, Plan, Request, SamplingParams, bucket
+from orthrus_jax.engine import Completion, Plan, Request, SamplingParams, bucket
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import LLM
 from orthrus_jax.metrics import acceptance_length
@@ -132,7 +132,9 @@ class Audit:
         samplings = [dataclasses.replace(common, seed=seed) for seed in seeds]
         return [Request(*pair) for pair in itertools.product(self.prompts, samplings)]
 
-    def decode(self, requests: Sequence[Request], accept: str, batch_size: int = 0) -> list[Answer]:
+    def decode(
+        self, requests: Sequence[Request], accept: str, batch_size: int = 0
+    ) -> list[Completion]:
         """Answer the requests with the audit's plan and a rule, or by the baseline with "ar"."""
         strategy = dataclasses.replace(self.plan.strategy, accept=accept)
         plan = dataclasses.replace(
@@ -141,10 +143,10 @@ class Audit:
             batch_size=batch_size or self.plan.batch_size,
         )
         self.bar.set_description(f"{plan.strategy.method}, batch {plan.batch_size}")
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Completion] = {}
         for event in self.model.engine.serve(requests, plan):
-            if event.answer is not None:
-                answers[event.index] = event.answer
+            if event.completion is not None:
+                answers[event.index] = event.completion
                 self.bar.update()
         return [answers[i] for i in range(len(requests))]
 
@@ -152,8 +154,8 @@ class Audit:
         self,
         reference: Any,
         requests: Sequence[Request],
-        answers: Sequence[Answer],
-        rivals: Sequence[Answer],
+        answers: Sequence[Completion],
+        rivals: Sequence[Completion],
         **static: Any,
     ) -> list[Any]:
         """Have `reference` (one_row or no_cache) read every answer of n tokens: arrays [n].
@@ -175,7 +177,7 @@ class Audit:
             self.bar.update(len(some))
         return checks
 
-    def _texts(self, some: Sequence[tuple[Request, Answer, Answer] | None]) -> Texts:
+    def _texts(self, some: Sequence[tuple[Request, Completion, Completion] | None]) -> Texts:
         """Lay texts out for a reference; None fills a row."""
         rows = np.zeros((len(some), self.padded + self.width), np.int32)
         rivals, anchors = np.zeros((2, len(some), self.width), np.int32)
@@ -188,7 +190,7 @@ class Audit:
             rivals[i, : len(rival.tokens)] = rival.tokens
             anchors[i, : len(answer.tokens)] = _anchors(len(request.prompt), answer)
             lengths[i], counts[i] = len(request.prompt), len(answer.tokens)
-            keys[:, i] = request.sampling.seed, request.stream
+            keys[:, i] = request.sampling.seed, request.noise_id
             sampled = request.sampling.temperature > 0
         sampler = None
         if sampled:
@@ -204,7 +206,7 @@ class Audit:
         )
 
 
-def _anchors(prompt: int, answer: Answer) -> list[int]:
+def _anchors(prompt: int, answer: Completion) -> list[int]:
     """The index, in prompt and answer, of the anchor from which each answer token was drafted.
 
     A cycle that accepts n drafts emits n + 1 tokens after its anchor, if there is room. The first
@@ -256,12 +258,12 @@ def _seeds(run: Audit, part: str) -> int:
     return 1 if part == "greedy" else run.options.seeds
 
 
-def _exact(answers: Sequence[Answer], others: Sequence[Answer]) -> float:
+def _exact(answers: Sequence[Completion], others: Sequence[Completion]) -> float:
     return float(np.mean([a.tokens == b.tokens for a, b in zip(answers, others, strict=True)]))
 
 
 def _agreement(
-    answers: Sequence[Answer] | None, ar: Sequence[Answer], checks: Sequence[TokenCheck]
+    answers: Sequence[Completion] | None, ar: Sequence[Completion], checks: Sequence[TokenCheck]
 ) -> dict[str, Any]:
     """How a reference agrees with texts.
 
@@ -286,7 +288,7 @@ def _bad_tokens(
     failure: Callable[..., Failure],
     text: str,
     reference: str,
-    answer: Answer,
+    answer: Completion,
     check: TokenCheck,
 ) -> list[Failure]:
     limit = run.near_tie * check.spread
@@ -306,7 +308,7 @@ def _bad_tokens(
 
 
 def bad_ends(
-    run: Audit, failure: Callable[..., Failure], text: str, answer: Answer
+    run: Audit, failure: Callable[..., Failure], text: str, answer: Completion
 ) -> list[Failure]:
     """The failure of an answer that ends neither with its first end token nor at the budget."""
     ends, most = run.model.config.eos_token_ids, run.options.max_new_tokens
@@ -320,8 +322,8 @@ def _divergences(
     run: Audit,
     part: str,
     requests: Sequence[Request],
-    orthrus: Sequence[Answer],
-    ar: Sequence[Answer],
+    orthrus: Sequence[Completion],
+    ar: Sequence[Completion],
     checks: Sequence[TokenCheck],
 ) -> list[dict[str, Any]]:
     """Where each text first leaves AR's, and the gap between the two tokens by `one_row`."""

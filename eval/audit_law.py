@@ -23,7 +23,7 @@ import numpy as np
 
 from eval.audit import Audit, Failure, bad_ends
 from eval.reference import TokenStats, one_row
-from orthrus_jax.engine import Answer, Request
+from orthrus_jax.engine import Completion, Request
 from orthrus_jax.errors import UserError
 from orthrus_jax.metrics import acceptance_length
 
@@ -65,7 +65,7 @@ def audit_law(
 
 
 def _bad_log_probs(
-    run: Audit, failure: Callable[..., Failure], answer: Answer, stats: TokenStats
+    run: Audit, failure: Callable[..., Failure], answer: Completion, stats: TokenStats
 ) -> list[Failure]:
     """Tokens of probability 0, and those on whose log p Orthrus and the reference disagree."""
     reported, limit = np.array(answer.logprobs), 2 * run.near_tie * stats.spread

@@ -237,7 +237,7 @@ def _runner(
 ) -> Runner:
     """The runner of the chosen loops, checked against the model."""
     names = metrics.LOOPS if args.mode == "both" else (args.mode,)
-    plan = Plan(strategy, batch_size=args.batch_size, time_first=True)
+    plan = Plan(strategy, batch_size=args.batch_size, time_to_first_token=True)
     runner = Runner(model, sampling, names, plan, args.thinking)
     for name in names:
         model.engine.check([Request([0], sampling)], runner.plan_of(name))

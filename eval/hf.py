@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from orthrus_jax.checkpoint import tensor_specs
+from orthrus_jax.checkpoint import config_to_hf, tensor_specs
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Params
@@ -51,7 +51,7 @@ class HF:
         # Loaded as transformers loads files, but from these tensors.
         theirs: Any = Qwen3ForCausalLM.from_pretrained(
             None,
-            config=Qwen3Config(**config.to_hf(orthrus=False)),
+            config=Qwen3Config(**config_to_hf(config, orthrus=False)),
             state_dict=state,
             dtype=getattr(torch, config.dtype),
         )

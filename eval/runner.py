@@ -15,11 +15,11 @@ import numpy as np
 
 from eval.benchmarks import Problem
 from orthrus_jax.decoding import Strategy
-from orthrus_jax.engine import Answer, Plan, Request, SamplingParams
+from orthrus_jax.engine import Completion, Plan, Request, SamplingParams
 from orthrus_jax.llm import LLM
 from orthrus_jax.tokenizer import decode, encode_messages
 
-Served = Generator[tuple[int, Answer], None, None]  # indices and answers, as they finish
+Served = Generator[tuple[int, Completion], None, None]  # indices and answers, as they finish
 
 
 @dataclasses.dataclass
@@ -103,8 +103,8 @@ class Runner:
     def _serve(self, dialogues: Sequence[Dialogue], loop: str) -> Served:
         requests = [Request(d.prompt, self.sampling, d.sample) for d in dialogues]
         for event in self.model.engine.serve(requests, self.plan_of(loop)):
-            if event.answer is not None:
-                yield event.index, event.answer
+            if event.completion is not None:
+                yield event.index, event.completion
 
     def plan_of(self, loop: str) -> Plan:
         """The plan of one loop."""
@@ -112,7 +112,7 @@ class Runner:
             dataclasses.replace(self.plan, strategy=Strategy("ar")) if loop == "ar" else self.plan
         )
 
-    def _decode(self, dialogues: Sequence[Dialogue], loop: str) -> tuple[list[Answer], float]:
+    def _decode(self, dialogues: Sequence[Dialogue], loop: str) -> tuple[list[Completion], float]:
         """Answers in the dialogues' order, and seconds without the engine's compiling."""
         engine = self.model.engine
         compiled, begin = engine.compile_seconds, time.perf_counter()
@@ -122,7 +122,7 @@ class Runner:
 
 
 def _record(
-    d: Dialogue, turn: int, loop: str, answer: Answer, text: str, forwards: int
+    d: Dialogue, turn: int, loop: str, answer: Completion, text: str, forwards: int
 ) -> dict[str, Any]:
     """An answer as it is kept in answers.jsonl."""
     orthrus = loop == "orthrus"
@@ -139,7 +139,7 @@ def _record(
         "accepted": answer.accepted if orthrus else [],
         "forwards": forwards,
         "seconds": answer.seconds,
-        "first_seconds": answer.first_seconds,
+        "first_seconds": answer.time_to_first_token,
     }
 
 

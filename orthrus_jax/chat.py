@@ -1,15 +1,17 @@
 """Talk to a model: `python -m orthrus_jax.chat --model DIR_OR_ID`.
 
-Each turn continues from the cache of the turns before: only what the cache lacks is read. The text
-is that of a fresh prefill of the whole dialogue.
+Each turn continues from the cache of the turns before: only tokens that the cache lacks are read.
+The text equals that of a fresh prefill of the whole dialogue.
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from orthrus_jax.cli import (
+    add_mode,
     add_runtime,
     add_sampling,
     chosen_strategy,
@@ -18,8 +20,9 @@ from orthrus_jax.cli import (
     sampling_options,
     strategy_of,
 )
+from orthrus_jax.engine import Completion
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.llm import Completion, Conversation, load
+from orthrus_jax.llm import Conversation, load
 
 HELP = "/reset forgets the dialogue, /exit or end of input leaves"
 
@@ -27,9 +30,7 @@ HELP = "/reset forgets the dialogue, /exit or end of input leaves"
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m orthrus_jax.chat", description=HELP)
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint or hub id")
-    parser.add_argument(
-        "--mode", choices=("orthrus", "ar"), default="orthrus", help="default: orthrus"
-    )
+    add_mode(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="system message")
     parser.add_argument("--thinking", action="store_true", help="let the model think first")
     add_sampling(parser)
@@ -38,9 +39,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> Completion | None:
-    """Print one answer; return None where the user interrupted it."""
+    """Print one answer; return None if the user interrupted it."""
     try:
-        return print_pieces(conversation.ask(text, **options))
+        with contextlib.closing(conversation.ask(text, **options)) as pieces:
+            return print_pieces(pieces)
     except KeyboardInterrupt:
         return None
 
@@ -48,7 +50,7 @@ def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> C
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
-    strategy_of(args)
+    strategy_of(args)  # flags that do not fit each other are refused before a model is loaded
     model = load(args.model, **runtime_options(args))
     options = sampling_options(args) | {"strategy": chosen_strategy(args, model, 1)}
     conversation = Conversation(model, system=args.system, thinking=args.thinking)

@@ -14,9 +14,9 @@ from orthrus_jax import sharding
 from orthrus_jax.config import DTYPES
 from orthrus_jax.decoding import CYCLES, AcceptRule, Strategy
 from orthrus_jax.decoding.strategy import LENGTH_BLOCKS
-from orthrus_jax.engine import SamplingParams, planner
+from orthrus_jax.engine import Completion, SamplingParams, planner
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import LLM, Completion, Pieces
+from orthrus_jax.llm import LLM, Pieces
 from orthrus_jax.runtime import enable_compilation_cache
 
 

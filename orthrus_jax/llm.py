@@ -1,107 +1,48 @@
 """The Python API, text in and text out: load a model, generate, stream, converse.
 
-Chat template, sampling options and statistics around the engine, which works on ids.
+Decides how texts and chat messages become ids, and what a dialogue remembers. The engine below
+works on ids, and knows no checkpoints and no chat template.
 """
 
+import contextlib
 import dataclasses
-import itertools
 import pathlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from orthrus_jax.checkpoint import load_checkpoint
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.decoding.strategy import Strategy
-from orthrus_jax.engine import Answer, Engine, Memory, Plan, Request, SamplingParams, planner
+from orthrus_jax.decoding import Strategy
+from orthrus_jax.engine import (
+    Completion,
+    Engine,
+    Plan,
+    Request,
+    SamplingParams,
+    Session,
+    planner,
+)
 from orthrus_jax.engine.planner import Calibration
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Params
-from orthrus_jax.tokenizer import Tokenizer, encode_messages, load_tokenizer
-from orthrus_jax.tokenizer import decode as decode_text
+from orthrus_jax.tokenizer import Tokenizer, check_vocabulary, encode_messages, load_tokenizer
 from orthrus_jax.tokenizer import encode as encode_text
 
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """One row's answer and what it took.
-
-    Attributes:
-      text: the answer without special tokens and stop string ("" without a tokenizer).
-      tokens: its ids, an end token included where one ended it, or the stop string's.
-      finish_reason: "stop" at an end token or a stop string, "length" at the budget.
-      cycles: draft-verify cycles, or AR steps in mode "ar", after the prefill.
-      accepted: drafts accepted in each cycle; all 0 in mode "ar".
-      forwards: passes through the model: 1 prefill, then 2 a cycle; 1 an AR step or a cycle of one
-        forward.
-      seconds: wall-clock from prefill to end, with the batch it was in, compilation excluded.
-      compile_seconds: what was compiled meanwhile; 0 when all shapes were seen before.
-      logprobs: log p of each token under the base model, where asked for.
-      prompt, sample: the place of its prompt in the call, and which of the prompt's n samples.
-    """
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    cycles: int
-    accepted: list[int]
-    forwards: int
-    seconds: float
-    compile_seconds: float
-    logprobs: list[float] | None = None
-    prompt: int = 0
-    sample: int = 0
-
-    @property
-    def acceptance_length(self) -> float:
-        """Mean drafts accepted a cycle; the AR view's own token is not counted."""
-        return float(np.mean(self.accepted)) if self.accepted else 0.0
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Emitted tokens over forwards. Not a speedup: forwards differ in cost."""
-        return len(self.tokens) / self.forwards
-
-    def summary(self) -> dict[str, Any]:
-        """Return the object that `--json` prints."""
-        extra = {} if self.logprobs is None else {"logprobs": self.logprobs}
-        return {
-            "text": self.text,
-            "tokens": len(self.tokens),
-            "token_ids": self.tokens,
-            "finish_reason": self.finish_reason,
-            "prompt": self.prompt,
-            "sample": self.sample,
-            "acceptance_length": self.acceptance_length,
-            "tokens_per_forward": self.tokens_per_forward,
-            "cycles": self.cycles,
-            "seconds": self.seconds,
-            "compile_seconds": self.compile_seconds,
-            **extra,
-        }
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.tokens)} tokens | {len(self.tokens) / self.seconds:.1f} tokens/s | "
-            f"acceptance length {self.acceptance_length:.2f} | "
-            f"{self.tokens_per_forward:.2f} tokens per forward | "
-            f"compile {self.compile_seconds:.1f} s"
-        )
-
-
+Messages = Sequence[Mapping[str, str]]  # of a dialogue: {"role": "user", "content": "Hi"}, ...
+Prompt = str | Messages
 Pieces = Generator[str, None, Completion]  # text as it grows; returns the Completion
 
 
 class LLM:
-    """A loaded model that answers prompts; programs compile once a shape bucket and are kept.
+    """A loaded model that answers prompts; programs compile once per shape bucket and are kept.
 
-    `trained` is False where the diffusion view is a mere copy: exact all the same, but slow.
-    `draft_length` is what a call that names none drafts with; None is the trained K. `mesh` is
-    what the parameters lie on, if on several devices. `calibration` is what `plan` goes by, and
-    says how far the drafting view's confidence is to be trusted.
+    `trained` is False if the diffusion view is only a copy: exact all the same, but slow.
+    `draft_length` is the default of calls that name none; None is the trained K. `mesh` has the
+    devices that the parameters lie on, if there are several. `calibration` has the measurements
+    behind `plan`, and how far the drafting view's confidence is to be trusted.
     """
 
     def __init__(
@@ -134,120 +75,8 @@ class LLM:
 
         `model.generate(prompts, strategy=model.plan(160))`. Without figures a rule decides.
         """
-        return planner.choose(self.calibration, rows, batch_size, self.config.block_size).strategy
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        sampling: SamplingParams | None = None,
-        *,
-        chat: bool = True,
-        thinking: bool = False,
-        **options: Any,
-    ) -> list[Completion]:
-        """Answer each prompt; greedy unless `sampling` says otherwise.
-
-        Args:
-          prompts: user messages, or plain text with `chat=False`.
-          sampling: how tokens are chosen and when answers end.
-          chat: wrap each prompt in the tokenizer's chat template.
-          thinking: let the template open a thinking part.
-          options: those of `complete`.
-
-        Raises:
-          UserError: for an empty prompt, one that does not fit, or a bad argument.
-        """
-        if self.tokenizer is None:
-            raise UserError("this model was loaded without a tokenizer: use complete() with ids")
-        ids = [encode_text(self.tokenizer, p, chat=chat, thinking=thinking) for p in prompts]
-        return self.complete(ids, sampling, **options)
-
-    def complete(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams | None = None,
-        *,
-        strategy: Strategy | str | None = None,
-        batch_size: int = 1,
-        refill: bool = True,
-        progress: bool = False,
-        **fields: Any,
-    ) -> list[Completion]:
-        """Do what `generate` does, from prompt ids.
-
-        Args:
-          prompts: ids of each prompt.
-          sampling: one for all prompts.
-          strategy: how to decode, or a method's name such as "ar"; None is the paper's cycle with
-            the draft length that was measured to be best here. Greedy text is the same in all.
-          batch_size: rows decoded together; a finished row's place goes to the next prompt.
-          refill: False decodes whole batches one after another.
-          progress: show a bar on standard error.
-          fields: of SamplingParams, in place of `sampling`: max_new_tokens=64, temperature=0.7.
-
-        Returns:
-          One completion for each prompt and sample, the samples of a prompt side by side.
-        """
-        sampling = _sampling(sampling, fields)
-        if sampling.n > max(batch_size, 1):  # a batch_size below 1 is refused by itself
-            raise UserError(f"n={sampling.n} is over batch_size={batch_size}")
-        plan = Plan(self.strategy(strategy), batch_size=batch_size, refill=refill)
-        pairs = list(itertools.product(range(len(prompts)), range(sampling.n)))
-        requests = [Request(prompts[i], sampling, sample) for i, sample in pairs]
-        answers: dict[int, Answer] = {}
-        with tqdm(
-            total=len(pairs), desc=plan.strategy.method, unit="answer", disable=not progress
-        ) as bar:
-            for event in self.engine.serve(requests, plan) if requests else ():
-                if event.answer is not None:
-                    answers[event.index] = event.answer
-                    bar.update()
-        return [self._completion(answers[j], plan, *pair) for j, pair in enumerate(pairs)]
-
-    def stream(
-        self,
-        prompt: str,
-        sampling: SamplingParams | None = None,
-        *,
-        chat: bool = True,
-        thinking: bool = False,
-        **options: Any,
-    ) -> Pieces:
-        """Answer one prompt piece by piece: whole characters, nothing at or behind a stop string.
-
-        The pieces together are `generate`'s text. The generator returns the Completion, which
-        `completion = yield from model.stream(...)` gives. Arguments are those of `generate`.
-        """
-        if self.tokenizer is None:
-            raise UserError("this model was loaded without a tokenizer: it has no text to stream")
-        ids = encode_text(self.tokenizer, prompt, chat=chat, thinking=thinking)
-        return self.stream_ids(ids, sampling, **options)
-
-    def stream_ids(
-        self,
-        prompt: Sequence[int],
-        sampling: SamplingParams | None = None,
-        *,
-        strategy: Strategy | str | None = None,
-        memory: Memory | None = None,
-        **fields: Any,
-    ) -> Pieces:
-        """Do what `stream` does, from prompt ids; with a `memory`, only what it lacks is read."""
-        sampling = _sampling(sampling, fields)
-        if sampling.n > 1:
-            raise UserError(f"n={sampling.n}: a stream is of one sample")
-        plan = Plan(self.strategy(strategy), stream=True)
-        request = Request(prompt, sampling)
-        self.engine.check([request], plan)
-        return self._pieces(request, plan, memory)
-
-    def _pieces(self, request: Request, plan: Plan, memory: Memory | None) -> Pieces:
-        for event in self.engine.serve([request], plan, memory):
-            if event.text:
-                yield event.text
-            if event.answer is not None:
-                return self._completion(event.answer, plan, 0, 0)
-        raise AssertionError("a served request ends with its answer")
+        block = self.config.block_size
+        return planner.choose(self.calibration, rows, batch_size, block).strategy
 
     def strategy(self, strategy: Strategy | str | None = None) -> Strategy:
         """A strategy, one of a method's name, or the default, with this model's draft length."""
@@ -257,31 +86,173 @@ class LLM:
             strategy = dataclasses.replace(strategy, draft_length=self.draft_length)
         return strategy
 
-    def _completion(self, answer: Answer, plan: Plan, prompt: int, sample: int) -> Completion:
-        text = answer.text
-        if text is None:
-            text = "" if self.tokenizer is None else decode_text(self.tokenizer, answer.tokens)
-        return Completion(
-            text=text,
-            tokens=answer.tokens,
-            finish_reason=answer.finish_reason,
-            cycles=answer.cycles,
-            accepted=answer.accepted,
-            forwards=1 + plan.strategy.forwards * answer.cycles,
-            seconds=answer.seconds,
-            compile_seconds=answer.compile_seconds,
-            logprobs=answer.logprobs,
-            prompt=prompt,
-            sample=sample,
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat: bool = True,
+        thinking: bool = False,
+        **options: Any,
+    ) -> list[Completion]:
+        """Answer each prompt; greedy unless `sampling` says otherwise.
+
+        Args:
+          prompts: one prompt or several. A prompt is a string, or a list of chat messages such as
+            {"role": "user", "content": "Hi"}, which the answer continues.
+          sampling: how tokens are chosen and when answers end; one for all, or one per prompt.
+          chat: wrap each string in the tokenizer's chat template; False reads it as plain text.
+          thinking: let the template open a thinking part.
+          options: those of `complete`.
+
+        Returns:
+          One completion per prompt and sample, in a list even for one prompt.
+
+        Raises:
+          UserError: for an empty prompt, one that does not fit, or a bad argument.
+        """
+        every = [prompts] if isinstance(prompts, str) or _is_dialogue(prompts) else prompts
+        ids = [self._encode(p, i, chat, thinking) for i, p in enumerate(every)]
+        return self.complete(ids, sampling, **options)
+
+    def _encode(self, prompt: Any, number: int, chat: bool, thinking: bool) -> list[int]:
+        """Return the ids of a prompt, which messages call prompt `number`."""
+        if self.tokenizer is None:
+            raise UserError("this model was loaded without a tokenizer: use complete() with ids")
+        if isinstance(prompt, str):
+            return encode_text(self.tokenizer, prompt, chat=chat, thinking=thinking)
+        if not _is_dialogue(prompt):
+            raise UserError(
+                f"prompt {number} is {prompt!r}: expected a string, or a list of chat messages "
+                'like {"role": "user", "content": "Hi"}'
+            )
+        if not chat:
+            raise UserError(f"prompt {number} is a list of chat messages: chat=False takes strings")
+        for at, message in enumerate(prompt):
+            for key in ("role", "content"):
+                if not isinstance(value := message.get(key), str):
+                    raise UserError(
+                        f"prompt {number}, message {at}: {key}={value!r} must be a string"
+                    )
+        messages = [dict(message) for message in prompt]
+        return encode_messages(self.tokenizer, messages, thinking=thinking)
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        strategy: Strategy | str | None = None,
+        batch_size: int = 1,
+        refill: bool = True,
+        progress: bool = False,
+        **fields: Any,
+    ) -> list[Completion]:
+        """Answer each prompt, as `generate` does, but from ids.
+
+        Args:
+          prompts: ids per prompt.
+          sampling: one for all prompts, or one per prompt.
+          strategy: how to decode, or a method's name such as "ar"; None is the paper's cycle with
+            the draft length that was measured to be best here. Greedy text is the same in all.
+          batch_size: rows decoded together; a finished row goes to the next prompt.
+          refill: False decodes whole batches one after another.
+          progress: show a bar on standard error.
+          fields: of SamplingParams, in place of `sampling`'s: max_new_tokens=64, temperature=0.7.
+
+        Returns:
+          One completion per prompt and sample, the samples of a prompt side by side.
+        """
+        samplings = _samplings(sampling, fields, len(prompts))
+        for one in samplings:
+            if one.n > max(batch_size, 1):  # a batch_size below 1 is refused by itself
+                raise UserError(f"n={one.n} is over batch_size={batch_size}")
+        plan = Plan(self.strategy(strategy), batch_size=batch_size, refill=refill)
+        pairs = [(i, sample) for i, one in enumerate(samplings) for sample in range(one.n)]
+        requests = [Request(prompts[i], samplings[i], sample) for i, sample in pairs]
+        completions: dict[int, Completion] = {}
+        method = plan.strategy.method
+        with tqdm(total=len(pairs), desc=method, unit="answer", disable=not progress) as bar:
+            for event in self.engine.serve(requests, plan) if requests else ():
+                if event.completion is not None:
+                    place = pairs[event.index][0]
+                    completions[event.index] = dataclasses.replace(event.completion, prompt=place)
+                    bar.update()
+        return [completions[j] for j in range(len(pairs))]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        chat: bool = True,
+        thinking: bool = False,
+        **options: Any,
+    ) -> Pieces:
+        """Answer one prompt in pieces: whole characters, nothing from a stop string on.
+
+        The pieces together are `generate`'s text. The iterator returns the Completion, which
+        `completion = yield from model.stream(...)` gives. Arguments are those of `generate`.
+        """
+        return self.stream_ids(self._encode(prompt, 0, chat, thinking), sampling, **options)
+
+    def stream_ids(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        strategy: Strategy | str | None = None,
+        session: Session | None = None,
+        **fields: Any,
+    ) -> Pieces:
+        """Answer as `stream` does, but from ids; tokens that the `session` holds are not read."""
+        sampling = _with_fields(sampling, fields)
+        if sampling.n > 1:
+            raise UserError(f"n={sampling.n}: a stream is of one sample")
+        plan = Plan(self.strategy(strategy), stream=True)
+        request = Request(prompt, sampling)
+        self.engine.check([request], plan)
+        return self._pieces(request, plan, session)
+
+    def _pieces(self, request: Request, plan: Plan, session: Session | None) -> Pieces:
+        with contextlib.closing(self.engine.serve([request], plan, session)) as events:
+            for event in events:
+                if event.text:
+                    yield event.text
+                if event.completion is not None:
+                    return event.completion
+        raise AssertionError("a served request ends with its completion")
+
+
+def _is_dialogue(prompt: Any) -> bool:
+    """Whether a prompt is a list of chat messages."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
+        return False
+    return bool(prompt) and all(isinstance(message, Mapping) for message in prompt)
+
+
+def _samplings(
+    sampling: SamplingParams | Sequence[SamplingParams] | None, fields: dict[str, Any], count: int
+) -> list[SamplingParams]:
+    """Return the sampling parameters of each of `count` prompts."""
+    if sampling is None or isinstance(sampling, SamplingParams):
+        return [_with_fields(sampling, fields)] * count
+    if not isinstance(sampling, Sequence) or len(sampling) != count:
+        raise UserError(
+            f"sampling={sampling!r} must be one SamplingParams, or one per prompt: {count}"
         )
+    return [_with_fields(one, fields) for one in sampling]
 
 
-def _sampling(sampling: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
+def _with_fields(sampling: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
+    """Return `sampling`, or the defaults, with these fields replaced."""
     known = [field.name for field in dataclasses.fields(SamplingParams)]
     if unknown := sorted(set(fields) - set(known)):
         raise UserError(f"unknown option {', '.join(unknown)}: sampling has {', '.join(known)}")
     if sampling is None:
         return SamplingParams(**fields)
+    if not isinstance(sampling, SamplingParams):
+        raise UserError(f"sampling={sampling!r} must be SamplingParams")
     return dataclasses.replace(sampling, **fields)
 
 
@@ -295,13 +266,14 @@ def load(source: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh | N
       source: directory or "owner/name".
       dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
       mesh: devices to decode on, from sharding.make_mesh: weights go straight to their shards, the
-        rows of a batch are shared out over its data axis, heads over its tensor axis.
+        rows of a batch are divided over its data axis, heads over its tensor axis.
 
     Raises:
-      UserError: naming what is missing or broken.
+      UserError: naming the file that is missing or broken.
     """
     checkpoint = load_checkpoint(source, dtype=dtype, mesh=mesh)
     tokenizer = load_tokenizer(checkpoint.directory)
+    check_vocabulary(tokenizer, checkpoint.config)
     calibration = planner.load(checkpoint.directory)
     return LLM(
         checkpoint.config,
@@ -315,7 +287,11 @@ def load(source: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh | N
 
 
 class Conversation:
-    """A dialogue with a model: its messages, and the cache of what the model has read of it."""
+    """A dialogue with a model: its messages, and the cache of the tokens that the model has read.
+
+    Answers that are open at the same time do not disturb each other; the one that ends last
+    decides the messages.
+    """
 
     def __init__(
         self, model: LLM, *, system: str = "", thinking: bool = False, slots: int = 2048
@@ -324,39 +300,40 @@ class Conversation:
 
         Args:
           model: loaded with its tokenizer.
-          system: what the dialogue starts with, if anything.
+          system: the system message, if any.
           thinking: let the template open a thinking part.
-          slots: cache positions to begin with; a dialogue that outgrows them is read anew.
+          slots: cache slots to begin with; a dialogue that outgrows them is read anew.
         """
         if model.tokenizer is None:
             raise UserError("a conversation needs a model with its tokenizer")
         self.model, self.system, self.thinking = model, system, thinking
-        self.memory = Memory(min(slots, model.config.max_position_embeddings))
+        self.session = Session(min(slots, model.config.max_position_embeddings))
         self.messages: list[dict[str, str]] = []
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything said."""
+        """Forget all messages but the system's."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def ask(self, text: str, **options: Any) -> Pieces:
-        """Say `text` and return the answer's pieces as they grow; see LLM.stream.
+        """Add `text` to the dialogue and return the answer's pieces as they grow; see LLM.stream.
 
-        An answer that is abandoned half way stays in the dialogue as far as it was read.
+        An answer that is abandoned or interrupted stays in the dialogue as far as it was read.
         """
-        asked = [*self.messages, {"role": "user", "content": text}]
-        ids = encode_messages(self.model.tokenizer, asked, thinking=self.thinking)
-        pieces = self.model.stream_ids(ids, memory=self.memory, **options)
-        return self._remember(asked, pieces)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = encode_messages(self.model.tokenizer, messages, thinking=self.thinking)
+        pieces = self.model.stream_ids(ids, session=self.session, **options)
+        return self._remember(messages, pieces)
 
-    def _remember(self, asked: list[dict[str, str]], pieces: Pieces) -> Pieces:
-        said: list[str] = []
+    def _remember(self, messages: list[dict[str, str]], pieces: Pieces) -> Pieces:
+        answer: list[str] = []
         try:
-            while True:
-                try:
-                    said.append(next(pieces))
-                except StopIteration as end:
-                    return end.value
-                yield said[-1]
+            with contextlib.closing(pieces):
+                while True:
+                    try:
+                        answer.append(next(pieces))
+                    except StopIteration as end:
+                        return end.value
+                    yield answer[-1]
         finally:
-            self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
+            self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]

@@ -339,10 +339,10 @@ def _answered(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]["prompt_ids"]))
     requests = [engine.Request(prompts[i]["prompt_ids"], options.sampling) for i in order]
     plan = engine.Plan(generator.strategy(options.mode), batch_size=options.batch_size)
-    answers: dict[int, engine.Answer] = {}
+    answers: dict[int, engine.Completion] = {}
     for event in generator.engine.serve(requests, plan):
-        if event.answer is not None:
-            answers[order[event.index]] = event.answer
+        if event.completion is not None:
+            answers[order[event.index]] = event.completion
             bar.update()
     rows: list[dict[str, Any]] = []
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)

@@ -153,6 +153,11 @@ class Strategy:
         """Forwards per cycle."""
         return FORWARDS[self.method]
 
+    @property
+    def leading_tokens(self) -> int:
+        """Tokens that a cycle emits before its drafts; one more follows the accepted drafts."""
+        return int(self.method == "orthrus-2f")
+
     def flags(self) -> dict[str, Any]:
         """The strategy as command lines and JSON files spell it: mode, cycle and the row counts."""
         if self.method == "ar":

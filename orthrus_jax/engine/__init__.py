@@ -1,24 +1,29 @@
-"""Requests in, answers out: the host's side of decoding. Knows no checkpoints."""
+"""Requests in, completions out: the host's side of decoding. Knows no checkpoints."""
 
-from orthrus_jax.engine.loop import STREAM_CYCLES, Engine
-from orthrus_jax.engine.programs import bucket
+from orthrus_jax.engine.capacity import Capacity
+from orthrus_jax.engine.loop import Engine
+from orthrus_jax.engine.programs import Programs, bucket
+from orthrus_jax.engine.queue import STREAM_CYCLES, Queue
 from orthrus_jax.engine.request import (
-    Answer,
+    Completion,
     Event,
     Plan,
     Request,
     SamplingParams,
 )
-from orthrus_jax.engine.session import Memory
+from orthrus_jax.engine.session import Session
 
 __all__ = [
     "STREAM_CYCLES",
-    "Answer",
+    "Capacity",
+    "Completion",
     "Engine",
     "Event",
-    "Memory",
     "Plan",
+    "Programs",
+    "Queue",
     "Request",
     "SamplingParams",
+    "Session",
     "bucket",
 ]

@@ -1,7 +1,7 @@
 """Token ids in as they are generated, text out that is never taken back: streaming, stop strings.
 
-A window of the last few ids is decoded anew with each id and compared with what it gave before, so
-that the cost of an id does not grow with the answer. Pure Python; knows nothing of the model.
+A window of the last few ids is decoded anew with each id and compared with its text before, so that
+the cost per id does not grow with the answer. Pure Python; knows nothing of the model.
 """
 
 from collections import deque
@@ -10,22 +10,22 @@ from collections.abc import Sequence
 from orthrus_jax.errors import UserError
 from orthrus_jax.tokenizer import Tokenizer, decode
 
-HOLE = "\ufffd"  # what a decoder writes for bytes that are not, or not yet, UTF-8
+REPLACEMENT = "\ufffd"  # written by decoders for bytes that are not, or not yet, UTF-8
 SPAN = 4  # bytes of the longest UTF-8 character; a token has at least one
-PENDING = 2 * SPAN  # ids with a hole at their end that are waited for before the hole is believed
+PENDING = 2 * SPAN  # most ids to wait for until a replacement character at the end is final
 
 
-class TextStream:
-    """Text of one row as its tokens arrive: whole characters only, nothing at or behind a stop.
+class IncrementalDetokenizer:
+    """Text of one answer as its ids arrive: whole characters only, nothing from a stop string on.
 
     All increments together are `decode` of all ids, however these are cut into pushes, up to the
-    stop string that starts first (of several that start there: the shortest). It itself is left
-    out. One exception: a SentencePiece byte fallback turns a whole run of bytes into U+FFFD when a
-    later one is invalid; characters of that run that are out by then stay.
+    stop string that starts first (of several that start there: the shortest), which is left out.
+    One exception: a SentencePiece byte fallback turns a whole run of bytes into U+FFFD when a later
+    one is invalid; characters of that run that were released before stay.
 
     Attributes:
       stopped: a stop string was found; from then on ids are ignored and the text is "".
-      used: ids that the text up to the end of the stop string needs; all ids when not stopped.
+      used: ids needed for the text up to the end of the stop string; all ids if not stopped.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
@@ -40,16 +40,16 @@ class TextStream:
         self._longest = max(map(len, self._stop), default=0)
         self._closed = False
 
-        self._window: list[int] = []  # the last ids that have text, or a part of a character
-        self._context = 0  # of these, how many are there for the others to be decoded behind
+        self._window: list[int] = []  # the last ids with text, or with a part of a character
+        self._context = 0  # how many of these are only context for decoding the others
         self._decoded = ""  # the window's text
-        self._sure = 0  # characters of it that are final, and went to _held
+        self._final = 0  # characters of it that are final, and were moved to _withheld
 
-        self._held = ""  # final text that a stop string may still start in
-        self._parts: list[str] = []  # all that was released, and its length
+        self._withheld = ""  # final text in which a stop string may still start
+        self._parts: list[str] = []  # the released text, and its length
         self._released = 0
-        # After how many ids [0] the answer's text had [1] final characters, [2] characters in all.
-        # Only what may be needed for `used`: nothing that ends in released text.
+        # After [0] ids the answer's text had [1] final characters, and [2] characters in all. Only
+        # entries that `used` may need: none that ends in released text.
         self._marks: deque[tuple[int, int, int]] = deque()
 
     @property
@@ -71,17 +71,17 @@ class TextStream:
         return "".join(self._parts[before:])
 
     def close(self) -> str:
-        """No more ids will come: return what was held back, as the tokenizer decodes it."""
+        """No more ids will come: return the withheld text, as the tokenizer decodes it."""
         if self._closed or self.stopped:
             return ""
         self._closed = True
         before = len(self._parts)
-        self._hold(len(self._decoded))
+        self._finalize(len(self._decoded))
         self._release()
         return "".join(self._parts[before:])
 
     def _take(self, token: int) -> None:
-        """Decode one more id behind the window, then shorten the window."""
+        """Decode one more id after the window, then shorten the window."""
         window = [*self._window, token]
         text = decode(self._tokenizer, window)
         # Special and unknown ids must not fill the window, or it would soon hold no context. Twice,
@@ -89,66 +89,65 @@ class TextStream:
         if text == self._decoded and not decode(self._tokenizer, [token, token]):
             return
         self._window, self._decoded = window, text
-        self._hold(len(text.rstrip(HOLE)))
-        if not text.endswith(HOLE):  # a whole character ends here: the pending ids become context
+        self._finalize(len(text.rstrip(REPLACEMENT)))
+        if not text.endswith(REPLACEMENT):  # a whole character: the pending ids become context
             pending = window[self._context :]
             own = decode(self._tokenizer, pending)
             if own:  # else a leading space that was stripped; the next one would be, too
                 self._window, self._context = pending, len(pending)
-                self._decoded, self._sure = own, len(own)
+                self._decoded, self._final = own, len(own)
         elif len(window) - self._context > PENDING:
-            # Not one character in the making, but invalid bytes, true U+FFFD or tokens that all end
-            # in the midst of a character. An unfinished character is one hole, so all before the
-            # last hole is final; and it begins within the last SPAN ids, so that these alone end in
-            # the same hole and go on as the whole answer does.
-            self._hold(len(text) - 1)
+            # Not one unfinished character, but invalid bytes, true U+FFFD or tokens that all end in
+            # the midst of a character. An unfinished character is one replacement character, so
+            # all text before the last of these is final; and it begins within the last SPAN ids, so
+            # that these alone end in the same one and continue as the whole answer does.
+            self._finalize(len(text) - 1)
             self._window, self._context = window[-SPAN:], 0
             self._decoded = decode(self._tokenizer, self._window)
-            self._sure = max(len(self._decoded) - 1, 0)
+            self._final = max(len(self._decoded) - 1, 0)
 
-    def _hold(self, end: int) -> None:
+    def _finalize(self, end: int) -> None:
         """Count the window's text up to character `end` as final."""
-        if end > self._sure:
-            self._held += self._decoded[self._sure : end]
-            self._sure = end
+        if end > self._final:
+            self._withheld += self._decoded[self._final : end]
+            self._final = end
 
     def _release(self) -> None:
-        """Release of the held text all that no stop string can start in, or stop."""
-        end = len(self._held)
+        """Release the withheld text that no stop string can start in any more, or stop."""
+        end = len(self._withheld)
         if self._stop:
-            sure = self._released + end
-            mark = (self.used, sure, sure + len(self._decoded) - self._sure)
+            final = self._released + end
+            mark = (self.used, final, final + len(self._decoded) - self._final)
             if not self._marks or mark[1:] != self._marks[-1][1:]:
                 self._marks.append(mark)
             if not self._closed:
                 end = self._undecided()
-            found = min(
-                ((self._held.find(s), len(s)) for s in self._stop if s in self._held), default=None
-            )
-            if found and found[0] <= end:
-                end = found[0]
+            find = self._withheld.find
+            first = min(((find(s), len(s)) for s in self._stop if find(s) >= 0), default=None)
+            if first and first[0] <= end:
+                end = first[0]
                 self.stopped = True
-                self.used = self._needed(sum(found))
+                self.used = self._needed(sum(first))
         if end:
-            self._parts.append(self._held[:end])
-            self._held = self._held[end:]
+            self._parts.append(self._withheld[:end])
+            self._withheld = self._withheld[end:]
             self._released += end
         while self._marks and self._marks[0][2] <= self._released:
             self._marks.popleft()
 
     def _undecided(self) -> int:
-        """Return where in the held text the first stop string that is not yet whole may start."""
-        size = len(self._held)
+        """Return where in the withheld text the first unfinished stop string may start."""
+        size = len(self._withheld)
         for start in range(max(0, size - self._longest + 1), size):
-            if any(s.startswith(self._held[start:]) for s in self._stop):
+            if any(s.startswith(self._withheld[start:]) for s in self._stop):
                 return start
         return size
 
     def _needed(self, end: int) -> int:
-        """Return the smallest number of ids whose text begins as ours does to `end` of _held."""
-        for ids, sure, size in self._marks:
-            # A hole at the end of those ids' text may have become a character since, or not.
-            rest = self._held[max(0, sure - self._released) : end]
-            if size >= self._released + end and not rest.strip(HOLE):
+        """Return the fewest ids whose text equals ours up to `end` of _withheld."""
+        for ids, final, size in self._marks:
+            # A replacement character at the end of their text may have become a character since.
+            rest = self._withheld[max(0, final - self._released) : end]
+            if size >= self._released + end and not rest.strip(REPLACEMENT):
                 return ids
         return self.used

@@ -1,12 +1,81 @@
-"""Few static shapes for many requests: buckets."""
+"""Few static shapes for many requests: buckets, and the programs compiled for them.
+
+Decides when something is compiled, and keeps that time apart. Knows no requests and no text.
+"""
+
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from orthrus_jax import decoding
+from orthrus_jax.attention.cache import KVCache
+from orthrus_jax.sharding import batch_sharding
 
 
 def bucket(n: int) -> int:
     """Return the smallest of 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, ... that holds n.
 
-    Four steps an octave keep padding under a quarter and the number of programs logarithmic.
+    Four steps per octave keep padding below a quarter and the number of programs logarithmic.
     """
     if n <= 64:
         return 64
     step = 1 << ((n - 1).bit_length() - 3)
     return -(-n // step) * step
+
+
+class Programs:
+    """Functions compiled ahead of time, once per shape of their arguments, and kept.
+
+    Attributes:
+      compiled: the programs, by function, structure, shapes and static arguments.
+      compile_seconds: wall-clock time spent on compiling so far.
+    """
+
+    def __init__(self, mesh: Mesh | None = None) -> None:
+        self.mesh = mesh
+        self.compiled: dict[tuple, Any] = {}
+        self.compile_seconds = 0.0
+
+    def run(
+        self,
+        function: Any,
+        *arguments: Any,
+        model: tuple[Any, Any] | None = None,
+        static: dict[str, Any] | None = None,
+        **named: Any,
+    ) -> Any:
+        """Call a jitted function of decoding/; compile it first if this shape is new.
+
+        Args:
+          function: arguments that it donates are lost, even if the call is interrupted.
+          arguments, named: arrays and trees of arrays.
+          model: the model (static) and its parameters, as first arguments of `function`.
+          static: the other static arguments.
+        """
+        static = static or {}
+        arguments, named = self._on_mesh((arguments, named))
+        leaves, tree = jax.tree.flatten((arguments, named))
+        key = (function, tree, tuple((x.shape, x.dtype) for x in leaves), *static.items())
+        if key not in self.compiled:
+            begin = time.perf_counter()
+            lowered = function.lower(*(model or ()), *arguments, **named, **static)
+            self.compiled[key] = lowered.compile()
+            self.compile_seconds += time.perf_counter() - begin
+        weights = () if model is None else model[1:]
+        return self.compiled[key](*weights, *arguments, **named)
+
+    def _on_mesh(self, inputs: Any) -> Any:
+        """Place inputs as the programs expect them, wherever the last program left them."""
+        if self.mesh is None:
+            return inputs
+        mesh = self.mesh
+
+        def where(x: Any) -> Any:
+            if isinstance(x, decoding.DecodeState):
+                return decoding.shardings(x, mesh)
+            return x.shardings() if isinstance(x, KVCache) else batch_sharding(x.shape, mesh)
+
+        whole = lambda x: isinstance(x, decoding.DecodeState | KVCache)
+        return jax.device_put(inputs, jax.tree.map(where, inputs, is_leaf=whole))

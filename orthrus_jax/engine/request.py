@@ -1,34 +1,54 @@
-"""What goes into the engine and what comes out of it: requests, plans, events, answers."""
+"""The engine's inputs and outputs: sampling parameters, requests, plans, events, completions.
+
+Decides which values a user may give and the figures of an answer. Knows no model and no device.
+"""
 
 import dataclasses
 import math
+import numbers
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
+from orthrus_jax import metrics
 from orthrus_jax.decoding.strategy import Strategy
 from orthrus_jax.errors import UserError
 
 SEED_LIMIT = 1 << 32
+TOP_K_LIMIT = int(np.iinfo(np.int32).max)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether `value` is an integer of Python or numpy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_list(values: Any) -> bool:
+    """Whether `values` is a collection whose elements are not characters or bytes."""
+    return isinstance(values, Collection) and not isinstance(values, str | bytes)
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """What a user asks of one generation; the defaults are greedy decoding.
+    """How the tokens of one answer are chosen and when it ends; the defaults are greedy decoding.
 
     Attributes:
       temperature: 0 is greedy.
       top_k: keep the k likeliest tokens (and those equal to the last of them); 0 is off.
       top_p: keep the likeliest tokens that together hold this probability; 1 is off.
-      min_p: keep tokens at least this share of the likeliest one's probability; 0 is off.
-      seed: with the prompt and the number of the sample, it fixes the text.
-      max_new_tokens: tokens an answer may have, an end token included.
+      min_p: keep tokens with at least this share of the likeliest one's probability; 0 is off.
+      seed: together with the prompt and the number of the sample, it determines the text.
+      max_new_tokens: most tokens per answer, an end token included.
       min_new_tokens: no end token is chosen before this many tokens.
       stop: strings that end an answer; they are not part of it.
-      stop_token_ids: ids that end an answer, beside the model's own.
+      stop_token_ids: ids that end an answer, in addition to the model's own.
       logprobs: also return log p of each token under the base model, temperature and filters aside.
-      n: samples a prompt.
+      n: samples per prompt.
+
+    Raises:
+      UserError: naming the value and its limit.
     """
 
     temperature: float = 0.0
@@ -38,15 +58,31 @@ class SamplingParams:
     seed: int = 0
     max_new_tokens: int = 256
     min_new_tokens: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     logprobs: bool = False
     n: int = 1
 
     def __post_init__(self) -> None:
-        checks = {
+        for name in ("top_k", "seed", "max_new_tokens", "min_new_tokens", "n"):
+            if not is_whole(value := getattr(self, name)):
+                raise UserError(f"{name}={value!r} must be a whole number")
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
+                raise UserError(f"{name}={value!r} must be a number")
+        for name, (holds, expected) in self._limits().items():
+            if not holds:
+                raise UserError(f"{name}={getattr(self, name)!r} must be {expected}")
+        if self.n > 1 and self.temperature == 0:
+            raise UserError(f"n={self.n} with temperature=0 would give {self.n} equal answers")
+
+    def _limits(self) -> dict[str, tuple[bool, str]]:
+        """Whether each field keeps its limit, and the limit in words."""
+        stops, ids = self.stop, self.stop_token_ids
+        return {
             "temperature": (math.isfinite(self.temperature) and self.temperature >= 0, "0 or more"),
-            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_k": (0 <= self.top_k <= TOP_K_LIMIT, f"0 (off) or more, up to {TOP_K_LIMIT}"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             "min_p": (0 <= self.min_p < 1, "from 0 (off) to below 1"),
             "seed": (0 <= self.seed < SEED_LIMIT, f"from 0 to {SEED_LIMIT - 1}"),
@@ -56,17 +92,15 @@ class SamplingParams:
                 f"from 0 to max_new_tokens={self.max_new_tokens}",
             ),
             "stop": (
-                not isinstance(self.stop, str) and all(self.stop),
+                _is_list(stops) and all(isinstance(s, str) and s for s in stops),
                 "a sequence of strings, none empty",
             ),
-            "stop_token_ids": (all(i >= 0 for i in self.stop_token_ids), "ids of 0 or more"),
+            "stop_token_ids": (
+                _is_list(ids) and all(is_whole(i) and i >= 0 for i in ids),
+                "ids of 0 or more",
+            ),
             "n": (self.n >= 1, "at least 1"),
         }
-        for name, (holds, expected) in checks.items():
-            if not holds:
-                raise UserError(f"{name}={getattr(self, name)!r} must be {expected}")
-        if self.n > 1 and self.temperature == 0:
-            raise UserError(f"n={self.n} with temperature=0 would give {self.n} equal answers")
 
     @property
     def filtered(self) -> bool:
@@ -76,15 +110,15 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One answer to make: prompt ids, how to sample, which of the prompt's samples this is."""
+    """One answer to generate: prompt ids, how to sample, which of the prompt's samples it is."""
 
     prompt: Sequence[int]
     sampling: SamplingParams
     sample: int = 0
 
     @property
-    def stream(self) -> int:
-        """What keys the noise beside the seed: prompt and sample, not the place in a list."""
+    def noise_id(self) -> int:
+        """The key of the noise beside the seed: prompt and sample, not the place in a list."""
         return zlib.crc32(np.array([*self.prompt, self.sample], "<i4").tobytes())
 
 
@@ -93,42 +127,96 @@ class Plan:
     """How requests are decoded together; none of it changes a greedy or coupled text.
 
     Attributes:
-      strategy: how each sequence is decoded.
-      batch_size: sequences decoded together.
-      refill: put the next request in a finished row's place at once; else wait for the whole batch.
+      strategy: how each of them is decoded.
+      batch_size: rows decoded together.
+      refill: put the next request into a finished row at once; otherwise wait for the whole batch.
       stream: report text as it grows.
-      time_first: wait for each prefill, so as to time the first token; one stop of the host more.
-      slots: cache slots per sequence, where the requests need no more. Calls that name the same
-        number share their programs, whatever the lengths of their prompts.
+      time_to_first_token: wait for each prefill in order to time the first token; that is one more
+        synchronisation per prefill.
+      slots: cache slots per row, unless the requests need more. Calls that name the same number
+        share their programs, whatever the lengths of their prompts.
     """
 
     strategy: Strategy = dataclasses.field(default_factory=Strategy)
     batch_size: int = 1
     refill: bool = True
     stream: bool = False
-    time_first: bool = False
+    time_to_first_token: bool = False
     slots: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """One request's tokens and what they took; see generate.Completion for the fields."""
+class Completion:
+    """The answer to one request, and its cost.
 
+    Attributes:
+      text: the answer without special tokens and stop string; "" without a tokenizer.
+      tokens: its ids, up to the end token or through the last id of the stop string.
+      finish_reason: "stop" at an end token or a stop string, "length" at the budget.
+      cycles: draft-verify cycles after the prefill that `tokens` needed; AR steps in mode "ar".
+      accepted: drafts accepted per cycle, as far as they are in `tokens`; all 0 in mode "ar".
+      forwards: passes through the model: 1 for the prefill, then 1 or 2 per cycle.
+      seconds: wall-clock time from prefill to end, in its batch, compilation excluded.
+      compile_seconds: time spent compiling meanwhile; 0 if all shapes had been seen before.
+      logprobs: log p of each token under the base model, if requested.
+      prompt, sample: the place of its prompt in the call, and which of the prompt's n samples.
+      time_to_first_token: seconds from prefill to first token, with Plan.time_to_first_token.
+    """
+
+    text: str
     tokens: list[int]
-    text: str | None  # None where no stream followed the text
     finish_reason: str
-    logprobs: list[float] | None
     cycles: int
     accepted: list[int]
+    forwards: int
     seconds: float
     compile_seconds: float
-    first_seconds: float | None = None  # until the first token was there, with Plan.time_first
+    logprobs: list[float] | None = None
+    prompt: int = 0
+    sample: int = 0
+    time_to_first_token: float | None = None
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean drafts accepted per cycle; the AR view's own token is not counted."""
+        return metrics.acceptance_length([self.accepted])
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Emitted tokens over forwards. Not a speedup: forwards differ in cost."""
+        return metrics.tokens_per_forward(len(self.tokens), self.forwards)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the object that `--json` prints."""
+        extra = {} if self.logprobs is None else {"logprobs": self.logprobs}
+        return {
+            "text": self.text,
+            "tokens": len(self.tokens),
+            "token_ids": self.tokens,
+            "finish_reason": self.finish_reason,
+            "prompt": self.prompt,
+            "sample": self.sample,
+            "acceptance_length": self.acceptance_length,
+            "tokens_per_forward": self.tokens_per_forward,
+            "cycles": self.cycles,
+            "seconds": self.seconds,
+            "compile_seconds": self.compile_seconds,
+            **extra,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.tokens)} tokens | {len(self.tokens) / self.seconds:.1f} tokens/s | "
+            f"acceptance length {self.acceptance_length:.2f} | "
+            f"{self.tokens_per_forward:.2f} tokens per forward | "
+            f"compile {self.compile_seconds:.1f} s"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Text that has become certain for request `index`, and its answer once it is finished."""
+    """Text that has become certain for request `index`, and its completion once it is finished."""
 
     index: int
     text: str = ""
-    answer: Answer | None = None
+    completion: Completion | None = None

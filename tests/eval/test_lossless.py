@@ -28,7 +28,7 @@ from orthrus_jax.decoding import sampling, speculative
 from orthrus_jax.decoding import speculative as decode
 from orthrus_jax.decoding.sampling import Proposal, Purpose
 from orthrus_jax.decoding.speculative import Verdict
-from orthrus_jax.engine import Answer
+from orthrus_jax.engine import Completion
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import Generator
 from tests.support.configs import tiny_config
@@ -306,7 +306,7 @@ def test_answer_that_ends_too_early_is_a_failure(monkeypatch) -> None:
     def cut(requests, plan):
         for event in honest(requests, plan):
             if event.index == 3 and plan.mode == "orthrus":
-                answer = dataclasses.replace(event.answer, tokens=event.answer.tokens[:-1])
+                answer = dataclasses.replace(event.completion, tokens=event.completion.tokens[:-1])
                 event = dataclasses.replace(event, answer=answer)
             yield event
 
@@ -411,7 +411,7 @@ def test_uniform_z_is_the_chi_square_on_a_normal_scale() -> None:
 
 
 def test_anchor_of_each_token_is_that_of_its_cycle() -> None:
-    answer = lambda tokens, accepted: Answer([0] * tokens, None, "", None, 0, accepted, 0.0, 0.0)
+    answer = lambda tokens, accepted: Completion("", [0] * tokens, "", 0, accepted, 1, 0.0, 0.0)
     assert audit_module._anchors(5, answer(1, [])) == [4]
     # The first token; then 2 drafts and one more; one more alone; a cycle cut by the budget.
     assert audit_module._anchors(5, answer(7, [2, 0, 2])) == [4, 5, 5, 5, 8, 9, 9]

@@ -10,7 +10,7 @@ from eval import speed
 from eval.hf import HF
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from tests.support.configs import tiny_config
 from tests.support.tokenizers import small_tokenizer
 from tests.support.weights import random_params
@@ -52,14 +52,14 @@ def test_transformers_and_our_ar_loop_give_the_same_text(tied, one_thread) -> No
     weights = random_params(config, 3, gain=3.0)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(8, 398, n).tolist() for n in (1, 3, 9, 14, 20, 6, 2)]
-    ours = Generator(config, weights)
+    ours = LLM(config, weights)
     expected = [c.tokens for c in ours.complete(prompts, mode="ar", max_new_tokens=40)]
     ends = [answer[-1] for answer in expected]
     if not {2, 7} & set(ends):  # make one of the answers end early: at a token that it has
         config = tiny_config(
             **{**SIZES, "eos_token_ids": (2, expected[0][5])}, tie_word_embeddings=tied
         )
-        ours = Generator(config, weights)
+        ours = LLM(config, weights)
         expected = [c.tokens for c in ours.complete(prompts, mode="ar", max_new_tokens=40)]
     assert len({len(answer) for answer in expected}) > 1
     theirs = HF(config, weights)

@@ -1,4 +1,4 @@
-"""Conversations: turns that continue from the cache say what a fresh prefill says."""
+"""Conversations: turns that continue from the cache equal a fresh prefill."""
 
 import io
 
@@ -18,7 +18,7 @@ def model(tiny_base):
     return orthrus_jax.load(tiny_base, dtype="float32")
 
 
-def said(pieces) -> tuple[str, orthrus_jax.Completion]:
+def drain(pieces) -> tuple[str, orthrus_jax.Completion]:
     text = []
     while True:
         try:
@@ -28,53 +28,52 @@ def said(pieces) -> tuple[str, orthrus_jax.Completion]:
 
 
 @pytest.mark.parametrize("mode", ["orthrus", *slow("ar")])
-def test_every_turn_says_what_a_fresh_prefill_says(model, mode: str) -> None:
+def test_every_turn_equals_a_fresh_prefill(model, mode: str) -> None:
     conversation = orthrus_jax.Conversation(model, system="Be brief.")
     messages = [{"role": "system", "content": "Be brief."}]
     for turn, question in enumerate(TURNS):
-        known = list(conversation.memory.ids)
+        known = list(conversation.session.ids)
         messages.append({"role": "user", "content": question})
         ids = encode_messages(model.tokenizer, messages)
-        text, completion = said(conversation.ask(question, mode=mode, max_new_tokens=40))
+        text, completion = drain(conversation.ask(question, mode=mode, max_new_tokens=40))
         (fresh,) = model.complete([ids], mode=mode, max_new_tokens=40)
         assert completion.tokens == fresh.tokens
         assert text == completion.text == fresh.text
         messages.append({"role": "assistant", "content": text})
         assert conversation.messages == messages
         if turn:
-            assert known == ids[: len(known)], "what was read before is a part of the dialogue"
-            assert conversation.memory.ids[: len(ids)] == ids
+            assert known == ids[: len(known)], "tokens read before are a part of the dialogue"
+            assert conversation.session.ids[: len(ids)] == ids
 
 
-def test_a_turn_reads_only_what_is_new(model, monkeypatch) -> None:
-    read = []
-    engine = model.engine
-    prefill = engine._prefill
+def test_turn_reads_only_new_tokens(model, monkeypatch) -> None:
+    prefills = []
+    prefill = model.engine.prefill
 
-    def watched(rows, shape, plan, memory=None):
-        read.append((memory.common(rows[0].request.prompt), len(rows[0].request.prompt)))
-        return prefill(rows, shape, plan, memory)
+    def watched(rows, plan, capacity, cache=None, kept=0):
+        prefills.append((kept, len(rows[0].prompt)))
+        return prefill(rows, plan, capacity, cache, kept)
 
-    monkeypatch.setattr(engine, "_prefill", watched)
+    monkeypatch.setattr(model.engine, "prefill", watched)
     conversation = orthrus_jax.Conversation(model)
     for question in TURNS:
-        said(conversation.ask(question, max_new_tokens=24))
-    (first, _), *later = read
+        drain(conversation.ask(question, max_new_tokens=24))
+    (first, _), *later = prefills
     assert first == 0
-    assert all(total - kept < 40 for kept, total in later), read
+    assert all(total - kept < 40 for kept, total in later), prefills
 
 
 @pytest.mark.slow
-def test_a_dialogue_that_outgrows_its_slots_is_read_anew(model) -> None:
+def test_dialogue_that_outgrows_its_slots_is_read_anew(model) -> None:
     small = orthrus_jax.Conversation(model, slots=64)
     large = orthrus_jax.Conversation(model, slots=1024)
     for question in TURNS:
-        texts = [said(c.ask(question, max_new_tokens=30))[0] for c in (small, large)]
+        texts = [drain(c.ask(question, max_new_tokens=30))[0] for c in (small, large)]
         assert texts[0] == texts[1]
-    assert small.memory.slots > 64
+    assert small.session.slots > 64
 
 
-def test_an_abandoned_answer_leaves_a_dialogue_that_goes_on(model) -> None:
+def test_dialogue_continues_after_an_abandoned_answer(model) -> None:
     conversation = orthrus_jax.Conversation(model)
     pieces = conversation.ask(TURNS[0], max_new_tokens=60)
     beginning = next(pieces)
@@ -83,18 +82,99 @@ def test_an_abandoned_answer_leaves_a_dialogue_that_goes_on(model) -> None:
     ids = encode_messages(
         model.tokenizer, [*conversation.messages, {"role": "user", "content": TURNS[1]}]
     )
-    text, _ = said(conversation.ask(TURNS[1], max_new_tokens=30))
+    text, _ = drain(conversation.ask(TURNS[1], max_new_tokens=30))
     assert text == model.complete([ids], max_new_tokens=30)[0].text
 
 
-def test_a_question_that_does_not_fit_leaves_the_dialogue_as_it_was(model) -> None:
+@pytest.mark.parametrize("function", ["prefill", "orthrus_decode"])
+@pytest.mark.parametrize("reset", [True, False])
+def test_dialogue_continues_after_an_interrupt_within_a_program(
+    model, function, reset, monkeypatch
+) -> None:
+    conversation = orthrus_jax.Conversation(model)
+    drain(conversation.ask(TURNS[0], max_new_tokens=24))
+    run = model.engine.programs.run
+
+    def interrupted(called, *arguments, **named):
+        result = run(called, *arguments, **named)  # which donates
+        if called.__name__ == function:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine.programs, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            drain(conversation.ask(TURNS[1], max_new_tokens=24))
+    assert conversation.session.ids == []
+    if reset:
+        conversation.reset()
+        assert conversation.messages == []
+    messages = [*conversation.messages, {"role": "user", "content": TURNS[2]}]
+    text, _ = drain(conversation.ask(TURNS[2], max_new_tokens=24))
+    (fresh,) = model.generate(messages, max_new_tokens=24)
+    assert text == fresh.text
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_dialogue_continues_after_an_interrupt_between_pieces(model, reset) -> None:
+    conversation = orthrus_jax.Conversation(model)
+    pieces = conversation.ask(TURNS[0], max_new_tokens=60)
+    next(pieces)
+    with pytest.raises(KeyboardInterrupt):
+        pieces.throw(KeyboardInterrupt)
+    assert conversation.session.cache is not None
+    if reset:
+        conversation.reset()
+    messages = [*conversation.messages, {"role": "user", "content": TURNS[1]}]
+    text, _ = drain(conversation.ask(TURNS[1], max_new_tokens=24))
+    (fresh,) = model.generate(messages, max_new_tokens=24)
+    assert text == fresh.text
+
+
+def test_two_open_answers_of_one_dialogue_are_both_right(model) -> None:
+    conversation = orthrus_jax.Conversation(model)
+    drain(conversation.ask(TURNS[0], max_new_tokens=24))
+    dialogues = [[*conversation.messages, {"role": "user", "content": t}] for t in TURNS[1:]]
+    expected = [c.text for c in model.generate(dialogues, max_new_tokens=40)]
+    answers = [conversation.ask(text, max_new_tokens=40) for text in TURNS[1:]]
+    texts, open_answers = ["", ""], {0, 1}
+    while open_answers:
+        for i in sorted(open_answers):
+            piece = next(answers[i], None)
+            if piece is None:
+                open_answers.remove(i)
+            else:
+                texts[i] += piece
+    assert texts == expected
+
+
+def test_command_goes_on_after_an_interrupted_answer(model, tiny_base, monkeypatch, capsys) -> None:
+    run, pending = model.engine.programs.run, ["orthrus_decode"]
+
+    def interrupted(called, *arguments, **named):
+        result = run(called, *arguments, **named)
+        if called.__name__ in pending:
+            pending.clear()
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(chat, "load", lambda source, **options: model)
+    monkeypatch.setattr(model.engine.programs, "run", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{TURNS[0]}\n/reset\n{TURNS[0]}\n"))
+    chat.main(["--model", str(tiny_base), "--max-new-tokens", "30"])
+    out, err = capsys.readouterr()
+    assert "[interrupted]" in err
+    assert model.generate(TURNS[0], max_new_tokens=30)[0].text in out
+
+
+def test_question_that_does_not_fit_leaves_the_dialogue_unchanged(model) -> None:
     conversation = orthrus_jax.Conversation(model)
     with pytest.raises(UserError, match="over the model's 2048 positions"):
         conversation.ask("one two " * 2000, max_new_tokens=30)
     assert conversation.messages == []
 
 
-def test_the_command_streams_resets_and_reports(model, tiny_base, monkeypatch, capsys) -> None:
+def test_command_streams_resets_and_reports(model, tiny_base, monkeypatch, capsys) -> None:
     script = f"{TURNS[0]}\n/reset\n{TURNS[0]}\n/what\n\n/exit\nnot read\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(script))
     chat.main(["--model", str(tiny_base), "--dtype", "float32", "--max-new-tokens", "30"])

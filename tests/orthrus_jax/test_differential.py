@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import params as params_lib
 from tests.support.configs import tiny_config
 from tests.support.weights import random_params
@@ -67,8 +67,8 @@ def config_of(shape: str) -> ModelConfig:
 
 
 @functools.cache
-def generator_of(shape: str) -> Generator:
-    return Generator(config_of(shape), weights_of(shape, 0, False), Letters())
+def generator_of(shape: str) -> LLM:
+    return LLM(config_of(shape), weights_of(shape, 0, False), Letters())
 
 
 @functools.cache

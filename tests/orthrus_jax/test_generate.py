@@ -9,9 +9,9 @@ import pytest
 
 from orthrus_jax import generate
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.engine import bucket
+from orthrus_jax.engine import SamplingParams, bucket
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, params
 from tests.support.paths import DATA
 from tests.support.tokenizers import small_tokenizer
@@ -46,7 +46,7 @@ def random_weights(config, scale=8.0):
 def model():
     tokenizer = small_tokenizer(TEXTS, 400)
     config = config_for(400)
-    return Generator(config, random_weights(config), tokenizer)
+    return LLM(config, random_weights(config), tokenizer)
 
 
 def test_both_modes_give_the_same_text_and_count_their_forwards(model):
@@ -67,29 +67,102 @@ def test_text_does_not_depend_on_the_batch(model):
     prompts = ["How many?", "12 and 30 apples", "The", "They are 42 apples. How many apples?"] * 2
     alone = [model.generate([p], max_new_tokens=30)[0].tokens for p in prompts]
     for size in (3, 8):
-        found = model.generate(prompts, max_new_tokens=30, batch_size=size)
-        assert [c.tokens for c in found] == alone
+        completions = model.generate(prompts, max_new_tokens=30, batch_size=size)
+        assert [c.tokens for c in completions] == alone
 
 
 def test_every_block_size_gives_the_same_text(model):
     expected = model.generate(["How many?"], mode="ar", max_new_tokens=30)[0].tokens
     for size in (2, 3, 4, 5):
-        found = model.generate(["How many?"], max_new_tokens=30, draft_length=size)[0]
-        assert found.tokens == expected
+        (completion,) = model.generate(["How many?"], max_new_tokens=30, draft_length=size)
+        assert completion.tokens == expected
 
 
-def test_fifty_prompt_lengths_compile_once_a_bucket(model):
-    fresh = Generator(model.config, model.params, model.tokenizer)
+def test_one_string_is_one_prompt(model):
+    (completion,) = model.generate("How many?", max_new_tokens=9)
+    (listed,) = model.generate(["How many?"], max_new_tokens=9)
+    assert completion.tokens == listed.tokens
+    assert model.generate([]) == []
+
+
+def test_chat_messages_are_a_prompt(model):
+    from orthrus_jax.tokenizer import encode_messages
+
+    dialogue = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "How many?"},
+        {"role": "assistant", "content": "42"},
+        {"role": "user", "content": "The answer?"},
+    ]
+    (expected,) = model.complete([encode_messages(model.tokenizer, dialogue)], max_new_tokens=9)
+    (alone,) = model.generate(dialogue, max_new_tokens=9)
+    among = model.generate(["How many?", dialogue, dialogue[1:2]], max_new_tokens=9)
+    assert alone.tokens == among[1].tokens == expected.tokens
+    assert among[0].tokens == among[2].tokens, "a string is a user message"
+    assert [c.prompt for c in among] == [0, 1, 2]
+    assert "".join(model.stream(dialogue, max_new_tokens=9)) == expected.text
+
+
+def test_sampling_parameters_may_be_given_per_prompt(model):
+    samplings = [
+        SamplingParams(max_new_tokens=4),
+        SamplingParams(max_new_tokens=6, temperature=0.9, seed=2, n=2),
+        SamplingParams(max_new_tokens=5, logprobs=True),
+    ]
+    prompts = ["How many?", "12 and 30", "The answer"]
+    together = model.generate(prompts, samplings, batch_size=2)
+    apart = [c for p, s in zip(prompts, samplings, strict=True) for c in model.generate(
+        p, s, batch_size=2)]  # fmt: skip
+    assert [c.tokens for c in together] == [c.tokens for c in apart]
+    assert [(c.prompt, c.sample) for c in together] == [(0, 0), (1, 0), (1, 1), (2, 0)]
+    assert [c.logprobs is None for c in together] == [True, True, True, False]
+    shorter = model.generate(prompts, samplings, batch_size=2, max_new_tokens=3)
+    assert {len(c.tokens) for c in shorter} == {3}
+
+
+BAD_PROMPTS = {
+    "number": (5, "prompt 1 is 5: expected a string, or a list of chat messages"),
+    "none": (None, "prompt 1 is None: expected a string"),
+    "ids": ([1, 2], r"prompt 1 is \[1, 2\]: expected a string"),
+    "no content": ([{"role": "user"}], "prompt 1, message 0: content=None must be a string"),
+    "no role": (
+        [{"role": "user", "content": "x"}, {"content": "x"}],
+        "prompt 1, message 1: role=None must be a string",
+    ),
+    "empty": ("", "prompt is empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_bad_prompts_are_refused_by_number(model, name):
+    prompt, message = BAD_PROMPTS[name]
+    with pytest.raises(UserError, match=message):
+        model.generate(["How many?", prompt])
+
+
+def test_bad_sampling_arguments_are_refused(model):
+    with pytest.raises(UserError, match="must be one SamplingParams, or one per prompt: 2"):
+        model.generate(["a", "b"], [SamplingParams()])
+    with pytest.raises(UserError, match="sampling=3 must be one SamplingParams"):
+        model.generate(["a"], 3)
+    with pytest.raises(UserError, match="sampling=4 must be SamplingParams"):
+        model.generate(["a"], [4])
+    with pytest.raises(UserError, match="chat=False takes strings"):
+        model.generate([{"role": "user", "content": "x"}], chat=False)
+
+
+def test_fifty_prompt_lengths_compile_once_per_bucket(model):
+    fresh = LLM(model.config, model.params, model.tokenizer)
     for length in range(1, 51):
         fresh.complete([[5] * length], max_new_tokens=20)
-    assert len(fresh.engine._programs) == 2  # prefill and the loop, both for one bucket
-    compiled = dict(fresh.engine._programs)
+    assert len(fresh.engine.programs.compiled) == 2  # prefill and the loop, both for one bucket
+    compiled = dict(fresh.engine.programs.compiled)
     fresh.complete([[5] * 65], max_new_tokens=20)  # the next bucket: another prefill
-    assert {key: fresh.engine._programs[key] for key in compiled} == compiled
-    assert 3 <= len(fresh.engine._programs) <= 4
+    assert {key: fresh.engine.programs.compiled[key] for key in compiled} == compiled
+    assert 3 <= len(fresh.engine.programs.compiled) <= 4
 
 
-def test_buckets_hold_what_they_must_and_waste_less_than_a_quarter():
+def test_buckets_hold_their_size_and_waste_less_than_a_quarter():
     sizes = [64, 80, 96, 112, 128, 160, 192, 224, 256, 320]
     assert sorted({bucket(n) for n in range(1, 321)}) == sizes
     for n in range(64, 5000):
@@ -101,9 +174,9 @@ def test_budget_is_exact_and_eos_ends_the_answer(model):
     assert len(model.complete([[5, 6]], max_new_tokens=7)[0].tokens) == 7
     tokens = model.complete([[5, 6]], max_new_tokens=30)[0].tokens
     stop = tokens[11]
-    ended = Generator(
-        config_for(400, eos_token_ids=(stop,)), model.params, model.tokenizer
-    ).complete([[5, 6]], max_new_tokens=30)[0]
+    ended = LLM(config_for(400, eos_token_ids=(stop,)), model.params, model.tokenizer).complete(
+        [[5, 6]], max_new_tokens=30
+    )[0]
     assert ended.tokens == tokens[: tokens.index(stop) + 1]
 
 
@@ -130,7 +203,7 @@ def test_empty_prompts_are_refused(model):
 
 
 def test_drafting_without_a_mask_token_is_refused(model):
-    bare = Generator(config_for(400, mask_token_id=None), model.params, model.tokenizer)
+    bare = LLM(config_for(400, mask_token_id=None), model.params, model.tokenizer)
     with pytest.raises(UserError, match="mask_token_id"):
         bare.complete([[1]])
     assert len(bare.complete([[1]], mode="ar", max_new_tokens=3)[0].tokens) == 3
@@ -145,7 +218,7 @@ def directory(model, tmp_path_factory):
     return path
 
 
-def test_the_command_prints_text_and_one_line_of_statistics(model, directory, capsys):
+def test_command_prints_text_and_one_line_of_statistics(model, directory, capsys):
     generate.main(["--model", str(directory), "--prompt", "How many?", "--max-new-tokens", "20"])
     out = capsys.readouterr().out
     expected = model.generate(["How many?"], max_new_tokens=20)[0].text
@@ -181,7 +254,7 @@ def test_json_output_has_the_agreed_fields(model, directory, tmp_path, capsys):
         assert line["tokens"] == 9
 
 
-def test_an_untrained_view_is_told_on_standard_error(directory, tmp_path, capsys):
+def test_untrained_view_is_noted_on_standard_error(directory, tmp_path, capsys):
     arguments = ["--prompt", "How many?", "--max-new-tokens", "3"]
     generate.main(["--model", str(directory), *arguments])
     assert "untrained" in capsys.readouterr().err  # random_weights copies the AR attention
@@ -204,20 +277,20 @@ def test_bad_prompt_files_are_named(directory, tmp_path, line, message):
         generate.main(["--model", str(directory), "--prompts", str(file)])
 
 
-def test_a_bad_model_ends_the_command_in_one_line_and_status_2(tmp_path):
-    found = subprocess.run(
+def test_bad_model_ends_the_command_in_one_line_with_status_2(tmp_path):
+    result = subprocess.run(
         [sys.executable, "-m", "orthrus_jax.generate", "--model", str(tmp_path), "--prompt", "x"],
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert found.returncode == 2
-    assert found.stderr.splitlines()[-1].startswith("error: ")
-    assert "config.json" in found.stderr
-    assert "Traceback" not in found.stderr
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "config.json" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
-def test_the_real_qwen3_tokenizer_and_template_go_through_generation():
+def test_real_qwen3_tokenizer_and_template_work_in_generation():
     if not DATA.exists():
         pytest.skip("../shared is not here")
     from orthrus_jax.tokenizer import encode, load_tokenizer
@@ -230,7 +303,7 @@ def test_the_real_qwen3_tokenizer_and_template_go_through_generation():
     ]  # fmt: skip
     assert encode(tokenizer, "What is 2+2?", chat=True, thinking=True) == ids[:-4]
     config = config_for(151_936, mask_token_id=151_669, eos_token_ids=(151_645, 151_643))
-    model = Generator(config, random_weights(config), tokenizer)
+    model = LLM(config, random_weights(config), tokenizer)
     prompts = ["What is 2+2?", "Name a prime."]
     ar = model.generate(prompts, mode="ar", max_new_tokens=24)
     orthrus = model.generate(prompts, max_new_tokens=24)

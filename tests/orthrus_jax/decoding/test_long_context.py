@@ -15,7 +15,7 @@ from orthrus_jax.attention import LayerCache, cache
 from orthrus_jax.attention.attend import IMPLEMENTATIONS
 from orthrus_jax.attention.cache import CHUNK_ABOVE, KV_CHUNK
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, ar_segment
 from tests.support.compare import relative_error, same_bits
 from tests.support.configs import NO_EOS, tiny_config
@@ -360,7 +360,7 @@ def long_config(**changes) -> ModelConfig:
 
 
 def both_texts(config: ModelConfig, prompt: list[int], new: int) -> tuple[list[int], list[int]]:
-    model = Generator(config, random_params(config, 0, gain=2.5))
+    model = LLM(config, random_params(config, 0, gain=2.5))
     ar, orthrus = (
         model.complete([prompt], mode=mode, max_new_tokens=new)[0] for mode in ("ar", "orthrus")
     )
@@ -410,7 +410,7 @@ def test_drafts_are_accepted_and_rolled_back_after_long_prompts(agree: float) ->
 
 def test_long_and_short_prompts_share_a_batch() -> None:
     config = long_config(max_position_embeddings=4096)
-    model = Generator(config, random_params(config, 0, gain=2.5))
+    model = LLM(config, random_params(config, 0, gain=2.5))
     prompts = [ids_of(seed, 1, n)[0].tolist() for seed, n in enumerate((3, 1200, 700, 40, 1100))]
     alone = [c.tokens for c in model.complete(prompts, mode="ar", max_new_tokens=20)]
     for mode in ("ar", "orthrus"):

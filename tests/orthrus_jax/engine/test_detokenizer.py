@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from orthrus_jax.engine.detokenizer import HOLE, PENDING, TextStream
+from orthrus_jax.engine.detokenizer import PENDING, REPLACEMENT, IncrementalDetokenizer
 from orthrus_jax.errors import UserError
 from orthrus_jax.tokenizer import decode, load_tokenizer
 from tests.support.paths import DATA
@@ -21,7 +21,22 @@ SENTENCES = [
     "cafe\u0301, nai\u0308ve, Zoe\u0308",
     f"🙂🙃 {FAMILY} 🇩🇪 👍🏽",
 ]
-PIECES = ["a", "b", "ab", " ", "  ", "\n", "e\u0301", "世", "世界", "。", "🙂", "🙃", FAMILY, HOLE]
+PIECES = [
+    "a",
+    "b",
+    "ab",
+    " ",
+    "  ",
+    "\n",
+    "e\u0301",
+    "世",
+    "世界",
+    "。",
+    "🙂",
+    "🙃",
+    FAMILY,
+    REPLACEMENT,
+]
 TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=8).map("".join)
 quick = hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
@@ -39,7 +54,7 @@ def qwen3():
     return load_tokenizer(DATA / "qwen3_tokenizer")
 
 
-def made(tokens, decoder, special=()):
+def decoder_of(tokens, decoder, special=()):
     """A tokenizer that can only decode: `tokens` are ids 0, 1, ..., then those in `special`."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -67,7 +82,7 @@ def raw():
     rest = [b for b in range(256) if b not in plain]
     letter = {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
     tokens = ["".join(letter[b] for b in pair) for pair in [*([i] for i in range(256)), *PAIRS]]
-    return made(tokens, decoders.ByteLevel(), ["<|end|>"])
+    return decoder_of(tokens, decoders.ByteLevel(), ["<|end|>"])
 
 
 WORDS = ["▁", "▁▁", "▁He", "llo", "▁wor", "ld", ".", "世"]
@@ -84,7 +99,9 @@ def sentencepiece():
         decoders.Fuse(),
         decoders.Strip(" ", 1, 0),
     ]
-    return made([*WORDS, *(f"<0x{b:02X}>" for b in range(256))], decoders.Sequence(steps), ["<s>"])
+    return decoder_of(
+        [*WORDS, *(f"<0x{b:02X}>" for b in range(256))], decoders.Sequence(steps), ["<s>"]
+    )
 
 
 @functools.cache
@@ -93,16 +110,16 @@ def strips():
     from tokenizers import decoders
 
     every = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 99, 0)]
-    return [made(WORDS, d, ["<s>"]) for d in (decoders.Metaspace(), decoders.Sequence(every))]
+    return [decoder_of(WORDS, d, ["<s>"]) for d in (decoders.Metaspace(), decoders.Sequence(every))]
 
 
 def expected(tokenizer, ids, stop):
     """Text, stopped and used by their definitions, from decodes of the whole."""
     whole = decode(tokenizer, ids)
-    found = [(whole.find(s), len(s)) for s in stop if s in whole]
-    if not found:
+    starts = [(whole.find(s), len(s)) for s in stop if s in whole]
+    if not starts:
         return whole, False, len(ids)
-    start, size = min(found)
+    start, size = min(starts)
     upto = whole[: start + size]
     used = next(n for n in range(len(ids) + 1) if decode(tokenizer, ids[:n]).startswith(upto))
     return whole[:start], True, used
@@ -116,7 +133,7 @@ def pieces(ids, cuts):
 def check(tokenizer, ids, cuts=(), stop=()):
     """Stream `ids` and compare with the definitions, after every push and at the end."""
     text, stopped, used = expected(tokenizer, ids, stop)
-    stream = TextStream(tokenizer, stop)
+    stream = IncrementalDetokenizer(tokenizer, stop)
     out, count = [], 0
     for part in pieces(ids, cuts):
         was_stopped = stream.stopped
@@ -131,7 +148,8 @@ def check(tokenizer, ids, cuts=(), stop=()):
         else:
             assert stream.used == count
             so_far = decode(tokenizer, ids[:count])
-            held = so_far.rstrip(HOLE)[len(stream.text) :]  # only what may start a stop string
+            # Withheld is only text that may start a stop string.
+            held = so_far.rstrip(REPLACEMENT)[len(stream.text) :]
             assert not held or any(s.startswith(held) and s != held for s in stop), held
     out.append(stream.close())
     assert "".join(out) == stream.text == text
@@ -206,7 +224,7 @@ def fallback(text):
     cuts=CUTS,
     spans=SPANS,
 )
-def test_a_stripped_first_space_is_stripped_once(parts, cuts, spans):
+def test_first_space_is_stripped_once(parts, cuts, spans):
     ids = [i for part in parts for i in part]
     stop = stops_from(decode(sentencepiece(), ids), spans, [])
     check(sentencepiece(), ids, cuts)
@@ -218,8 +236,8 @@ def test_a_stripped_first_space_is_stripped_once(parts, cuts, spans):
         check(tokenizer, words, cuts, stops_from(decode(tokenizer, words), spans, []))
 
 
-def test_a_character_comes_out_whole_with_its_last_byte():
-    stream = TextStream(raw())
+def test_character_is_released_whole_with_its_last_byte():
+    stream = IncrementalDetokenizer(raw())
     released = [stream.push([b]) for b in "a世🙂".encode()]
     assert released == ["a", "", "", "世", "", "", "", "🙂"]
     assert stream.push([]) == stream.close() == ""
@@ -227,7 +245,7 @@ def test_a_character_comes_out_whole_with_its_last_byte():
 
 
 def test_special_and_unknown_ids_are_no_text_even_within_a_character():
-    stream = TextStream(raw())
+    stream = IncrementalDetokenizer(raw())
     nothing = [SPECIAL, UNKNOWN] * 40
     assert stream.push([*nothing, 0xE4, *nothing, 0xB8, *nothing]) == ""
     assert stream.push([0x96]) == "世"
@@ -235,24 +253,24 @@ def test_special_and_unknown_ids_are_no_text_even_within_a_character():
     assert stream.used == 4 * len(nothing) + 5
 
 
-def test_true_and_invalid_holes_come_out():
+def test_true_and_invalid_replacement_characters_are_released():
     true_hole = 256 + PAIRS.index(b"\xef\xbf\xbd")
-    stream = TextStream(raw())
+    stream = IncrementalDetokenizer(raw())
     assert stream.push([true_hole]) == ""  # it could be the beginning of a character
-    assert stream.push(b"a") == HOLE + "a"
+    assert stream.push(b"a") == REPLACEMENT + "a"
     assert stream.push(b"\xff\xe4") == ""
-    assert stream.push(b"b") == HOLE * 2 + "b"
+    assert stream.push(b"b") == REPLACEMENT * 2 + "b"
     assert stream.push(b"\xf0\x9f") == ""
-    assert stream.close() == HOLE
-    for ids in ([true_hole] * 100, [0x80] * 100, [0xE4] * 100):  # with no valid text behind
-        stream = TextStream(raw())
+    assert stream.close() == REPLACEMENT
+    for ids in ([true_hole] * 100, [0x80] * 100, [0xE4] * 100):  # with no valid text after it
+        stream = IncrementalDetokenizer(raw())
         lengths = [len(stream.push([i])) for i in ids]
         assert sum(lengths) >= 99 - PENDING
-        assert stream.text + stream.close() == HOLE * 100
+        assert stream.text + stream.close() == REPLACEMENT * 100
 
 
 @pytest.mark.parametrize("invalid", [[0xFF], [0x80], [0xF0], [256 + PAIRS.index(b"\x9f\xf0")]])
-def test_characters_behind_many_invalid_bytes_are_whole(invalid):
+def test_characters_after_many_invalid_bytes_are_whole(invalid):
     for count in range(3 * PENDING):
         ids = [*invalid * count, *"🙂世é".encode(), *invalid, *"🙂".encode()]
         check(raw(), ids, range(len(ids)))
@@ -260,7 +278,7 @@ def test_characters_behind_many_invalid_bytes_are_whole(invalid):
 
 
 def test_stop_strings_across_tokens_and_pushes():
-    stream = TextStream(raw(), ["END", "\n\n"])
+    stream = IncrementalDetokenizer(raw(), ["END", "\n\n"])
     assert stream.push(b"one E") == "one "
     assert stream.push(b"N") == ""
     assert stream.push(b"d\n") == "ENd"
@@ -274,10 +292,10 @@ def test_stop_strings_across_tokens_and_pushes():
     assert stream.used == 12
 
 
-def test_a_held_back_beginning_of_a_stop_comes_out_at_the_end():
-    stream = TextStream(raw(), ["END"])
+def test_a_withheld_back_beginning_of_a_stop_comes_out_at_the_end():
+    stream = IncrementalDetokenizer(raw(), ["END"])
     assert stream.push(b"the EN\xe4") == "the "
-    assert stream.close() == "EN" + HOLE
+    assert stream.close() == "EN" + REPLACEMENT
     assert not stream.stopped
     assert stream.used == 7
     with pytest.raises(ValueError, match="after close"):
@@ -310,11 +328,13 @@ def test_used_ends_with_the_token_that_ends_the_stop():
     assert (stream.text, stream.used) == ("a", 3)
     stream = check(raw(), [ab, split, 0xB8, 0x96], stop=["ba"])  # whole before the character is
     assert (stream.text, stream.used) == ("a", 2)
-    stream = check(raw(), [0x61, 0xE4, 0xB8, 0x62], stop=[HOLE])  # found with the "b"
+    stream = check(raw(), [0x61, 0xE4, 0xB8, 0x62], stop=[REPLACEMENT])  # found with the "b"
     assert (stream.text, stream.used) == ("a", 2)
-    stream = check(raw(), [0xE4, 0xB8, 0x96, 0xFF, 0x62], stop=[HOLE])  # not the half character
+    stream = check(
+        raw(), [0xE4, 0xB8, 0x96, 0xFF, 0x62], stop=[REPLACEMENT]
+    )  # not the half character
     assert (stream.text, stream.used) == ("世", 4)
-    stream = check(raw(), [0x61, 0xFF], stop=[HOLE])  # found by close
+    stream = check(raw(), [0x61, 0xFF], stop=[REPLACEMENT])  # found by close
     assert (stream.text, stream.used, stream.stopped) == ("a", 2, True)
 
 
@@ -347,14 +367,14 @@ def test_work_per_id_does_not_grow_with_the_answer(kind):
     ids = LONG[kind]()
     ids = ids * (2000 // len(ids) + 1)
     counting = Counting(raw())
-    stream = TextStream(counting, ["STOP", "\x00" * 5])
+    stream = IncrementalDetokenizer(counting, ["STOP", "\x00" * 5])
     most = 0
     for i in ids[:2000]:
         before = counting.ids
         stream.push([i])
         most = max(most, counting.ids - before)
         assert len(stream._window) <= 2 * PENDING + 1
-        assert len(stream._held) < 8
+        assert len(stream._withheld) < 8
         assert len(stream._marks) <= 2 * PENDING
     stream.close()
     assert stream.text == decode(raw(), ids[:2000])
@@ -364,10 +384,10 @@ def test_work_per_id_does_not_grow_with_the_answer(kind):
 
 
 def test_numpy_ids_and_bad_stops():
-    stream = TextStream(raw(), ("z",))
+    stream = IncrementalDetokenizer(raw(), ("z",))
     assert stream.push(np.frombuffer(b"ab", np.uint8).astype(np.int32)) == "ab"
-    assert TextStream(raw()).close() == ""
+    assert IncrementalDetokenizer(raw()).close() == ""
     with pytest.raises(ValueError, match="empty"):
-        TextStream(raw(), ["a", ""])
+        IncrementalDetokenizer(raw(), ["a", ""])
     with pytest.raises(UserError, match="list of strings"):
-        TextStream(raw(), "abc")
+        IncrementalDetokenizer(raw(), "abc")

@@ -16,7 +16,7 @@ from orthrus_jax.engine.planner import (
     preferred_draft_length,
 )
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from tests.support.configs import tiny_config
 
 KIND = "a device"
@@ -189,7 +189,7 @@ def test_damaged_file_is_refused_by_name(tmp_path, text: str) -> None:
 @pytest.mark.parametrize(("rows", "batch", "name"), [(0, 1, "rows=0"), (9, 0, "batch_size=0")])
 def test_no_rows_and_no_prompts_are_refused(rows, batch, name) -> None:
     with pytest.raises(UserError, match=f"{name} must be at least 1"):
-        Generator(tiny_config(), {}).plan(rows, batch)
+        LLM(tiny_config(), {}).plan(rows, batch)
 
 
 def test_options_are_those_of_complete(tmp_path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 import orthrus_jax
 from orthrus_jax import sharding
-from orthrus_jax.engine import Memory, Plan, Request, SamplingParams
+from orthrus_jax.engine import Plan, Request, SamplingParams, Session
 
 WAYS = {
     "ar": {"mode": "ar"},
@@ -38,11 +38,11 @@ def answers(model, way):
     if way != "dialogue":
         found = model.complete(PROMPTS, batch_size=4, max_new_tokens=12, **WAYS[way])
         return [completion.tokens for completion in found]
-    memory, said = Memory(slots=192), []
+    session, said = Session(slots=192), []
     for prompt in PROMPTS[1:4]:
         request = Request([*said, *prompt], SamplingParams(max_new_tokens=8))
-        (end,) = [e for e in model.engine.serve([request], Plan(), memory) if e.answer]
-        said = [*request.prompt, *end.answer.tokens]
+        (end,) = [e for e in model.engine.serve([request], Plan(), session) if e.completion]
+        said = [*request.prompt, *end.completion.tokens]
     return said
 
 

@@ -1,0 +1,101 @@
+"""Capacities: the shapes that the programs of a queue are compiled for, and the requests that fit.
+
+Every field is static: another value is another set of programs. Knows no model.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from orthrus_jax.engine.programs import bucket
+from orthrus_jax.engine.request import Request
+from orthrus_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """The most that a request of one queue may ask for. The batch size is the plan's.
+
+    Attributes:
+      slots: cache slots per row.
+      max_new_tokens: N, the width of the output.
+      ends: end ids per row, the model's own included.
+      sampled: a temperature above 0.
+      filtered: with it, top_k, top_p or min_p.
+      min_tokens: min_new_tokens above 0.
+      logprobs: log p of each token.
+    """
+
+    slots: int
+    max_new_tokens: int
+    ends: int = 4
+    sampled: bool = False
+    filtered: bool = False
+    min_tokens: bool = False
+    logprobs: bool = False
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], slots: int, eos: int) -> "Capacity":
+        """Return the capacity that fits `requests`, at least one, rounded up to buckets.
+
+        Args:
+          requests: checked by `Engine.check`.
+          slots: cache slots per row.
+          eos: how many end ids the model has.
+        """
+        samplings = [request.sampling for request in requests]
+        ends = eos + max(len(s.stop_token_ids) for s in samplings)
+        return cls(
+            slots=slots,
+            max_new_tokens=bucket(max(s.max_new_tokens for s in samplings)),
+            ends=1 << max(ends - 1, 0).bit_length(),
+            sampled=any(s.temperature > 0 for s in samplings),
+            filtered=any(s.temperature > 0 and s.filtered for s in samplings),
+            min_tokens=any(s.min_new_tokens for s in samplings),
+            logprobs=any(s.logprobs for s in samplings),
+        )
+
+    def check(self, request: Request, number: int, eos: int, lookahead: int) -> None:
+        """Refuse request `number` if it does not fit.
+
+        Args:
+          request: checked by `Engine.check`.
+          number: its name in the message.
+          eos: how many end ids the model has.
+          lookahead: slots that a cycle writes after its anchor.
+
+        Raises:
+          UserError: naming the value and its limit.
+        """
+        sampling, length = request.sampling, len(request.prompt)
+        new, ends = sampling.max_new_tokens, eos + len(sampling.stop_token_ids)
+        if new > self.max_new_tokens:
+            raise UserError(
+                f"request {number}: max_new_tokens={new} is over this queue's {self.max_new_tokens}"
+            )
+        # Prefill pads a prompt to its bucket; the last anchor still writes `lookahead` slots.
+        if (needed := max(bucket(length), length + new + lookahead)) > self.slots:
+            raise UserError(
+                f"request {number} has {length} tokens; with max_new_tokens={new} it needs "
+                f"{needed} cache slots, over this queue's {self.slots}"
+            )
+        if ends > self.ends:
+            raise UserError(
+                f"request {number}: {len(sampling.stop_token_ids)} stop_token_ids and the model's "
+                f"{eos} end tokens are over this queue's {self.ends}"
+            )
+        sampled = sampling.temperature > 0
+        options = {
+            "sampled": (sampled, f"temperature={sampling.temperature}"),
+            "filtered": (
+                sampled and sampling.filtered,
+                f"top_k={sampling.top_k}, top_p={sampling.top_p}, min_p={sampling.min_p}",
+            ),
+            "min_tokens": (
+                sampling.min_new_tokens > 0,
+                f"min_new_tokens={sampling.min_new_tokens}",
+            ),
+            "logprobs": (sampling.logprobs, "logprobs=True"),
+        }
+        for name, (needed_here, value) in options.items():
+            if needed_here and not getattr(self, name):
+                raise UserError(f"request {number}: {value} needs a queue opened with {name}=True")
