@@ -18,14 +18,14 @@ from orthrus_jax.cli import (
     sampling_options,
     strategy_of,
 )
-from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.errors import UserError, program_name, run_command
 from orthrus_jax.llm import Completion, Conversation, load
 
 HELP = "/reset forgets the dialogue, /exit or end of input leaves"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m orthrus_jax.chat", description=HELP)
+    parser = argparse.ArgumentParser(prog=program_name("chat"), description=HELP)
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint or hub id")
     parser.add_argument(
         "--mode", choices=("orthrus", "ar"), default="orthrus", help="default: orthrus"
