@@ -1,12 +1,12 @@
 """Who imports whom: one way, without circles; and no file grows too long to read."""
 
 import ast
-import pathlib
 from collections.abc import Mapping
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
+
 PACKAGES = ("orthrus_jax", "train", "eval")
 LONGEST = 450  # lines
 # Modules and packages of the library from the ground up: each imports only from before itself.

@@ -4,7 +4,6 @@ import fnmatch
 import importlib
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -17,8 +16,8 @@ import pytest
 
 import orthrus_jax
 from orthrus_jax import __main__, errors
+from tests.support.paths import ROOT
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMMANDS = tuple(__main__.COMMANDS)
 PUBLIC = ["Completion", "Conversation", "LLM", "SamplingParams", "Strategy", "__version__", "load"]
