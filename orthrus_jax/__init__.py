@@ -9,21 +9,37 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orthrus_jax.engine import SamplingParams
-    from orthrus_jax.llm import LLM, Completion, Conversation, load
+    from orthrus_jax.decoding import Strategy
+    from orthrus_jax.engine import Completion, SamplingParams
+    from orthrus_jax.llm import LLM, Conversation, load
+
+__version__ = "0.1.0"  # pyproject.toml reads it here
 
 _HOMES = {
-    "Completion": "llm",
+    "Completion": "engine",
     "Conversation": "llm",
     "LLM": "llm",
     "SamplingParams": "engine",
+    "Strategy": "decoding",
     "load": "llm",
 }
-__all__ = ["LLM", "Completion", "Conversation", "SamplingParams", "load"]
+__all__ = [
+    "LLM",
+    "Completion",
+    "Conversation",
+    "SamplingParams",
+    "Strategy",
+    "__version__",
+    "load",
+]
 
 
 def __getattr__(name: str) -> object:
-    # Late, so that `--help` and submodules do not pay for importing jax and all of generation.
+    # Late: `--help` and the submodules without jax need not wait for it.
     if name in _HOMES:
         return getattr(importlib.import_module(f"orthrus_jax.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

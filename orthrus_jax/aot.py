@@ -26,7 +26,7 @@ from orthrus_jax.cli import add_blocks, strategy_of
 from orthrus_jax.config import PRESETS, ModelConfig
 from orthrus_jax.decoding import Strategy
 from orthrus_jax.drafters import first_carry, loop_of
-from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.errors import UserError, program_name, run_command
 from orthrus_jax.files import first_line
 from orthrus_jax.model import Model
 
@@ -233,7 +233,7 @@ def finish(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m orthrus_jax.aot",
+        prog=program_name("aot"),
         description=__doc__,
         epilog="The training step of a configuration: python -m train.aot --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,

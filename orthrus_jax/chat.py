@@ -21,14 +21,14 @@ from orthrus_jax.cli import (
     strategy_of,
 )
 from orthrus_jax.engine import Completion
-from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.errors import UserError, program_name, run_command
 from orthrus_jax.llm import Conversation, load
 
 HELP = "/reset forgets the dialogue, /exit or end of input leaves"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m orthrus_jax.chat", description=HELP)
+    parser = argparse.ArgumentParser(prog=program_name("chat"), description=HELP)
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint or hub id")
     add_mode(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="system message")

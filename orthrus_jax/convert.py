@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Sequence
 
 from orthrus_jax.config import DTYPES
-from orthrus_jax.errors import run_command
+from orthrus_jax.errors import program_name, run_command
 
 
 def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        "python -m orthrus_jax.convert",
+        program_name("convert"),
         description="Turn a Qwen3 into an Orthrus checkpoint, its diffusion view a copy of its "
         "attention, ready to be trained; or change the dtype of an Orthrus.",
     )

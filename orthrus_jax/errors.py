@@ -1,11 +1,22 @@
-"""The one exception a user is meant to read, and how a command shows it.
+"""The one exception a user is meant to read, and how a command starts and ends.
 
 Anything a person can put right (a missing file, a bad flag, a prompt that does not fit) is raised
-as `UserError` with what was found, what was expected and what to do. A bug is never a `UserError`.
+as `UserError` with the actual value, the expected one and the remedy. A bug is never a `UserError`.
 """
 
+import importlib.util
+import pathlib
 import sys
 from collections.abc import Callable
+
+# The packages that each extra of pyproject.toml adds, as they are imported.
+EXTRAS = {
+    "train": (
+        *("datasets", "grain", "matplotlib", "ml_collections", "optax", "orbax", "pyarrow"),
+        "tensorboardX",
+    ),
+    "eval": ("datasets", "math_verify", "matplotlib", "sympy"),
+}
 
 
 class UserError(ValueError):
@@ -22,3 +33,38 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def program_name(command: str | None = None) -> str:
+    """The name under which this process was started, for a usage line.
+
+    Args:
+      command: a command of the library; None for the console command itself.
+    """
+    program = pathlib.Path(sys.argv[0])
+    if program.stem == "orthrus":
+        start = "orthrus"
+    elif command is None or program.parts[-2:] == ("orthrus_jax", "__main__.py"):
+        start = "python -m orthrus_jax"
+    else:
+        return f"python -m orthrus_jax.{command}"
+    return start if command is None else f"{start} {command}"
+
+
+def require_extra(extra: str) -> None:
+    """End `python -m {extra}.NAME` in one line where a package of the extra is not installed.
+
+    To be called by the package's `__init__`: before its modules' imports can fail. Does nothing
+    where the package is imported otherwise, for many of its modules need no extra.
+    """
+    if sys.argv[:1] != ["-m"]:  # what Python sets while it looks for the module to run
+        return
+    missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+
+    def refuse() -> None:
+        if missing:
+            raise UserError(
+                f"{', '.join(missing)} not installed: pip install -e '.[{extra}]' in the checkout"
+            )
+
+    run_command(refuse)

@@ -15,13 +15,13 @@ from orthrus_jax.cli import (
     sampling_options,
     strategy_of,
 )
-from orthrus_jax.errors import run_command
+from orthrus_jax.errors import program_name, run_command
 from orthrus_jax.llm import load
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m orthrus_jax.generate",
+        prog=program_name("generate"),
         description="Generate text with exact parallel decoding, or plain AR decoding to compare.",
     )
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint or hub id")

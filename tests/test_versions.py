@@ -20,14 +20,15 @@ def ends() -> dict[str, dict[str, str]]:
     """What .ci/ends installs, as patterns."""
     lines = re.findall(r"^end (\w+) (\S+) (.+)$", (ROOT / ".ci" / "ends").read_text(), re.M)
     pins = lambda words: dict(word.strip("'").split("==") for word in words.split())
-    return {name: {"python": python} | pins(words) for name, python, words in lines}
+    ours = lambda words: {name: pin for name, pin in pins(words).items() if name in PACKAGES}
+    return {name: {"python": python} | ours(words) for name, python, words in lines}
 
 
 def bounds() -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
     """pyproject.toml's first version and the first beyond, by package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    found = (re.match(r"([\w-]+)>=([\d.]+),<([\d.]+)$", x) for x in project["dependencies"])
-    return {m[1]: (number(m[2]), number(m[3])) for m in found if m}
+    bounded = (re.match(r"([\w-]+)>=([\d.]+),<([\d.]+)$", x) for x in project["dependencies"])
+    return {m[1]: (number(m[2]), number(m[3])) for m in bounded if m}
 
 
 def number(version: str) -> tuple[int, ...]:
