@@ -14,10 +14,14 @@ import pytest
 
 from orthrus_jax import aot, sharding
 from orthrus_jax.config import PRESETS
-from orthrus_jax.engine import Plan
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.errors import UserError
 from tests.support.configs import tiny_config
 
+STRATEGIES = {
+    "two-forward": Strategy("orthrus-2f", tree_nodes=5),
+    "one-forward": Strategy("orthrus-1f", tree_nodes=5, early_blocks=2),
+}
 DECODE = ["--preset", "qwen3-0.6b", "--topology", "v5e:1x1", "--program", "orthrus"]
 
 
@@ -25,8 +29,8 @@ DECODE = ["--preset", "qwen3-0.6b", "--topology", "v5e:1x1", "--program", "orthr
 def test_what_is_lowered_compiles_and_its_parts_are_counted(program: str) -> None:
     config = tiny_config()
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    blocks = Plan(early_blocks=2, tree_nodes=5)
-    made = aot.lower_decoding(program, config, mesh, batch=2, context=64, blocks=blocks)
+    strategy = STRATEGIES.get(program)
+    made = aot.lower_decoding(program, config, mesh, batch=2, context=64, strategy=strategy)
     found = aot.report(made, limit=1.0)
     assert found["fits"]
     leaves = jax.tree.leaves(aot.weights(config, mesh))
@@ -57,7 +61,7 @@ def test_the_largest_size_is_the_last_that_fits() -> None:
 def test_a_size_is_doubled_until_one_does_not_fit(monkeypatch, capsys) -> None:
     sizes = []
 
-    def lower(program, config, mesh, *, batch, context, blocks):
+    def lower(program, config, mesh, *, batch, context, strategy):
         sizes.append((batch, context))
 
     result = {"fits": True, "total_gib": 3.0, "seconds": 0.0, "processor_seconds": 0.0}

@@ -35,8 +35,8 @@ def test_every_turn_equals_a_fresh_prefill(model, mode: str) -> None:
         known = list(conversation.session.ids)
         messages.append({"role": "user", "content": question})
         ids = encode_messages(model.tokenizer, messages)
-        text, completion = drain(conversation.ask(question, mode=mode, max_new_tokens=40))
-        (fresh,) = model.complete([ids], mode=mode, max_new_tokens=40)
+        text, completion = drain(conversation.ask(question, strategy=mode, max_new_tokens=40))
+        (fresh,) = model.complete([ids], strategy=mode, max_new_tokens=40)
         assert completion.tokens == fresh.tokens
         assert text == completion.text == fresh.text
         messages.append({"role": "assistant", "content": text})
@@ -149,7 +149,7 @@ def test_two_open_answers_of_one_dialogue_are_both_right(model) -> None:
 
 
 def test_command_goes_on_after_an_interrupted_answer(model, tiny_base, monkeypatch, capsys) -> None:
-    run, pending = model.engine.programs.run, ["orthrus_decode"]
+    run, pending = model.engine.programs.run, ["speculative_decode"]
 
     def interrupted(called, *arguments, **named):
         result = run(called, *arguments, **named)

@@ -4,6 +4,7 @@ What needs a program of its own (sizes, batch, block, which options are on) is d
 lists; weights, prompts, budgets, seeds, end tokens and stop strings are free.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import params as params_lib
 from tests.support.configs import tiny_config
@@ -30,17 +32,16 @@ SHAPES = {  # layers, heads, key heads, K, tied embeddings, the model's own end 
 }
 
 
-NAMES = ("cycle", "early_blocks", "fresh_blocks", "tree_nodes", "accept")
-SCHEMES = [
-    ("paper", 1, 0, 0, "coupled"),
-    ("two-forward", 1, 0, 0, "rejection"),
-    ("two-forward", 1, 0, 7, "coupled"),
-    ("one-forward", 2, 0, 0, "coupled"),
-    ("one-forward", 2, 1, 0, "rejection"),
-    ("one-forward", 3, 0, 6, "coupled"),
-    ("one-forward", 2, 2, 9, "rejection"),
-    ("one-forward", 0, 3, 0, "coupled"),
-    ("one-forward", 0, 2, 6, "rejection"),
+STRATEGIES = [
+    Strategy("orthrus", accept="coupled"),
+    Strategy("orthrus-2f"),
+    Strategy("orthrus-2f", tree_nodes=7),
+    Strategy("orthrus-1f", early_blocks=2),
+    Strategy("orthrus-1f", early_blocks=2, fresh_blocks=1),
+    Strategy("orthrus-1f", tree_nodes=6, early_blocks=3),
+    Strategy("orthrus-1f", tree_nodes=9, early_blocks=2, fresh_blocks=2),
+    Strategy("orthrus-1f", early_blocks=0, fresh_blocks=3),
+    Strategy("orthrus-1f", tree_nodes=6, early_blocks=0, fresh_blocks=2),
 ]
 
 
@@ -87,7 +88,9 @@ def weights_of(shape: str, seed: int, copy: bool) -> dict:
 
 
 @st.composite
-def cases(draw, shapes, batches, draft_lengths, leasts, schemes=SCHEMES, copies=(False, True)):
+def cases(
+    draw, shapes, batches, draft_lengths, leasts, strategies=STRATEGIES, copies=(False, True)
+):
     """A model, its prompts, and the options of both modes."""
     shape = draw(st.sampled_from(shapes))
     ids = st.integers(0, VOCAB - 2)
@@ -111,12 +114,14 @@ def cases(draw, shapes, batches, draft_lengths, leasts, schemes=SCHEMES, copies=
             "top_k": draw(st.sampled_from([0, 1, 5])),
             "min_p": draw(st.sampled_from([0.0, 0.05])),
         }
+    # While a forward drafts and verifies, AR's own text comes under both rules; else coupled.
+    strategy = draw(st.sampled_from(strategies))
     how = {
         "batch_size": draw(st.sampled_from(batches)),
-        "draft_length": draw(st.sampled_from(draft_lengths)),
         "refill": draw(st.booleans()),
-        # Ahead, AR's own text is said under both rules; by the paper's cycle, coupled.
-        **dict(zip(NAMES, draw(st.sampled_from(schemes)), strict=True)),
+        "strategy": dataclasses.replace(
+            strategy, draft_length=draw(st.sampled_from(draft_lengths))
+        ),
     }
     weights = draw(st.integers(0, 7)), draw(st.sampled_from(copies))
     return shape, weights, prompts, options, how
@@ -126,8 +131,8 @@ def assert_orthrus_is_ar(case) -> None:
     shape, weights, prompts, options, how = case
     generator = generator_of(shape)
     generator.params = weights_of(shape, *weights)
-    ar = generator.complete(prompts, mode="ar", **options)
-    orthrus = generator.complete(prompts, mode="orthrus", **options, **how)
+    ar = generator.complete(prompts, strategy="ar", **options)
+    orthrus = generator.complete(prompts, **options, **how)
     shown = lambda found: [(c.prompt, c.tokens, c.text, c.finish_reason) for c in found]
     assert shown(orthrus) == shown(ar)
 
@@ -159,7 +164,7 @@ def test_orthrus_is_ar_on_a_few_random_cases() -> None:
     accepted.clear()
 
     @unhurried(max_examples=25)
-    @hypothesis.given(cases(["small", "two layers"], [3], [None], [False], SCHEMES[::3], [True]))
+    @hypothesis.given(cases(["small", "two layers"], [3], [None], [False], STRATEGIES[::3], [True]))
     def check(case) -> None:
         assert_orthrus_is_ar(case)
 

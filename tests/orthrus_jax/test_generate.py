@@ -9,6 +9,7 @@ import pytest
 
 from orthrus_jax import generate
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import SamplingParams, bucket
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import LLM
@@ -52,8 +53,8 @@ def model():
 def test_both_modes_give_the_same_text_and_count_their_forwards(model):
     options = {"max_new_tokens": 40}
     for prompt in ["How many?", "12 and 30", "The answer is"]:
-        (ar,) = model.generate([prompt], mode="ar", **options)
-        (orthrus,) = model.generate([prompt], mode="orthrus", **options)
+        (ar,) = model.generate([prompt], strategy="ar", **options)
+        (orthrus,) = model.generate([prompt], strategy="orthrus", **options)
         assert orthrus.text == ar.text
         assert orthrus.tokens == ar.tokens
         assert ar.forwards == 1 + ar.cycles == len(ar.tokens)
@@ -186,8 +187,8 @@ def test_budget_is_exact_and_eos_ends_the_answer(model):
         ({"mode": "fast"}, "mode='fast' is not one of orthrus, ar"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"max_new_tokens": 512}, "over the model's 512 positions"),
-        ({"draft_length": 6}, "draft_length=6 must be from 2 to 5"),
-        ({"draft_length": 1}, "draft_length=1 must be from 2 to 5"),
+        ({"strategy": Strategy(draft_length=6)}, "draft_length=6 must be from 2 to 5"),
+        ({"strategy": Strategy(draft_length=1)}, "draft_length=1 must be from 2 to 5"),
     ],
 )
 def test_bad_arguments_are_refused_with_value_and_limit(model, change, message):

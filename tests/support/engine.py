@@ -6,7 +6,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from orthrus_jax.decoding.sampling import Rule
+from orthrus_jax.decoding import AcceptRule, Strategy
 from orthrus_jax.engine import Engine, Plan, Request, SamplingParams
 from orthrus_jax.llm import LLM
 from orthrus_jax.tokenizer import decode as decode_text
@@ -54,7 +54,16 @@ def prompts_of(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
     return [rng.integers(3, VOCAB - 1, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
 
 
-KINDS = {"greedy": Rule.COUPLED, "coupled": Rule.COUPLED, "rejection": Rule.REJECTION}
+KINDS = {
+    "greedy": AcceptRule.COUPLED,
+    "coupled": AcceptRule.COUPLED,
+    "rejection": AcceptRule.REJECTION,
+}
+
+
+def plan_of(mode: str, kind: str = "greedy", **fields) -> Plan:
+    """The paper's cycle or AR, with the accept rule of a kind of requests."""
+    return Plan(Strategy(mode, accept=KINDS[kind]), **fields)
 
 
 def requests_of(count: int, kind: str) -> list[Request]:
@@ -86,7 +95,7 @@ def answers_alone(kind: str, mode: str, count: int = 23):
     answers = {}
     engine = hashing().engine
     for i, request in enumerate(requests_of(count, kind)):
-        (event,) = engine.serve([request], Plan(mode, KINDS[kind]))
+        (event,) = engine.serve([request], plan_of(mode, kind))
         answers[i] = event.completion
     return answers
 

@@ -8,8 +8,7 @@ import pytest
 from orthrus_jax import decoding
 from orthrus_jax.attention import cache
 from orthrus_jax.attention.cache import KVCache
-from orthrus_jax.decoding import overlapped as ahead
-from orthrus_jax.decoding.overlapped import Scheme
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.model import Model
 from tests.support.configs import NO_EOS, tiny_config
 from tests.support.decoding import orthrus_decode
@@ -18,7 +17,7 @@ from tests.support.weights import random_params
 NEW = 12
 FIRST = jnp.array([3, 20, 40])
 ROWS = jnp.array([[0, 2, 5, 5, 5, 5], [0, 1, 2, 2, 2, 2], [0, 4, 5, 5, 5, 5]])  # walks' ways
-TREE = Scheme(4, nodes=6, early=2, choices=4)
+TREE = Strategy("orthrus-1f", 4, 6, early_blocks=2, candidates=4)
 
 
 class TPULayoutModel(Model):
@@ -33,7 +32,7 @@ def start(model, params, rows: int, slots: int) -> decoding.DecodeState:
     full = lambda n: jnp.full(rows, n, jnp.int32)
     return decoding.prefill(
         model, params, jnp.asarray(prompts), full(10) - jnp.arange(rows), full(NEW), NO_EOS,
-        slots=slots, max_new_tokens=NEW, lookahead=TREE.nodes,
+        slots=slots, max_new_tokens=NEW, lookahead=TREE.tree_nodes,
     )  # fmt: skip
 
 
@@ -42,8 +41,8 @@ def paper(model, params, state):
 
 
 def tree(model, params, state):
-    state = state.replace(ahead=TREE.nothing(state.anchor.shape[0]))
-    return ahead.one_forward_decode(model, params, state, scheme=TREE)
+    state = state.replace(drafter=decoding.no_draft(TREE, state.anchor.shape[0]))
+    return decoding.one_forward_decode(model, params, state, strategy=TREE)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,14 @@ from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, ar_segment
 from tests.support.compare import relative_error, same_bits
 from tests.support.configs import NO_EOS, tiny_config
-from tests.support.decoding import assert_same_decoding
+from tests.support.decoding import assert_same_decoding, orthrus_decode
 from tests.support.fake_models.drafted import DraftedModel
 from tests.support.marks import slow
 from tests.support.weights import random_params
 
 CHUNK = decoding.PREFILL_CHUNK
 SLOTS = 4 * KV_CHUNK
-LOOPS = {"ar": decoding.ar_decode, "orthrus": decoding.orthrus_decode}
+LOOPS = {"ar": decoding.ar_decode, "orthrus": orthrus_decode}
 on_cpu = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="a claim about XLA's CPU compiler"
 )

@@ -621,11 +621,11 @@ def spoken(
     *,
     filtered: bool = True,
     block_size: int | None = None,
-    cycles: int | None = None,
+    max_cycles: int | None = None,
 ):
-    """The final state of these rows in one batch, in numpy; `cycles` at a time if given."""
+    """The final state of these rows in one batch, in numpy; `max_cycles` at a time if given."""
     at = np.array(rows)
-    how = {"max_cycles": None if cycles is None else jnp.int32(cycles)} | RULES[rule]
+    how = {"max_cycles": None if max_cycles is None else jnp.int32(max_cycles)} | RULES[rule]
     if block_size:
         how["block_size"] = block_size
     run = {"ar": decoding.ar_decode, "orthrus": orthrus_decode}[how.pop("loop")]
@@ -644,7 +644,7 @@ def spoken(
     calls = 0
     while not state.done.all():
         state, calls = run(REAL, WEIGHTS, state, **how), calls + 1
-    assert calls == (1 if cycles is None else -(-int(state.cycles.max()) // cycles))
+    assert calls == (1 if max_cycles is None else -(-int(state.cycles.max()) // max_cycles))
     return jax.tree.map(np.asarray, state.replace(cache=None, sampler=None))
 
 
@@ -680,7 +680,7 @@ def test_a_row_alone_says_what_it_says_in_a_batch(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", ["a draw from q", *slow("coupled")])
 def test_a_loop_that_pauses_says_the_same(rule: str) -> None:
-    whole, paused = spoken(rule), spoken(rule, cycles=1)
+    whole, paused = spoken(rule), spoken(rule, max_cycles=1)
     assert texts(paused) == texts(whole)
     np.testing.assert_array_equal(paused.accepted, whole.accepted)
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from orthrus_jax.decoding.prefill import prefill
-from orthrus_jax.decoding.sampling import Proposal
 from orthrus_jax.engine import Plan, Request, SamplingParams
 from orthrus_jax.engine import queue as queue_module
 from orthrus_jax.tokenizer import decode as decode_text
@@ -18,6 +17,7 @@ from tests.support.engine import (
     KINDS,
     answers_alone,
     hashing,
+    plan_of,
     prompts_of,
     requests_of,
     served,
@@ -54,7 +54,7 @@ def finishing_order(cycles: list[int], batch: int, refill: bool) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_answer_does_not_depend_on_the_batch(kind, mode, batch, refill) -> None:
     requests, alone = requests_of(23, kind), answers_alone(kind, mode)
-    plan = Plan(mode, KINDS[kind], batch_size=batch, refill=refill)
+    plan = plan_of(mode, kind, batch_size=batch, refill=refill)
     answers, order = served(hashing().engine, requests, plan)
     for i, request in enumerate(requests):
         assert answers[i].tokens == alone[i].tokens, i
@@ -77,9 +77,9 @@ def test_orthrus_equals_ar_and_the_greedy_text(kind) -> None:
     assert {0, K - 1} <= set(accepted), "drafts are both refused and accepted to the last"
 
 
-def test_text_does_not_depend_on_the_batch_with_argmax_proposals() -> None:
+def test_rejection_text_does_not_depend_on_the_batch() -> None:
     requests = requests_of(7, "rejection")
-    alone = Plan(proposal=Proposal.ARGMAX)
+    alone = plan_of("orthrus", "rejection")
     expected = [served(hashing().engine, [r], alone)[0][0].tokens for r in requests]
     plan = dataclasses.replace(alone, batch_size=3)
     answers, _ = served(hashing().engine, requests, plan)
@@ -115,10 +115,10 @@ def test_text_does_not_depend_on_pauses_for_streaming() -> None:
 @pytest.mark.parametrize(("mode", "kind"), [("ar", "greedy"), *(("orthrus", k) for k in KINDS)])
 def test_real_model_answers_do_not_depend_on_the_batch(real, mode, kind) -> None:
     requests = requests_of(9, kind)
-    alone = Plan(mode, KINDS[kind])
+    alone = plan_of(mode, kind)
     expected = [served(real.engine, [r], alone)[0][0].tokens for r in requests]
     for refill in (True, False):
-        plan = Plan(mode, KINDS[kind], batch_size=3, refill=refill)
+        plan = plan_of(mode, kind, batch_size=3, refill=refill)
         answers, _ = served(real.engine, requests, plan)
         assert [answers[i].tokens for i in range(9)] == expected
     assert len({t for text in expected for t in text}) > 40, "a text that says nothing"
@@ -150,7 +150,7 @@ def test_batch_of_mostly_padding_is_prefilled_one_by_one(mode, monkeypatch) -> N
         Request(rng.integers(3, VOCAB - 1, n).tolist(), SamplingParams(max_new_tokens=5 + n % 7))
         for n in lengths
     ]
-    plan = Plan(mode, batch_size=6)
+    plan = plan_of(mode, batch_size=6)
     results = {}
     for padding in 0, 1 << 30:
         monkeypatch.setattr(queue_module, "MAX_PREFILL_PADDING", padding)
@@ -173,7 +173,9 @@ def test_batch_of_mostly_padding_is_prefilled_one_by_one(mode, monkeypatch) -> N
 def test_calls_with_equal_slots_share_the_loop() -> None:
     engine = hashing.__wrapped__().engine
     sampling = SamplingParams(max_new_tokens=20)
-    loops = lambda: [key for key in engine.programs.compiled if key[0].__name__ == "orthrus_decode"]
+    loops = lambda: [
+        key for key in engine.programs.compiled if key[0].__name__ == "speculative_decode"
+    ]
     for slots, count in (0, 2), (400, 3):  # a short and a long prompt: each its own; then one
         for length in 5, 200:
             served(engine, [Request([7] * length, sampling)], Plan(slots=slots))
@@ -184,7 +186,7 @@ def test_calls_with_equal_slots_share_the_loop() -> None:
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_loop_ends_with_its_last_row_and_fillers_take_no_cycle(mode, count) -> None:
     generator = hashing(counted=True)
-    plan = Plan(mode, batch_size=5)
+    plan = plan_of(mode, batch_size=5)
     requests = requests_of(23, "greedy")[1 : count + 1]
     forwards.clear()
     answers, _ = served(generator.engine, requests, plan)

@@ -13,6 +13,7 @@ from tests.support.engine import (
     answers_alone,
     hashing,
     plain_text_of,
+    plan_of,
     prompts_of,
     requests_of,
     table_of,
@@ -54,7 +55,7 @@ def tokens_of(completions) -> dict:
 @pytest.mark.parametrize("kind", KINDS)
 def test_events_equal_those_of_serve(kind, refill, stream) -> None:
     engine, requests = hashing().engine, requests_of(23, kind)
-    plan = Plan("orthrus", KINDS[kind], batch_size=3, refill=refill, stream=stream)
+    plan = plan_of("orthrus", kind, batch_size=3, refill=refill, stream=stream)
     shown = lambda e: (e.index, e.text, e.completion and e.completion.tokens)
     expected = [shown(e) for e in engine.serve(requests, plan)]
     queue = engine.open(plan, engine.capacity(requests, plan))
@@ -72,7 +73,7 @@ def test_events_equal_those_of_serve(kind, refill, stream) -> None:
 def test_requests_submitted_at_any_time_are_answered_as_alone(kind, mode, batch) -> None:
     """During a run, at an idle queue, several at once and none."""
     requests, alone = requests_of(23, kind), answers_alone(kind, mode)
-    queue = hashing().engine.open(Plan(mode, KINDS[kind], batch_size=batch, stream=True), ALL)
+    queue = hashing().engine.open(plan_of(mode, kind, batch_size=batch, stream=True), ALL)
     rng, left, completions = np.random.default_rng(3), list(requests), {}
     while left or queue.busy:
         for _ in range(rng.integers(0, 3) if queue.busy else 1):
@@ -132,7 +133,7 @@ def test_new_prompts_of_seen_buckets_compile_nothing_in_an_open_queue() -> None:
 
 
 def test_cancelled_waiting_request_is_forgotten() -> None:
-    queue = hashing().engine.open(Plan("ar", batch_size=2, stream=True), ALL)
+    queue = hashing().engine.open(plan_of("ar", batch_size=2, stream=True), ALL)
     prompts = prompts_of(5, seed=33)
     for prompt in prompts:
         queue.submit(greedy(prompt))
@@ -146,7 +147,7 @@ def test_cancelled_waiting_request_is_forgotten() -> None:
 @pytest.mark.parametrize("mode", ["ar", "orthrus"])
 @pytest.mark.parametrize("refill", [True, False])
 def test_row_of_a_cancelled_request_serves_the_next_as_alone(mode, refill) -> None:
-    queue = hashing().engine.open(Plan(mode, batch_size=2, refill=refill, stream=True), ALL)
+    queue = hashing().engine.open(plan_of(mode, batch_size=2, refill=refill, stream=True), ALL)
     prompts = prompts_of(4, seed=34)
     for prompt in prompts:
         queue.submit(greedy(prompt, 60))
@@ -172,7 +173,7 @@ def test_cancelled_rows_take_no_more_cycles() -> None:
     """A row that is cancelled without a successor does not keep the loop running."""
     engine = hashing().engine
     prompts = prompts_of(2, seed=35)
-    queue = engine.open(Plan("ar", batch_size=2, stream=True), ALL)
+    queue = engine.open(plan_of("ar", batch_size=2, stream=True), ALL)
     queue.submit(greedy(prompts[0], 64))
     queue.submit(greedy(prompts[1], 20))
     queue.step()

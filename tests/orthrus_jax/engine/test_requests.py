@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from orthrus_jax import generate
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.llm import LLM
 from tests.support.engine import hashing, table_of
@@ -35,9 +36,15 @@ REFUSED = {
     "float ids": ({"stop_token_ids": (3.0,)}, r"stop_token_ids=\(3.0,\) must be ids of 0"),
     "bool ids": ({"stop_token_ids": (True,)}, r"stop_token_ids=\(True,\) must be ids of 0"),
     "unknown": ({"temprature": 1.0}, "unknown option temprature: sampling has temperature, "),
-    "long block": ({"draft_length": K + 1}, f"draft_length={K + 1} must be from 2 to {K}"),
-    "short block": ({"draft_length": 1}, f"draft_length=1 must be from 2 to {K}"),
-    "no block": ({"draft_length": 0}, f"draft_length=0 must be from 2 to {K}"),
+    "long block": (
+        {"strategy": Strategy(draft_length=K + 1)},
+        f"draft_length={K + 1} must be from 2 to {K}",
+    ),
+    "short block": (
+        {"strategy": Strategy(draft_length=1)},
+        f"draft_length=1 must be from 2 to {K}",
+    ),
+    "no block": ({"strategy": Strategy(draft_length=0)}, f"draft_length=0 must be from 2 to {K}"),
     "stop ids": ({"stop_token_ids": (3, VOCAB)}, rf"\[{VOCAB}\] .* vocabulary's {VOCAB}"),
     "negative ids": ({"stop_token_ids": (-1,)}, r"stop_token_ids=\(-1,\) must be ids of 0 or more"),
     "stop": ({"stop": "end"}, "stop='end' must be a sequence of strings"),
@@ -46,8 +53,14 @@ REFUSED = {
     "batch_size below": ({"batch_size": -2}, "batch_size=-2 must be at least 1"),
     "n": ({"n": 4, "temperature": 1.0, "batch_size": 3}, "n=4 is over batch_size=3"),
     "equal samples": ({"n": 2, "batch_size": 2}, "n=2 with temperature=0 would give 2 equal"),
-    "accept": ({"accept": "all"}, "accept='all' is not one of rejection, coupled"),
-    "mode": ({"mode": "fast"}, "mode='fast' is not one of orthrus, ar"),
+    "accept": (
+        {"strategy": Strategy(accept="all")},
+        "accept='all' is not one of rejection, coupled",
+    ),
+    "mode": (
+        {"strategy": "fast"},
+        "method='fast' is not one of ar, orthrus, orthrus-2f, orthrus-1f",
+    ),
 }
 
 
@@ -128,6 +141,10 @@ COMMANDS = {
     "--n 2": "n=2 with temperature=0",
     "--seed -1": "seed=-1 must be from 0",
     "--stop=": "must be a sequence of strings, none empty",
+    "--tree-nodes 8": "--tree-nodes 8 needs --cycle two-forward or one-forward",
+    "--early-blocks 2": "--early-blocks 2 needs --cycle one-forward",
+    "--mode ar --cycle two-forward": "--cycle two-forward: decoding one token per forward (ar)",
+    "--rows 16 --cycle paper": "--cycle paper beside --rows 16: the planner chooses it",
     "--stream --draft-length 1": f"draft_length=1 must be from 2 to {K}",
 }
 

@@ -16,7 +16,7 @@ from orthrus_jax.engine import (
     bucket,
 )
 from orthrus_jax.engine import queue as queue_module
-from tests.support.engine import cut_at, hashing, plain_text_of, prompts_of, table_of
+from tests.support.engine import cut_at, hashing, plain_text_of, plan_of, prompts_of, table_of
 from tests.support.fake_models.hashed import VOCAB, K, greedy_text
 
 
@@ -35,7 +35,7 @@ def read_by(engine: Engine, monkeypatch) -> list[tuple[int, int]]:
 
 def turn(engine: Engine, prompt, session, *, mode="orthrus", **sampling):
     sampling = SamplingParams(**({"max_new_tokens": 20} | sampling))
-    (event,) = engine.serve([Request(prompt, sampling)], Plan(mode), session)
+    (event,) = engine.serve([Request(prompt, sampling)], plan_of(mode), session)
     return event.completion
 
 
@@ -183,7 +183,7 @@ def interrupted(function, programs, monkeypatch, *, donated: bool):
 
 def started(engine, prompt, session, new: int = 60):
     """A turn whose first piece is out."""
-    plan = Plan("ar", stream=True)
+    plan = plan_of("ar", stream=True)
     events = engine.serve([Request(prompt, SamplingParams(max_new_tokens=new))], plan, session)
     next(events)
     return events

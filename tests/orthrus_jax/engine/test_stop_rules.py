@@ -3,13 +3,14 @@
 import jax
 import pytest
 
-from orthrus_jax.engine import STREAM_CYCLES, Plan, Request, SamplingParams
+from orthrus_jax.engine import STREAM_CYCLES, Request, SamplingParams
 from orthrus_jax.engine import queue as queue_module
 from orthrus_jax.tokenizer import decode as decode_text
 from tests.support.engine import (
     cut_at,
     hashing,
     plain_text_of,
+    plan_of,
     prompts_of,
     served,
     stop_strings_of,
@@ -124,7 +125,7 @@ def test_stop_token_ids_apply_to_their_own_request(mode) -> None:
         own = tuple(ids[3 : 3 + i % 4])
         requests.append(Request(prompt, SamplingParams(max_new_tokens=40, stop_token_ids=own)))
         expected.append(greedy_text(prompt, table_of("plain"), 40, (0, *own)))
-    answers, _ = served(engine, requests, Plan(mode, batch_size=3))
+    answers, _ = served(engine, requests, plan_of(mode, batch_size=3))
     assert [answers[i].tokens for i in range(8)] == expected
     assert {len(tokens) for tokens in expected} != {40}
     for i, request in enumerate(requests):

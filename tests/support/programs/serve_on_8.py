@@ -18,13 +18,14 @@ import numpy as np
 
 import orthrus_jax
 from orthrus_jax import sharding
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import Plan, Request, SamplingParams, Session
 
 WAYS = {
-    "ar": {"mode": "ar"},
+    "ar": {"strategy": "ar"},
     "orthrus": {},
-    "a tree ahead": {"cycle": "one-forward", "early_blocks": 2, "tree_nodes": 6},
-    "coupled": {"temperature": 0.8, "top_k": 9, "accept": "coupled", "seed": 3},
+    "a tree ahead": {"strategy": Strategy("orthrus-1f", tree_nodes=6, early_blocks=2)},
+    "coupled": {"temperature": 0.8, "top_k": 9, "seed": 3, "strategy": Strategy(accept="coupled")},
     "rejection": {"temperature": 0.8, "seed": 3},
 }
 
