@@ -61,7 +61,7 @@ class Layer(nn.Module):
         normed = apply_rowwise(self.input_layernorm, rows, cached)
         attended: list[Array] = [None] * len(rows)  # type: ignore[list-item]
         order = sorted(range(len(rows)), key=lambda i: segments[i].view is View.DIFFUSION)
-        for i in order:  # AR first: what it writes, the blocks of this pass may read
+        for i in order:  # AR first: the blocks of this pass may read the slots it writes
             args = normed[i], segments[i], rotary[i], kv, cached
             if segments[i].view is View.AR:
                 attended[i], kv = self._attend_ar(*args)
