@@ -86,7 +86,7 @@ def test_dialogue_continues_after_an_abandoned_answer(model) -> None:
     assert text == model.complete([ids], max_new_tokens=30)[0].text
 
 
-@pytest.mark.parametrize("function", ["prefill", "orthrus_decode"])
+@pytest.mark.parametrize("function", ["prefill", "speculative_decode"])
 @pytest.mark.parametrize("reset", [True, False])
 def test_dialogue_continues_after_an_interrupt_within_a_program(
     model, function, reset, monkeypatch

@@ -73,7 +73,7 @@ def test_text_does_not_depend_on_the_batch(model):
 
 
 def test_every_block_size_gives_the_same_text(model):
-    expected = model.generate(["How many?"], mode="ar", max_new_tokens=30)[0].tokens
+    expected = model.generate(["How many?"], strategy="ar", max_new_tokens=30)[0].tokens
     for size in (2, 3, 4, 5):
         (completion,) = model.generate(["How many?"], max_new_tokens=30, draft_length=size)
         assert completion.tokens == expected
@@ -184,7 +184,7 @@ def test_budget_is_exact_and_eos_ends_the_answer(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mode": "fast"}, "mode='fast' is not one of orthrus, ar"),
+        ({"strategy": "fast"}, "method='fast' is not one of ar, orthrus"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
         ({"max_new_tokens": 512}, "over the model's 512 positions"),
         ({"strategy": Strategy(draft_length=6)}, "draft_length=6 must be from 2 to 5"),
@@ -207,7 +207,7 @@ def test_drafting_without_a_mask_token_is_refused(model):
     bare = LLM(config_for(400, mask_token_id=None), model.params, model.tokenizer)
     with pytest.raises(UserError, match="mask_token_id"):
         bare.complete([[1]])
-    assert len(bare.complete([[1]], mode="ar", max_new_tokens=3)[0].tokens) == 3
+    assert len(bare.complete([[1]], strategy="ar", max_new_tokens=3)[0].tokens) == 3
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +306,7 @@ def test_real_qwen3_tokenizer_and_template_work_in_generation():
     config = config_for(151_936, mask_token_id=151_669, eos_token_ids=(151_645, 151_643))
     model = LLM(config, random_weights(config), tokenizer)
     prompts = ["What is 2+2?", "Name a prime."]
-    ar = model.generate(prompts, mode="ar", max_new_tokens=24)
+    ar = model.generate(prompts, strategy="ar", max_new_tokens=24)
     orthrus = model.generate(prompts, max_new_tokens=24)
     assert [c.text for c in orthrus] == [c.text for c in ar]
     assert all(c.text for c in ar)

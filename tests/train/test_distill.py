@@ -88,7 +88,7 @@ def test_shards_hold_answers_of_the_base_in_the_order_of_the_mix(whole, base, so
         assert json.loads(row["prompt"]) == prompt.messages
         assert (row["prompt_ids"], row["source"]) == (prompt.ids, prompt.source)
     for row in rows[:5]:
-        (answer,) = model.complete([row["prompt_ids"]], mode="ar", max_new_tokens=12)
+        (answer,) = model.complete([row["prompt_ids"]], strategy="ar", max_new_tokens=12)
         assert row["answer_ids"] == answer.tokens
         assert row["response"] == answer.text
         assert row["finish_reason"] == answer.finish_reason

@@ -71,7 +71,7 @@ def test_responses_are_greedy_answers_of_the_base(run):
     rows = pq.read_table(shard).to_pylist()
     assert len(rows) == 24
     for row in rows[:4]:
-        (answer,) = base.complete([row["prompt_ids"]], mode="ar", max_new_tokens=24)
+        (answer,) = base.complete([row["prompt_ids"]], strategy="ar", max_new_tokens=24)
         assert row["answer_ids"] == answer.tokens
         assert row["truncated"] == (answer.tokens[-1] not in base.config.eos_token_ids)
 

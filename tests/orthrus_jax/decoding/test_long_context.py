@@ -362,7 +362,7 @@ def long_config(**changes) -> ModelConfig:
 def both_texts(config: ModelConfig, prompt: list[int], new: int) -> tuple[list[int], list[int]]:
     model = LLM(config, random_params(config, 0, gain=2.5))
     ar, orthrus = (
-        model.complete([prompt], mode=mode, max_new_tokens=new)[0] for mode in ("ar", "orthrus")
+        model.complete([prompt], strategy=mode, max_new_tokens=new)[0] for mode in ("ar", "orthrus")
     )
     assert len(ar.tokens) == new
     assert len(set(ar.tokens)) > 5, "a text of few tokens compares little"
@@ -412,9 +412,9 @@ def test_long_and_short_prompts_share_a_batch() -> None:
     config = long_config(max_position_embeddings=4096)
     model = LLM(config, random_params(config, 0, gain=2.5))
     prompts = [ids_of(seed, 1, n)[0].tolist() for seed, n in enumerate((3, 1200, 700, 40, 1100))]
-    alone = [c.tokens for c in model.complete(prompts, mode="ar", max_new_tokens=20)]
+    alone = [c.tokens for c in model.complete(prompts, strategy="ar", max_new_tokens=20)]
     for mode in ("ar", "orthrus"):
-        completions = model.complete(prompts, mode=mode, max_new_tokens=20, batch_size=2)
+        completions = model.complete(prompts, strategy=mode, max_new_tokens=20, batch_size=2)
         assert [c.tokens for c in completions] == alone
 
 

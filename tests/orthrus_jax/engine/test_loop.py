@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.decoding.prefill import prefill
 from orthrus_jax.engine import Plan, Request, SamplingParams
 from orthrus_jax.engine import queue as queue_module
@@ -129,7 +130,7 @@ def test_new_prompts_of_seen_buckets_compile_nothing(mode) -> None:
     generator = hashing.__wrapped__()
     programs = generator.engine.programs.compiled
     prompts = prompts_of(23, seed=3)
-    options = {"mode": mode, "batch_size": 3, "max_new_tokens": 20, "stop": ("qqq",)}
+    options = {"strategy": mode, "batch_size": 3, "max_new_tokens": 20, "stop": ("qqq",)}
     generator.complete(prompts[:8], **options)
     generator.complete(prompts[:8], **options | {"stop": ("e",)})  # these end here and there
     seen = set(programs)
@@ -216,7 +217,12 @@ def test_no_prompt_gives_no_completion(model) -> None:
 @pytest.mark.parametrize("accept", ["coupled", "rejection"])
 def test_samples_of_a_prompt_differ_and_are_reproducible(model, mode, accept) -> None:
     prompts = prompts_of(2, seed=13)
-    options = {"mode": mode, "accept": accept, "temperature": 1.0, "max_new_tokens": 20, "n": 3}
+    options = {
+        "strategy": Strategy(mode, accept=accept),
+        "temperature": 1.0,
+        "max_new_tokens": 20,
+        "n": 3,
+    }
     completions = model.complete(prompts, **options, batch_size=3)
     assert [(c.prompt, c.sample) for c in completions] == [
         (p, s) for p in (0, 1) for s in (0, 1, 2)

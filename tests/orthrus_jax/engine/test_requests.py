@@ -109,7 +109,7 @@ def test_numpy_ids_are_ids(model) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("options", [{}, {"mode": "ar"}, {"temperature": 0.9}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"strategy": "ar"}, {"temperature": 0.9}], ids=str)
 def test_logits_that_are_not_finite_end_in_an_error_with_row_and_position(
     options, batch_size
 ) -> None:

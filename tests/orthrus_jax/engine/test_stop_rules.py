@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import STREAM_CYCLES, Request, SamplingParams
 from orthrus_jax.engine import queue as queue_module
 from orthrus_jax.tokenizer import decode as decode_text
@@ -20,11 +21,11 @@ from tests.support.engine import (
 from tests.support.fake_models.hashed import LIMIT, K, forwards, greedy_text
 
 CYCLES = {
-    "ar": {"mode": "ar"},
-    "paper": {"cycle": "paper"},
-    "two-forward": {"cycle": "two-forward"},
-    "one-forward": {"cycle": "one-forward"},
-    "tree": {"cycle": "one-forward", "tree_nodes": 6},
+    "ar": Strategy("ar"),
+    "paper": Strategy("orthrus", accept="coupled"),
+    "two-forward": Strategy("orthrus-2f"),
+    "one-forward": Strategy("orthrus-1f"),
+    "tree": Strategy("orthrus-1f", tree_nodes=6),
 }
 
 
@@ -35,7 +36,7 @@ def test_stop_string_ends_the_text_anywhere(model, mode, seed) -> None:
     ids, _ = plain_text_of(prompt)
     reasons = set()
     for stop in stop_strings_of(prompt):
-        (completion,) = model.complete([prompt], mode=mode, max_new_tokens=40, stop=stop)
+        (completion,) = model.complete([prompt], strategy=mode, max_new_tokens=40, stop=stop)
         assert (completion.tokens, completion.text, completion.finish_reason) == cut_at(
             ids, stop
         ), stop
@@ -48,7 +49,7 @@ def test_stop_string_ends_the_text_anywhere(model, mode, seed) -> None:
 def test_stop_string_wins_over_a_later_end_token(model, mode) -> None:
     (prompt,) = prompts_of(1, 5)
     ids, text = plain_text_of(prompt)
-    options = {"mode": mode, "max_new_tokens": 40, "stop_token_ids": (ids[10],)}
+    options = {"strategy": mode, "max_new_tokens": 40, "stop_token_ids": (ids[10],)}
     plain = ids[: ids.index(ids[10]) + 1]
     (ended,) = model.complete([prompt], **options)
     assert (ended.tokens, ended.finish_reason) == (plain, "stop")
@@ -65,7 +66,7 @@ def test_stop_string_wins_over_a_later_end_token(model, mode) -> None:
 def test_row_ended_by_a_stop_string_is_replaced(model, refill, mode, accept, temperature) -> None:
     prompts = prompts_of(13, seed=6)
     options = {"max_new_tokens": 60, "stop": ("Q", "5", "z4"), "temperature": temperature}
-    options |= {"mode": mode, "accept": accept}
+    options |= {"strategy": Strategy(mode, accept=accept)}
     alone = [model.complete([p], **options)[0] for p in prompts]
     full = [model.complete([p], **options | {"stop": ()})[0].tokens for p in prompts]
     together = model.complete(prompts, **options, batch_size=4, refill=refill)
@@ -84,7 +85,7 @@ def test_loop_runs_on_only_for_rows_that_have_not_stopped(monkeypatch) -> None:
     generator = hashing(counted=True)
     prompts = prompts_of(3, seed=7)
     texts = [plain_text_of(p, 60)[1] for p in prompts]
-    options = {"mode": "ar", "max_new_tokens": 60, "batch_size": 3, "refill": False}
+    options = {"strategy": "ar", "max_new_tokens": 60, "batch_size": 3, "refill": False}
     stop = (texts[0][2:6], texts[1][4:9])
     forwards.clear()
     completions = generator.complete(prompts, **options, stop=stop)
@@ -105,7 +106,7 @@ def test_loop_runs_on_only_for_rows_that_have_not_stopped(monkeypatch) -> None:
 def test_any_end_token_ends_an_answer_also_id_0(mode, ends) -> None:
     generator = hashing(eos_token_ids=ends)
     prompts = prompts_of(6, seed=8)
-    completions = generator.complete(prompts, mode=mode, max_new_tokens=90, batch_size=2)
+    completions = generator.complete(prompts, strategy=mode, max_new_tokens=90, batch_size=2)
     expected = [greedy_text(p, table_of("plain"), 90, ends) for p in prompts]
     assert [c.tokens for c in completions] == expected
     for completion in completions:
@@ -139,7 +140,7 @@ def test_no_end_token_comes_before_min_new_tokens(temperature) -> None:
     ends = tuple({t for p in prompts for t in greedy_text(p, table, 6)})
     generator = hashing(eos_token_ids=ends[:3])
     options = {"max_new_tokens": 30, "stop_token_ids": ends[3:], "batch_size": 2}
-    options |= {"temperature": temperature, "accept": "coupled"}
+    options |= {"temperature": temperature, "strategy": Strategy(accept="coupled")}
     for least in (1, 2, 7, 30):
         options["min_new_tokens"] = least
         ar, orthrus = (generator.complete(prompts, mode=m, **options) for m in ("ar", "orthrus"))
@@ -148,7 +149,7 @@ def test_no_end_token_comes_before_min_new_tokens(temperature) -> None:
         if temperature == 0:
             expected = [greedy_text(p, table, 30, ends, least) for p in prompts]
             assert [c.tokens for c in ar] == expected
-        rejection = generator.complete(prompts, **options | {"accept": "rejection"})
+        rejection = generator.complete(prompts, **options | {"strategy": "orthrus"})
         for completion in (*ar, *rejection):
             assert not set(completion.tokens[:least]) & set(ends)
             assert not set(completion.tokens[:-1]) & set(ends)
@@ -162,11 +163,13 @@ def test_no_end_token_comes_before_min_new_tokens(temperature) -> None:
 def test_every_budget_is_met_exactly(model, mode) -> None:
     (prompt,) = prompts_of(1, seed=11)
     for budget in range(1, 2 * K + 2):
-        (completion,) = model.complete([prompt], mode=mode, max_new_tokens=budget)
+        (completion,) = model.complete([prompt], strategy=mode, max_new_tokens=budget)
         assert completion.tokens == greedy_text(prompt, table_of("plain"), budget)
         assert completion.finish_reason == "length"
         ids, end = completion.tokens, completion.tokens[-1]
-        (ended,) = model.complete([prompt], mode=mode, max_new_tokens=budget, stop_token_ids=(end,))
+        (ended,) = model.complete(
+            [prompt], strategy=mode, max_new_tokens=budget, stop_token_ids=(end,)
+        )
         assert ended.tokens == ids[: ids.index(end) + 1]
         assert ended.finish_reason == "stop"
 
@@ -174,7 +177,7 @@ def test_every_budget_is_met_exactly(model, mode) -> None:
 def test_answer_may_fill_all_positions_of_the_model(model) -> None:
     prompt = prompts_of(1, seed=12, longest=1)[0] * (LIMIT - 20)
     for mode in ("ar", "orthrus"):
-        (completion,) = model.complete([prompt], mode=mode, max_new_tokens=20)
+        (completion,) = model.complete([prompt], strategy=mode, max_new_tokens=20)
         assert completion.tokens == greedy_text(prompt, table_of("plain"), 20)
 
 
@@ -185,7 +188,7 @@ def test_statistics_of_a_stopped_answer_count_only_the_cycles_it_needed(
 ) -> None:
     """They equal those of the answer whose budget ends at the same token."""
     (prompt,) = prompts_of(1, seed=21)
-    options = CYCLES[way] | {"temperature": temperature, "accept": "coupled"}
+    options = {"strategy": CYCLES[way], "temperature": temperature}
     (full,) = model.complete([prompt], **options, max_new_tokens=60)
     text, lengths = decode_text(tokenizer(), full.tokens), set()
     for end in range(2, 24):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import STREAM_CYCLES
 from orthrus_jax.engine import queue as queue_module
 from orthrus_jax.llm import LLM
@@ -17,12 +18,12 @@ from tests.support.engine import (
 )
 
 STREAMED = [
-    {"mode": "ar"},
-    {"mode": "orthrus"},
-    {"mode": "orthrus", "draft_length": 2},
-    {"mode": "ar", "temperature": 0.9, "seed": 3},
-    {"mode": "orthrus", "temperature": 0.9, "seed": 3, "accept": "coupled"},
-    {"mode": "orthrus", "temperature": 0.9, "seed": 3, "top_p": 0.9, "min_p": 0.01},
+    {"strategy": "ar"},
+    {"strategy": "orthrus"},
+    {"strategy": Strategy(draft_length=2)},
+    {"strategy": "ar", "temperature": 0.9, "seed": 3},
+    {"strategy": Strategy(accept="coupled"), "temperature": 0.9, "seed": 3},
+    {"strategy": "orthrus", "temperature": 0.9, "seed": 3, "top_p": 0.9, "min_p": 0.01},
 ]
 
 
@@ -49,7 +50,7 @@ def test_pieces_equal_the_text_of_generate(kind, options, monkeypatch) -> None:
         assert last.tokens == whole.tokens
         assert last.finish_reason == whole.finish_reason
         assert all(pieces), "an empty piece"
-        if options["mode"] == "ar":
+        if options["strategy"] == "ar":
             assert len(pieces) > 4
 
 
@@ -79,7 +80,7 @@ def test_nothing_from_a_stop_string_on_is_streamed(mode) -> None:
     ids, text = plain_text_of(prompt)
     stops = [*stop_strings_of(prompt), (text[20:24], "never in it")]
     for stop in stops:
-        pieces, last = streamed(generator, "How many?", mode=mode, max_new_tokens=40, stop=stop)
+        pieces, last = streamed(generator, "How many?", strategy=mode, max_new_tokens=40, stop=stop)
         expected = cut_at(ids, stop)
         assert ("".join(pieces), last.text) == (expected[1], expected[1])
         assert (last.tokens, last.finish_reason) == (expected[0], expected[2])
@@ -91,9 +92,9 @@ def test_nothing_from_a_stop_string_on_is_streamed(mode) -> None:
 
 def test_abandoned_stream_leaves_the_model_usable() -> None:
     generator = hashing()
-    stream = generator.stream("How many?", chat=False, mode="ar", max_new_tokens=60)
+    stream = generator.stream("How many?", chat=False, strategy="ar", max_new_tokens=60)
     first = next(stream)
     stream.close()
-    (whole,) = generator.generate(["How many?"], chat=False, mode="ar", max_new_tokens=60)
+    (whole,) = generator.generate(["How many?"], chat=False, strategy="ar", max_new_tokens=60)
     assert whole.text.startswith(first)
     assert len(first) < len(whole.text)
