@@ -75,7 +75,8 @@ def test_text_does_not_depend_on_the_batch(model):
 def test_every_block_size_gives_the_same_text(model):
     expected = model.generate(["How many?"], strategy="ar", max_new_tokens=30)[0].tokens
     for size in (2, 3, 4, 5):
-        (completion,) = model.generate(["How many?"], max_new_tokens=30, draft_length=size)
+        strategy = Strategy(draft_length=size)
+        (completion,) = model.generate(["How many?"], max_new_tokens=30, strategy=strategy)
         assert completion.tokens == expected
 
 

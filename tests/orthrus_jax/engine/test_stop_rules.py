@@ -140,16 +140,17 @@ def test_no_end_token_comes_before_min_new_tokens(temperature) -> None:
     ends = tuple({t for p in prompts for t in greedy_text(p, table, 6)})
     generator = hashing(eos_token_ids=ends[:3])
     options = {"max_new_tokens": 30, "stop_token_ids": ends[3:], "batch_size": 2}
-    options |= {"temperature": temperature, "strategy": Strategy(accept="coupled")}
+    options |= {"temperature": temperature}
+    strategies = Strategy("ar"), Strategy(accept="coupled")
     for least in (1, 2, 7, 30):
         options["min_new_tokens"] = least
-        ar, orthrus = (generator.complete(prompts, mode=m, **options) for m in ("ar", "orthrus"))
+        ar, orthrus = (generator.complete(prompts, strategy=s, **options) for s in strategies)
         assert [c.tokens for c in orthrus] == [c.tokens for c in ar]
         assert [c.finish_reason for c in orthrus] == [c.finish_reason for c in ar]
         if temperature == 0:
             expected = [greedy_text(p, table, 30, ends, least) for p in prompts]
             assert [c.tokens for c in ar] == expected
-        rejection = generator.complete(prompts, **options | {"strategy": "orthrus"})
+        rejection = generator.complete(prompts, **options)
         for completion in (*ar, *rejection):
             assert not set(completion.tokens[:least]) & set(ends)
             assert not set(completion.tokens[:-1]) & set(ends)
