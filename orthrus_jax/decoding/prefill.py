@@ -1,4 +1,4 @@
-"""Prefill: read prompts into the cache with the AR view, and emit each row's first token."""
+"""Prefill: read prompts into the cache with the AR view, and emit each sequence's first token."""
 
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ PREFILL_CHUNK = 512  # rows per forward for longer prompts, which bounds the mem
 
 
 def capacity(slots: int, lookahead: int) -> int:
-    """Return how many tokens, prompt and answer, a row of `slots` can hold.
+    """Return how many tokens, prompt and answer, a sequence of `slots` can hold.
 
     A sequence at its last anchor still writes `lookahead` slots after it.
     """
@@ -44,18 +44,18 @@ def prefill(
     cache: Any = None,
     start: Array | None = None,
 ) -> DecodeState:
-    """Read the prompts with the AR view and emit each row's first token, the first anchor.
+    """Read the prompts with the AR view and emit each sequence's first token, the first anchor.
 
     Args:
       model: static.
       params: both views' parameters.
       prompts: int32[B, P], padded on the right with anything; P <= slots.
       lengths: int32[B], tokens of each prompt, at least 1.
-      budget: int32[B], tokens each row may emit; cut to what the cache can hold. A row of budget 0
+      budget: int32[B], tokens each may emit; cut to what the cache can hold. One of budget 0
         (a filler) is done at once.
       eos: int32[B, E] or int32[E] for all rows, the ids that end a row (-1 for none); they are
         emitted.
-      slots: cache slots a row, static.
+      slots: cache slots per sequence, static.
       max_new_tokens: N, the width of the output, static.
       sampler, min_tokens, logprobs: see DecodeState.
       lookahead: slots that a cycle writes after its anchor, static; None is a block's, K - 1.

@@ -1,6 +1,7 @@
 """The state every decoding loop carries, and what a loop does to it: choose, emit, stop, insert.
 
-Rows of a batch own their position, accept their own number of drafts per cycle and finish apart.
+Each sequence of a batch has its own position, accepts its own number of drafts per cycle and
+finishes apart.
 Nothing here knows of text, tokenizers or timing, nor of what lies below `DecodingModel`.
 """
 
@@ -82,13 +83,13 @@ class DecodeState(struct.PyTreeNode):
     Attributes:
       tokens: int32[B, N], the emitted tokens; entries from `count` on are undefined.
       count: int32[B], tokens emitted.
-      budget: int32[B], tokens this row may emit in all.
+      budget: int32[B], tokens the sequence may emit in all.
       anchor: int32[B], the last emitted token, whose keys and values are not in the cache yet.
       position: int32[B], the anchor's position, which is also the number of live cache slots.
-      done: bool[B], the row has emitted an end token or spent its budget.
-      cycles: int32[B], draft-verify pairs (or AR steps) the row took part in.
+      done: bool[B], the sequence has emitted an end token or spent its budget.
+      cycles: int32[B], draft-verify pairs (or AR steps) it took part in.
       accepted: int32[B, N], drafts accepted and emitted in each cycle; -1 where there was none.
-      eos: int32[B, E], the ids that end each row; -1 is none.
+      eos: int32[B, E], the ids that end each sequence; -1 is none.
       cache: the shared cache.
       sampler: how tokens are drawn, or None for greedy decoding.
       min_tokens: int32[B], no end token before so many tokens; or None.
