@@ -1,6 +1,6 @@
 """Measure how this model decodes best on this device: `python -m eval.calibrate`, for `--rows`.
 
-Three parts, all kept in calibration.json beside the model (orthrus_jax/planner.py), where the other
+Three parts, all kept in calibration.json beside the model (engine/planner.py), where the other
 commands find them; `--only` measures one of them.
 
   acceptance    The model answers the prompts once, greedily, one token per forward. The guesses of

@@ -136,20 +136,24 @@ def strategy_of(
     get = functools.partial(getattr, args)
     if method is None:
         method = "ar" if get("mode", "") == "ar" else CYCLES[get("cycle", None) or "paper"]
-    names = ("cycle", *BLOCKS)
+    names = ("cycle", "draft_length", *BLOCKS)
     given = {name: value for name in names if (value := get(name, None)) is not None}
+    rows = get("rows", None)
+    if rows is not None and method == "ar":
+        raise UserError(f"--rows {rows}: decoding one token per forward (ar) spends one row")
     for name, value in given.items():
         flag = f"--{name.replace('_', '-')} {value}"
-        if get("rows", None) is not None:
-            raise UserError(f"{flag} beside --rows {args.rows}: the planner chooses it")
+        if rows is not None:
+            raise UserError(f"{flag} beside --rows {rows}: the planner chooses it")
         if method == "ar":
             raise UserError(f"{flag}: decoding one token per forward (ar) drafts nothing")
         if name in BLOCKS and method not in BLOCKS[name]:
             cycles = [cycle for cycle, method in CYCLES.items() if method in BLOCKS[name]]
             raise UserError(f"{flag} needs {selector} {' or '.join(cycles)}")
     counts: dict[str, Any] = {name: given[name] for name in BLOCKS if name in given}
-    draft_length = None if method == "ar" else get("draft_length", None)
-    return Strategy(method, draft_length, accept=get("accept", AcceptRule.REJECTION), **counts)
+    return Strategy(
+        method, given.get("draft_length"), accept=get("accept", AcceptRule.REJECTION), **counts
+    )
 
 
 def chosen_strategy(args: argparse.Namespace, model: LLM, batch: int) -> Strategy:

@@ -31,7 +31,7 @@ def programs_end_with_their_file(request: pytest.FixtureRequest) -> Iterator[Non
     """
     yield
     for value in vars(request.module).values():
-        getattr(value, "cache_clear", lambda: None)()  # of functools: they hold Generators
+        getattr(value, "cache_clear", lambda: None)()  # of functools: they hold LLMs
     jax.clear_caches()
     gc.collect()
 

@@ -33,7 +33,7 @@ class Family:
     Attributes:
       architectures: those accepted; the first is written for a base model.
       switches: the fields of ModelConfig that this family sets, with their values.
-      refused: by name of a setting, whether a config.json asks for what is not computed.
+      refused: by name of a setting, whether a config.json gives it an unsupported value.
     """
 
     architectures: tuple[str, ...]

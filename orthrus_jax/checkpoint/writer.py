@@ -75,7 +75,7 @@ def save_checkpoint(
     """
     if tokenizer is not None and tokenizer_from is not None:
         raise ValueError("give tokenizer or tokenizer_from, not both")
-    target = pathlib.Path(directory).resolve()  # a link stays; what it points to is replaced
+    target = pathlib.Path(directory).resolve()  # a link stays, its target is replaced
     check_target(target, overwrite=overwrite)
     leaves = _leaves(config, params)
     config = dataclasses.replace(config, dtype=dtype or _common_dtype(leaves))

@@ -148,7 +148,7 @@ def accept_rejection(
     token is drawn from p. The emitted tokens are then distributed as p, whatever q is.
 
     Args:
-      drafts: tokens [B, K-1] and their q, or None for a one-temperature q.
+      drafts: tokens [B, K-1] and their q, or None for a one-point q.
       target: p, [B, K, V].
       sampler: keys of the noise.
       positions: int32[B, K], of the tokens to be emitted.

@@ -13,10 +13,11 @@ from eval import calibrate
 from eval.replay import ReplayResult, record, simulate
 from orthrus_jax import generate
 from orthrus_jax.checkpoint import save_checkpoint
-from orthrus_jax.engine import Plan, planner
-from orthrus_jax.engine.planner import Calibration, LengthRates, Split
+from orthrus_jax.decoding import Strategy
+from orthrus_jax.engine import planner
+from orthrus_jax.engine.planner import Calibration, LengthRates
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import params
 from tests.support.configs import tiny_config
 from tests.support.tokenizers import small_tokenizer
@@ -41,73 +42,74 @@ def answered():
     """A model, prompts, and its own answers, one of them cut short."""
     rng = np.random.default_rng(2)
     prompts = [rng.integers(8, VOCAB - 2, n).tolist() for n in (3, 9, 14, 5)]
-    model = Generator(CONFIG, half_right(1))
-    answers = [c.tokens for c in model.complete(prompts, mode="ar", max_new_tokens=40)]
+    model = LLM(CONFIG, half_right(1))
+    answers = [c.tokens for c in model.complete(prompts, strategy="ar", max_new_tokens=40)]
     answers[1] = answers[1][:17]
     return model, prompts, answers
 
 
 @pytest.mark.parametrize(
-    "split",
+    "strategy",
     [
-        Split("paper", 6),
-        Split("two-forward", 6),
-        Split("two-forward", 6, 9),
-        Split("one-forward", 6, 0, 2),
-        Split("one-forward", 6, 8, 2, 2),
-        Split("one-forward", 6, 0, 0, 3),
-        Split("one-forward", 6, 8, 0, 2),
+        Strategy("orthrus", 6, early_blocks=0),
+        Strategy("orthrus-2f", 6, early_blocks=0),
+        Strategy("orthrus-2f", 6, 9, 0),
+        Strategy("orthrus-1f", 6, 0, 2),
+        Strategy("orthrus-1f", 6, 8, 2, 2),
+        Strategy("orthrus-1f", 6, 0, 0, 3),
+        Strategy("orthrus-1f", 6, 8, 0, 2),
     ],
-    ids=lambda s: f"{s.cycle} {s.tree_nodes} {s.early_blocks}+{s.fresh_blocks}",
+    ids=lambda s: f"{s.method} {s.tree_nodes} {s.early_blocks}+{s.fresh_blocks}",
 )
-def test_replay_takes_the_cycles_that_decoding_takes(answered, split: Split) -> None:
+def test_replay_takes_the_cycles_that_decoding_takes(answered, strategy: Strategy) -> None:
     model, prompts, answers = answered
-    recording = record(model, prompts, answers, split.draft_length)
-    replayed = simulate(recording, split.cycle, split.scheme)
+    recording = record(model, prompts, answers, strategy.draft_length)
+    replayed = simulate(recording, strategy)
     assert replayed.tokens.tolist() == [len(answer) for answer in answers]
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        real = model.complete([prompt], max_new_tokens=len(answer), **split.options)[0]
+        real = model.complete([prompt], max_new_tokens=len(answer), strategy=strategy)[0]
         assert real.tokens == answer
         assert real.forwards == replayed.forwards[i]
     assert replayed.accepted > 0.2, "a drafter that is never right tests little"
-    assert 0 < replayed.hits <= 1
+    assert 0 < replayed.hit_rate <= 1
 
 
-@pytest.mark.parametrize("trust", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_draft_temperature_with_most_tokens_is_fitted_and_used(
-    answered, trust, monkeypatch
+    answered, temperature, monkeypatch
 ) -> None:
     """Of two, the one with more tokens per forward; the engine decodes with the calibrated one."""
     model, prompts, answers = answered
     recording = record(model, prompts, answers, 6)
-    monkeypatch.setattr(calibrate, "TRUSTS", (1.0, 0.5))
-    forwards = lambda scheme: np.array([10 if scheme.trust == trust else 11])
+    monkeypatch.setattr(calibrate, "TEMPERATURES", (1.0, 0.5))
+    forwards = lambda s: np.array([10 if s.draft_temperature == temperature else 11])
     monkeypatch.setattr(
         calibrate,
         "simulate",
-        lambda recording, cycle, scheme: ReplayResult(np.array([20]), forwards(scheme), 1.0, 1.0),
+        lambda recording, strategy: ReplayResult(np.array([20]), forwards(strategy), 1.0, 1.0),
     )
-    assert calibrate.fit_draft_temperature(recording) == trust
-    calibrated = Generator(CONFIG, model.params, calibration=Calibration(trust=trust))
-    plan = Plan(cycle="one-forward", tree_nodes=8)
-    assert calibrated.engine._scheme(plan).trust == trust
-    texts = calibrated.complete(prompts, max_new_tokens=17, cycle="one-forward", tree_nodes=8)
+    assert calibrate.fit_draft_temperature(recording) == temperature
+    calibration = Calibration(draft_temperature=temperature)
+    calibrated = LLM(CONFIG, model.params, calibration=calibration)
+    tree = Strategy("orthrus-1f", tree_nodes=8)
+    assert calibrated.engine._resolved(tree).draft_temperature == temperature
+    texts = calibrated.complete(prompts, max_new_tokens=17, strategy=tree)
     assert [c.tokens for c in texts] == [answer[:17] for answer in answers]
 
 
 def test_replayed_ar_takes_one_forward_per_token(answered) -> None:
     model, prompts, answers = answered
-    replayed = simulate(record(model, prompts, answers, 6), "ar", Split("paper", 6).scheme)
+    replayed = simulate(record(model, prompts, answers, 6), Strategy("ar"))
     np.testing.assert_array_equal(replayed.forwards, replayed.tokens)
 
 
-def test_splits_spend_at_most_their_budget() -> None:
-    splits = calibrate.splits(8, (32, 64))
-    assert len(set(splits)) == len(splits)
-    assert {s.cycle for s in splits} == {"paper", "two-forward", "one-forward"}
-    assert max(s.rows for s in splits) == 64
-    assert all(s.early_blocks <= s.scheme.drafts + 1 for s in splits)
-    assert any(s.fresh_blocks for s in splits)
+def test_strategies_spend_at_most_their_budget() -> None:
+    strategies = calibrate.strategies(8, (32, 64))
+    assert len(set(strategies)) == len(strategies)
+    assert {s.method for s in strategies} == {"orthrus", "orthrus-2f", "orthrus-1f"}
+    assert max(s.rows for s in strategies) == 64
+    assert all(s.early_blocks <= s.drafts + 1 for s in strategies)
+    assert any(s.fresh_blocks for s in strategies)
 
 
 @pytest.fixture
@@ -125,9 +127,13 @@ def directory(tmp_path):
 
 @pytest.fixture
 def command(directory, monkeypatch):
-    """Run the command on few splits and budgets; its options end with those given."""
-    few = [Split("paper", 6), Split("two-forward", 6, 9), Split("one-forward", 6, 5, 1)]
-    monkeypatch.setattr(calibrate, "splits", lambda block, budgets: few)
+    """Run the command on few strategies and budgets; its options end with those given."""
+    few = [
+        Strategy("orthrus", 6, early_blocks=0),
+        Strategy("orthrus-2f", 6, 9, 0),
+        Strategy("orthrus-1f", 6, 5, 1),
+    ]
+    monkeypatch.setattr(calibrate, "strategies", lambda block, budgets: few)
     monkeypatch.setattr(calibrate, "BUDGETS", (16,))
     monkeypatch.setattr(calibrate, "LENGTHS", (2, 4, 16))
     monkeypatch.setattr(calibrate, "fit_draft_temperature", lambda recording: 0.8)
@@ -145,8 +151,8 @@ def test_command_keeps_all_parts_beside_the_model(directory, command, capsys, mo
     out = capsys.readouterr().out
     assert "| 12 | one-forward | 6 | 5 | 1 | 0 |" in out
     kept = planner.load(directory)
-    assert [e.split for e in kept.earned] == calibrate.splits(6, ())
-    assert kept.trust == 0.8
+    assert [m.strategy for m in kept.measurements] == calibrate.strategies(6, ())
+    assert kept.draft_temperature == 0.8
     (curves,) = kept.cost.values()
     assert [[n for n, _ in points] for points in curves.values()] == [[1, 6, 16]] * 2
     assert all(ms > 0 for points in curves.values() for _, ms in points)
@@ -160,7 +166,7 @@ def test_command_keeps_all_parts_beside_the_model(directory, command, capsys, mo
     monkeypatch.setattr(calibrate, "record", None)
     command("--only", "costs")
     again = planner.load(directory)
-    assert again.earned == kept.earned
+    assert again.measurements == kept.measurements
     assert again.draft_length == kept.draft_length
     with pytest.raises(UserError, match=r"acceptance on other prompts .*--overwrite"):
         command("--limit", "1")
@@ -177,10 +183,12 @@ def test_command_measures_one_part_alone(part: str, directory, command, monkeypa
     monkeypatch.setattr(calibrate, "record", None)
     command("--only", part)
     kept = planner.load(directory)
-    assert kept.earned == ()
+    assert kept.measurements == ()
     assert bool(kept.cost) == (part == "costs")
     assert bool(kept.draft_length) == (part == "draft-length")
-    assert "by rule" in generate.load(directory).plan(16).why
+    assert "by rule" in planner.choose(kept, 16, 1, 6).why
+    model = generate.load(directory)
+    assert model.plan(16) == planner.choose(model.calibration, 16, 1, 6).strategy
 
 
 def test_measured_draft_length_is_the_default_of_a_loaded_model(directory) -> None:
@@ -199,10 +207,11 @@ def test_draft_lengths_take_turns_and_the_first_turn_is_not_timed(monkeypatch) -
     """Each length answers once per turn; tokens over seconds, the median of the timed turns."""
     order = []
 
-    def complete(prompts, draft_length, **options):
+    def complete(prompts, strategy, **options):
+        assert strategy == Strategy(draft_length=strategy.draft_length)
         assert options == {"max_new_tokens": 7}
-        order.append(draft_length)
-        return [types.SimpleNamespace(tokens=[0] * 4 * draft_length)] * len(prompts)
+        order.append(strategy.draft_length)
+        return [types.SimpleNamespace(tokens=[0] * 4 * strategy.draft_length)] * len(prompts)
 
     model = types.SimpleNamespace(config=types.SimpleNamespace(block_size=5), complete=complete)
     clock = itertools.count()

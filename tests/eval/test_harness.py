@@ -20,6 +20,7 @@ from eval.grading import grade_integer
 from eval.harness import Run, fingerprint
 from eval.runner import Runner
 from orthrus_jax.checkpoint import save_checkpoint
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import Plan, SamplingParams
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import Conversation
@@ -47,7 +48,7 @@ TIMES = {
     *("tokens_per_second", "speedup", "speedup_range"),
 }
 
-PAIRS = Plan(draft_length=4, batch_size=2)
+PAIRS = Plan(Strategy(draft_length=4), batch_size=2)
 
 _load = functools.cache(orthrus_jax.load)
 
@@ -122,7 +123,7 @@ def test_run_keeps_every_answer_and_its_problem(directory, data, whole):
     problems = load(BENCHMARKS["gsm8k"], data)
     assert [row["id"] for row in rows] == [problem.id for problem in problems]
     expected = {
-        loop: model.generate([p.turns[0] for p in problems[:5]], mode=loop, max_new_tokens=24)
+        loop: model.generate([p.turns[0] for p in problems[:5]], strategy=loop, max_new_tokens=24)
         for loop in metrics.LOOPS
     }
     for i, (row, problem) in enumerate(zip(rows, problems, strict=True)):
@@ -167,9 +168,7 @@ def test_chunks_go_through_ar_and_orthrus_in_turn(directory, data, tmp_path, mon
 
 def test_compiling_is_not_timed(directory, data):
     model = _load.__wrapped__(directory)  # with nothing compiled
-    runner = Runner(
-        model, SamplingParams(max_new_tokens=4), ["ar"], Plan(draft_length=4, batch_size=2), False
-    )
+    runner = Runner(model, SamplingParams(max_new_tokens=4), ["ar"], PAIRS, False)
     problems = load(BENCHMARKS["gsm8k"], data, 2)
     begin = time.perf_counter()
     _, seconds = runner.answer(problems, "ar")
@@ -183,13 +182,11 @@ def test_chunks_of_other_lengths_share_the_compiled_loop(directory, data):
     problems = load(BENCHMARKS["gsm8k"], data, 2)
     turns = (problems[0].turns[0] * 3, "And why?")
     longer = [dataclasses.replace(problems[0], turns=turns)]
-    runner = Runner(
-        model, SamplingParams(max_new_tokens=4), ["ar"], Plan(draft_length=4, batch_size=2), False
-    )
+    runner = Runner(model, SamplingParams(max_new_tokens=4), ["ar"], PAIRS, False)
     runner = runner.fitted([*problems, *longer])
     for chunk in problems, longer:
         runner.answer(chunk, "ar")
-    compiled = [key[0].__name__ for key in model.engine._programs]
+    compiled = [key[0].__name__ for key in model.engine.programs.compiled]
     assert compiled.count("prefill") > compiled.count("ar_decode") == 1
 
 
@@ -412,6 +409,9 @@ def test_refusals_come_first_and_in_one_line(directory, data, whole, tmp_path, m
         ("--out", "new", "--top-p", "2"): "top_p=2.0 must be above 0",
         ("--out", "new", "--model", "no/such/model"): "no/such/model cannot be loaded",
         ("--out", "new", "--draft-length", "99"): "draft_length=99 must be from 2 to 4",
+        ("--out", "new", "--tree-nodes", "8"): "--tree-nodes 8 needs --cycle two-forward or one-",
+        ("--out", "new", "--mode", "ar", "--cycle", "paper"): "--cycle paper: decoding one token ",
+        ("--out", "new", "--cycle", "paper", "--rows", "9"): "--cycle paper beside --rows 9: the ",
     }
     monkeypatch.chdir(tmp_path)
     (tmp_path / "something").write_text("else")
@@ -425,6 +425,21 @@ def test_refusals_come_first_and_in_one_line(directory, data, whole, tmp_path, m
         with pytest.raises(SystemExit) as end:
             gsm8k(directory, data, "new", flag, value)
         assert end.value.code == 2
+
+
+def test_rows_that_leave_nothing_to_draft_are_measured_as_ar_only(directory, data, tmp_path):
+    """With two rows, and without measured acceptance, the planner does not draft."""
+    options = ("--rows", "2", "--limit", "2")
+    for mode in "both", "orthrus":
+        with pytest.raises(UserError) as error:
+            gsm8k(directory, data, tmp_path / "run", *options, "--mode", mode)
+        assert str(error.value) == (
+            "--rows 2: one token per forward is fastest here, which --mode ar measures; "
+            f"for --mode {mode} choose a --cycle, or more rows"
+        )
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"--rows 2: decoding one token per forward \(ar\) spends"):
+        gsm8k(directory, data, tmp_path / "run", *options, "--mode", "ar")
 
 
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])

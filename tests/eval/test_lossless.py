@@ -24,13 +24,11 @@ from eval.lossless import audit, table
 from eval.reference import TokenStats, near_tie
 from orthrus_jax.attention import cache
 from orthrus_jax.checkpoint import read_config
-from orthrus_jax.decoding import sampling, speculative
-from orthrus_jax.decoding import speculative as decode
-from orthrus_jax.decoding.sampling import Proposal, Purpose
-from orthrus_jax.decoding.speculative import Verdict
+from orthrus_jax.decoding import Acceptance, Strategy, sampling, speculative
+from orthrus_jax.decoding.sampling import NoiseKey
 from orthrus_jax.engine import Completion
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import Generator
+from orthrus_jax.llm import LLM
 from tests.support.configs import tiny_config
 from tests.support.weights import random_params
 
@@ -48,21 +46,21 @@ TOKENS = {"max_new_tokens": 48, "batch_size": 8}
 SAMPLED = {**TOKENS, "batch_size": 32, "seeds": 6, "temperature": 2.0}
 
 
-def generator(*, view: str = "copy", **changes) -> Generator:
+def tiny_model(*, view: str = "copy", **changes) -> LLM:
     config = tiny_config(
         **{"num_hidden_layers": 1, "eos_token_ids": (EOS,), **changes},
         max_position_embeddings=next(NAMES),
     )
     weights = random_params(config, 0, copy=view == "copy")
-    return Generator(config, jax.tree.map(lambda x: x.astype(config.dtype), weights))
+    return LLM(config, jax.tree.map(lambda x: x.astype(config.dtype), weights))
 
 
-def audited(*parts: str, model: Generator | None = None, **options) -> dict:
+def audited(*parts: str, model: LLM | None = None, **options) -> dict:
     some = SAMPLED if "rejection" in parts else TOKENS
     if model is None:
         # A tied head repeats its tokens: good drafts, but distributions that hardly differ from
         # one position to the next.
-        model = generator(tie_word_embeddings="rejection" not in parts)
+        model = tiny_model(tie_word_embeddings="rejection" not in parts)
     return audit(model, PROMPTS, Options(parts=parts, **{**some, **options}))
 
 
@@ -72,7 +70,7 @@ def audited(*parts: str, model: Generator | None = None, **options) -> dict:
 @pytest.mark.parametrize("view", ["copy", "random"])
 def test_honest_rule_passes_token_by_token(view: str) -> None:
     texts = {"coupled": 16} if view == "copy" else {"greedy": 8}
-    model = generator(view=view, num_hidden_layers=2)
+    model = tiny_model(view=view, num_hidden_layers=2)
     result = audited(*texts, model=model, seeds=2, batch_size=6)
     assert not result["failures"]
     assert table(result).endswith("\nPASS")
@@ -89,12 +87,10 @@ def test_honest_rule_passes_token_by_token(view: str) -> None:
             assert f["largest_gap"] == 0
 
 
-@pytest.mark.parametrize(
-    ("view", "proposal"), [("copy", "draw"), pytest.param("random", "argmax", marks=slow)]
-)
-def test_honest_rule_passes_in_distribution(view: str, proposal: str) -> None:
-    model = generator(view=view, tie_word_embeddings=False)
-    result = audited("rejection", model=model, proposal=proposal)
+@pytest.mark.parametrize("view", ["copy", pytest.param("random", marks=slow)])
+def test_honest_rule_passes_in_distribution(view: str) -> None:
+    model = tiny_model(view=view, tie_word_embeddings=False)
+    result = audited("rejection", model=model)
     assert not result["failures"], result["failures"]
     figures = result["parts"]["rejection"]
     assert figures["tokens"] > 1000
@@ -102,12 +98,12 @@ def test_honest_rule_passes_in_distribution(view: str, proposal: str) -> None:
     assert all(abs(z) < 3 for z in figures["z"].values()), figures["z"]
 
 
-TREE = {"cycle": "one-forward", "early_blocks": 2, "fresh_blocks": 1, "tree_nodes": 6}
+TREE = Strategy("orthrus-1f", tree_nodes=6, early_blocks=2, fresh_blocks=1)
 
 
 @pytest.mark.parametrize("part", ["coupled", pytest.param("greedy", marks=slow)])
 def test_tree_verified_while_drafting_passes(part: str) -> None:
-    result = audited(part, seeds=2, **TREE)
+    result = audited(part, seeds=2, strategy=TREE)
     assert not result["failures"]
     assert result["parts"][part]["orthrus"]["exact_match"] == 1.0
     assert result["parts"][part]["acceptance_length"] > 0, "no draft was audited"
@@ -115,19 +111,24 @@ def test_tree_verified_while_drafting_passes(part: str) -> None:
 
 def test_tree_slots_left_uncompacted_are_failures(monkeypatch) -> None:
     monkeypatch.setattr(cache.KVCache, "compact", lambda self, first, rows: self)
-    failures = audited("greedy", **TREE)["failures"]
+    failures = audited("greedy", strategy=TREE)["failures"]
     assert {failure.text for failure in failures} == {"orthrus"}
     assert all(failure.gap > failure.limit for failure in failures)
 
 
+def test_audit_of_ar_is_refused() -> None:
+    with pytest.raises(UserError, match="strategy 'ar' drafts nothing"):
+        Options(parts=("greedy",), strategy=Strategy("ar"))
+
+
 def test_rejection_part_is_refused_for_cycles_that_emit_ar_draws() -> None:
     with pytest.raises(UserError, match=r"--cycle two-forward emits AR's own .* greedy,coupled"):
-        Options(cycle="two-forward")
+        Options(strategy=Strategy("orthrus-2f"))
 
 
 @slow
 def test_draft_length_option_is_the_one_audited() -> None:
-    result = audited("greedy", draft_length=2)
+    result = audited("greedy", strategy=Strategy(draft_length=2))
     assert not result["failures"]
     assert 0 < result["parts"]["greedy"]["acceptance_length"] <= 1
 
@@ -135,7 +136,7 @@ def test_draft_length_option_is_the_one_audited() -> None:
 @slow
 def test_bfloat16_passes_within_its_near_ties_and_shows_its_noise_floor() -> None:
     """Its roundings do change tokens: without an allowance the same model fails."""
-    model = generator(num_hidden_layers=3, dtype="bfloat16")
+    model = tiny_model(num_hidden_layers=3, dtype="bfloat16")
     options = {"seeds": 8, "temperature": 0.5, "batch_size": 16}
     result = audited("coupled", model=model, **options)
     assert not result["failures"], result["failures"]
@@ -155,17 +156,17 @@ def test_bfloat16_passes_within_its_near_ties_and_shows_its_noise_floor() -> Non
 # --- Planted faults ------------------------------------------------------------------------------
 
 
-def always_accept_equal(drafts, predicted) -> Verdict:
+def always_accept_equal(drafts, predicted) -> Acceptance:
     tokens = jnp.concatenate([drafts, predicted[:, -1:]], axis=1)
-    return Verdict(tokens, jnp.full(len(drafts), drafts.shape[1]))
+    return Acceptance(tokens, jnp.full(len(drafts), drafts.shape[1]))
 
 
-def bonus_off_by_one(drafts, predicted) -> Verdict:
+def bonus_off_by_one(drafts, predicted) -> Acceptance:
     """The token after the accepted drafts is taken one row too early."""
     accepted = sampling.accept_equal(drafts, predicted).accepted
     index = jnp.arange(predicted.shape[1])
     source = jnp.where((index == accepted[:, None]) & (accepted[:, None] > 0), index - 1, index)
-    return Verdict(jnp.take_along_axis(predicted, source, axis=1), accepted)
+    return Acceptance(jnp.take_along_axis(predicted, source, axis=1), accepted)
 
 
 write = cache.LayerCache.write
@@ -230,7 +231,7 @@ def test_fault_shows_in_greedy_texts(fault: str, monkeypatch) -> None:
 
 @slow
 def test_always_accept_rule_shows_in_coupled_texts(monkeypatch) -> None:
-    monkeypatch.setattr(decode, "accept_equal", always_accept_equal)
+    monkeypatch.setattr(speculative, "accept_equal", always_accept_equal)
     result = audited("coupled", seeds=1)
     assert {failure.part for failure in result["failures"]} == {"coupled"}
     assert result["parts"]["coupled"]["orthrus"]["exact_match"] < 0.2
@@ -243,15 +244,15 @@ def replacing(fault):
     the row of p, and a mask of the rows where both apply.
     """
 
-    def rule(drafts, target, sampler, positions) -> Verdict:
+    def rule(drafts, target, sampler, positions) -> Acceptance:
         honest = sampling.accept_rejection(drafts, target, sampler, positions)
         drafted = jnp.pad(drafts.tokens, ((0, 0), (0, 1)))
         rows = drafted.shape[1]
         count, row, here = fault(honest.accepted, rows - 1)
         probs = sampling._at(target, row)
-        own = sampling.draw(probs, sampler, sampling._at(positions, count), Purpose.TOKEN)
+        own = sampling.gumbel_sample(probs, sampler, sampling._at(positions, count), NoiseKey.TOKEN)
         tokens = jnp.where(jnp.arange(rows) < count[:, None], drafted, own)
-        return Verdict(jnp.where(here[:, None], tokens, honest.tokens), count)
+        return Acceptance(jnp.where(here[:, None], tokens, honest.tokens), count)
 
     return rule
 
@@ -269,27 +270,19 @@ LAW_FAULTS = {
 
 
 @pytest.mark.parametrize(
-    ("fault", "proposal"),
+    "fault",
     [
-        ("residual from p", "draw"),
-        ("drafts not written", "draw"),
-        *(
-            pytest.param(*case, marks=slow)
-            for case in [
-                *(
-                    (fault, "draw")
-                    for fault in ("always accept", "bonus off by one", "a slot late")
-                ),
-                *((fault, "argmax") for fault in ("always accept", "residual from p")),
-            ]
-        ),
+        pytest.param(name, marks=() if name in ("residual from p", "drafts not written") else slow)
+        for name in LAW_FAULTS
     ],
 )
-def test_fault_shows_in_the_distribution_of_tokens(fault: str, proposal: str, monkeypatch) -> None:
+def test_fault_shows_in_the_distribution_of_tokens(fault: str, monkeypatch) -> None:
     monkeypatch.setattr(*LAW_FAULTS[fault])
-    # Two rows per block: full acceptance, which a bonus follows, is then frequent.
-    changes = {"draft_length": 2} if fault == "bonus off by one" else {}
-    result = audited("rejection", proposal=proposal, **changes)
+    options = {}
+    if fault == "bonus off by one":
+        # It follows full acceptance, which two rows per block and less noise make frequent.
+        options = {"strategy": Strategy(draft_length=2), "temperature": 0.7}
+    result = audited("rejection", **options)
     messages = [str(failure) for failure in result["failures"]]
     if fault in RULE_FAULTS:
         assert all("z = " in message for message in messages), messages
@@ -300,14 +293,14 @@ def test_fault_shows_in_the_distribution_of_tokens(fault: str, proposal: str, mo
 
 
 def test_answer_that_ends_too_early_is_a_failure(monkeypatch) -> None:
-    model = generator()
+    model = tiny_model()
     honest = model.engine.serve
 
     def cut(requests, plan):
         for event in honest(requests, plan):
-            if event.index == 3 and plan.mode == "orthrus":
+            if event.index == 3 and plan.strategy.method == "orthrus":
                 answer = dataclasses.replace(event.completion, tokens=event.completion.tokens[:-1])
-                event = dataclasses.replace(event, answer=answer)
+                event = dataclasses.replace(event, completion=answer)
             yield event
 
     monkeypatch.setattr(model.engine, "serve", cut)
@@ -382,15 +375,13 @@ def test_honest_tokens_are_normal_in_every_statistic() -> None:
         assert abs(z).max() < audit_law.Z_LIMIT, name
 
 
-@pytest.mark.parametrize("proposal", ["draw", "argmax"])
 @pytest.mark.parametrize("excess", [0.1, 1.0])
-def test_rule_that_accepts_too_much_shows_in_the_emitted_tokens(excess, proposal) -> None:
+def test_rule_that_accepts_too_much_shows_in_the_emitted_tokens(excess) -> None:
     """A share of the drafts is accepted whatever p is; the tokens are enough to show that."""
     rng = np.random.default_rng(2)
     tokens = 20_000 if excess < 1 else 400
     logits, p, q = random_p_and_q(rng, tokens)
-    if proposal == "argmax":
-        q = np.eye(64)[q.argmax(-1)]
+    q = np.eye(64)[q.argmax(-1)]  # what the drafter proposes: its likeliest token
     x = np.where(rng.random((tokens, 1)) < excess, drawn(rng, q), drawn(rng, p))
     z = audit_law.law_statistics(stats_of(logits, p, q, x))["z"]
     accept = np.minimum(1, q / p)
@@ -418,14 +409,12 @@ def test_anchor_of_each_token_is_that_of_its_cycle() -> None:
 
 
 def test_anchors_are_those_the_drafts_came_from() -> None:
-    """The argmax drafter, run again by the reference, proposes the drafts that were accepted."""
-    model = generator(view="copy")
+    """The drafter, run again by the reference, proposes the drafts that were accepted."""
+    model = tiny_model(view="copy")
     run = Audit(model, PROMPTS, Options(parts=("rejection",), **SAMPLED))
     requests = run.requests("rejection")[:32]
-    answers = run.decode(requests, proposal=Proposal.ARGMAX)
-    all_stats = run.read_again(
-        reference.one_row, requests, answers, answers, block=K, proposal=Proposal.ARGMAX
-    )
+    answers = run.decode(requests, "rejection")
+    all_stats = run.read_again(reference.one_row, requests, answers, answers, block=K)
     accepted = 0
     for answer, its in zip(answers, all_stats, strict=True):
         at = 1
@@ -516,6 +505,10 @@ BAD = {
         ["--parts", "rejection", "--max-new-tokens", "3"],
         "raise --seeds, --limit or --max-new-tokens to have at least 100",
     ),
+    "a tree without its cycle": (
+        ["--tree-nodes", "8"],
+        "--tree-nodes 8 needs --cycle two-forward or one-forward",
+    ),
     "nowhere to write": (["--json", "no/such/place.json"], "its directory does not exist"),
 }
 
@@ -533,9 +526,9 @@ def test_bad_input_is_refused_in_one_line(name: str, tiny_base, prompts) -> None
 
 def test_base_without_mask_and_file_without_prompts_are_refused(tmp_path) -> None:
     with pytest.raises(UserError, match="no mask_token_id"):
-        audited("greedy", model=generator(mask_token_id=None))
+        audited("greedy", model=tiny_model(mask_token_id=None))
     with pytest.raises(UserError, match="no prompt to audit"):
-        audit(generator(), [], Options())
+        audit(tiny_model(), [], Options())
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     with pytest.raises(UserError, match="holds no prompt"):

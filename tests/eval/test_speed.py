@@ -9,6 +9,7 @@ import pytest
 from eval import speed
 from eval.hf import HF
 from orthrus_jax.checkpoint import save_checkpoint
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import LLM
 from tests.support.configs import tiny_config
@@ -53,14 +54,14 @@ def test_transformers_and_our_ar_loop_give_the_same_text(tied, one_thread) -> No
     rng = np.random.default_rng(0)
     prompts = [rng.integers(8, 398, n).tolist() for n in (1, 3, 9, 14, 20, 6, 2)]
     ours = LLM(config, weights)
-    expected = [c.tokens for c in ours.complete(prompts, mode="ar", max_new_tokens=40)]
+    expected = [c.tokens for c in ours.complete(prompts, strategy="ar", max_new_tokens=40)]
     ends = [answer[-1] for answer in expected]
     if not {2, 7} & set(ends):  # make one of the answers end early: at a token that it has
         config = tiny_config(
             **{**SIZES, "eos_token_ids": (2, expected[0][5])}, tie_word_embeddings=tied
         )
         ours = LLM(config, weights)
-        expected = [c.tokens for c in ours.complete(prompts, mode="ar", max_new_tokens=40)]
+        expected = [c.tokens for c in ours.complete(prompts, strategy="ar", max_new_tokens=40)]
     assert len({len(answer) for answer in expected}) > 1
     theirs = HF(config, weights)
     for batch_size in (1, 3):
@@ -127,3 +128,25 @@ def test_unknown_modes_and_prompts_without_weights_are_refused(prompts) -> None:
         speed.main(["--model", "absent", "--modes", "ar,beam"])
     with pytest.raises(UserError, match="--prompts needs --model"):
         speed.main(["--random-weights", "qwen3-4b", "--prompts", prompts])
+
+
+def test_row_counts_without_a_mode_that_spends_them_are_refused() -> None:
+    for options, message in {
+        ("--tree-nodes", "6"): "--tree-nodes 6 needs two-forward or one-forward among --modes",
+        ("--modes", "ar,hf", "--tree-nodes", "6"): "--tree-nodes 6 needs two-forward or one-",
+        ("--modes", "two-forward", "--fresh-blocks", "1"): "--fresh-blocks 1 needs one-forward a",
+    }.items():
+        with pytest.raises(UserError) as error:
+            speed.main(["--model", "absent", *options])
+        assert str(error.value).startswith(message)
+
+
+def test_row_counts_reach_the_modes_that_spend_them() -> None:
+    arguments = ["--model", "absent", "--draft-length", "3", "--tree-nodes", "6"]
+    args = speed._parser().parse_args([*arguments, "--fresh-blocks", "1"])
+    assert {mode: speed.strategy_of_mode(mode, args) for mode in speed.METHODS} == {
+        "ar": Strategy("ar"),
+        "orthrus": Strategy("orthrus", 3),
+        "two-forward": Strategy("orthrus-2f", 3, 6),
+        "one-forward": Strategy("orthrus-1f", 3, 6, fresh_blocks=1),
+    }

@@ -6,12 +6,12 @@ import pathlib
 
 import pytest
 
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import planner
 from orthrus_jax.engine.planner import (
     Calibration,
-    Earned,
     LengthRates,
-    Split,
+    Measurement,
     choose,
     preferred_draft_length,
 )
@@ -20,14 +20,16 @@ from orthrus_jax.llm import LLM
 from tests.support.configs import tiny_config
 
 KIND = "a device"
-PAPER, WIDE, WIDER = Split("paper", 8), Split("one-forward", 8, 15, 6), Split("two-forward", 8, 63)
+PAPER = Strategy("orthrus", 8, early_blocks=0)
+WIDE = Strategy("orthrus-1f", 8, 15, 6)
+WIDER = Strategy("orthrus-2f", 8, 63, 0)
 
 
 def calibration(curves: dict[int, list[tuple[int, float]]] | None = None) -> Calibration:
     """The paper's cycle, 64 rows in one forward, 64 rows in the second of two."""
     figures = {PAPER: 2.6, WIDE: 4.8, WIDER: 3.5}
-    earned = tuple(Earned(s, n, (n - 0.1, n + 0.1), n, 3.0, 0.9) for s, n in figures.items())
-    return Calibration(earned, {KIND: curves} if curves else {}, {"prompts": 3})
+    measured = (Measurement(s, n, (n - 0.1, n + 0.1), n, 3.0, 0.9) for s, n in figures.items())
+    return Calibration(tuple(measured), {KIND: curves} if curves else {}, {"prompts": 3})
 
 
 RATES = LengthRates(4, {2: 5.0, 4: 9.5, 8: 7.25})
@@ -36,7 +38,7 @@ STEEP = {1: [(1, 10.0), (9, 14.0), (64, 80.0)]}
 
 
 @pytest.mark.parametrize(
-    ("curves", "rows", "split", "reason"),
+    ("curves", "rows", "strategy", "reason"),
     [
         (FLAT, 64, WIDE, "4.80 tokens per forward at 1.00 times the cost of one row, 4.80 times"),
         (FLAT, 63, PAPER, "2.60 tokens per forward"),
@@ -44,15 +46,17 @@ STEEP = {1: [(1, 10.0), (9, 14.0), (64, 80.0)]}
         (
             FLAT,
             7,
-            Split("ar"),
+            Strategy("ar"),
             "per forward is fastest with 7 rows at batch 1: none fits",
         ),
-        ({1: [(1, 1.0), (8, 8.0)]}, 64, Split("ar"), "gives 0.33 of its speed"),
+        ({1: [(1, 1.0), (8, 8.0)]}, 64, Strategy("ar"), "gives 0.33 of its speed"),
     ],
 )
-def test_choice_has_most_tokens_per_second(curves, rows: int, split: Split, reason: str) -> None:
+def test_choice_has_most_tokens_per_second(
+    curves, rows: int, strategy: Strategy, reason: str
+) -> None:
     choice = choose(calibration(curves), rows, 1, 8, KIND)
-    assert choice.split == split
+    assert choice.strategy == strategy
     assert reason in choice.why
     assert "measured here" in choice.why
 
@@ -60,40 +64,40 @@ def test_choice_has_most_tokens_per_second(curves, rows: int, split: Split, reas
 def test_batch_multiplies_the_cost_of_rows() -> None:
     """Four prompts of 64 rows are 256 rows: at batch 4 the measured curve, else the nearest's."""
     curves = {1: [(1, 10.0), (64, 11.0), (256, 40.0)]}
-    assert choose(calibration(curves), 64, 1, 8, KIND).split == WIDE
-    assert choose(calibration(curves), 64, 4, 8, KIND).split == PAPER
+    assert choose(calibration(curves), 64, 1, 8, KIND).strategy == WIDE
+    assert choose(calibration(curves), 64, 4, 8, KIND).strategy == PAPER
     assert (
-        choose(calibration(curves | FLAT | {4: [(1, 1.0), (64, 1.0)]}), 64, 4, 8, KIND).split
+        choose(calibration(curves | FLAT | {4: [(1, 1.0), (64, 1.0)]}), 64, 4, 8, KIND).strategy
         == WIDE
     )
 
 
 def test_uncalibrated_device_is_estimated_from_its_ridge() -> None:
     on = lambda kind, batch: choose(calibration(FLAT), 256, batch, 8, kind)
-    assert on("TPU v6 lite", 1).split == WIDE
+    assert on("TPU v6 lite", 1).strategy == WIDE
     assert "estimated: TPU v6 lite was not calibrated" in on("TPU v6 lite", 1).why
-    assert on("TPU v6 lite", 64).split == PAPER
-    assert on("cpu", 4).split == Split("ar")
+    assert on("TPU v6 lite", 64).strategy == PAPER
+    assert on("cpu", 4).strategy == Strategy("ar")
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "batch", "split"),
+    ("kind", "rows", "batch", "strategy"),
     [
-        ("TPU v6 lite", 160, 1, Split("one-forward", 32, 63, 3)),
-        ("TPU v5 lite", 512, 1, Split("one-forward", 32, 79, 5)),
-        ("TPU v5 lite", 512, 8, Split("two-forward", 29)),
-        ("TPU v5 lite", 4, 1, Split("two-forward", 3)),
-        ("TPU v5 lite", 2, 1, Split("ar")),
-        ("NVIDIA H200 141GB", 64, 1, Split("one-forward", 32, 31, 1)),
-        ("cpu", 160, 1, Split("two-forward", 3)),
-        ("cpu", 160, 8, Split("ar")),
-        ("unheard of", 160, 1, Split("one-forward", 32, 63, 3)),
+        ("TPU v6 lite", 160, 1, Strategy("orthrus-1f", 32, 63, 3)),
+        ("TPU v5 lite", 512, 1, Strategy("orthrus-1f", 32, 79, 5)),
+        ("TPU v5 lite", 512, 8, Strategy("orthrus-2f", 29)),
+        ("TPU v5 lite", 4, 1, Strategy("orthrus-2f", 3)),
+        ("TPU v5 lite", 2, 1, Strategy("ar")),
+        ("NVIDIA H200 141GB", 64, 1, Strategy("orthrus-1f", 32, 31, 1)),
+        ("cpu", 160, 1, Strategy("orthrus-2f", 3)),
+        ("cpu", 160, 8, Strategy("ar")),
+        ("unheard of", 160, 1, Strategy("orthrus-1f", 32, 63, 3)),
     ],
 )
-def test_without_acceptance_the_free_rows_are_filled(kind, rows, batch, split: Split) -> None:
+def test_without_acceptance_the_free_rows_are_filled(kind, rows, batch, strategy) -> None:
     choice = choose(None, rows, batch, 32, kind)
-    assert choice.split == split
-    assert choice.split.rows <= max(rows, 1)
+    assert choice.strategy == strategy
+    assert choice.strategy.resolve(tiny_config(block_size=32)).rows <= max(rows, 1)
     assert "by rule" in choice.why
     others = Calibration(cost={kind: FLAT}, draft_length={kind: RATES})
     assert choose(others, rows, batch, 32, kind) == choice
@@ -126,7 +130,7 @@ def test_file_is_read_as_it_was_written(tmp_path) -> None:
         calibration(),
         Calibration(cost={KIND: STEEP}),
         Calibration(draft_length={KIND: RATES, "another": LengthRates(2, {2: 1.0})}),
-        dataclasses.replace(calibration(FLAT), trust=0.65, draft_length={KIND: RATES}),
+        dataclasses.replace(calibration(FLAT), draft_temperature=0.65, draft_length={KIND: RATES}),
     ],
     ids=["acceptance", "costs", "draft length", "all"],
 )
@@ -192,11 +196,11 @@ def test_no_rows_and_no_prompts_are_refused(rows, batch, name) -> None:
         LLM(tiny_config(), {}).plan(rows, batch)
 
 
-def test_options_are_those_of_complete(tmp_path) -> None:
-    assert Split("ar").options == {"mode": "ar"}
+def test_flags_are_those_of_the_commands(tmp_path) -> None:
+    assert Strategy("ar").flags() == {"mode": "ar"}
     calibration(FLAT).save(tmp_path)
-    options = planner.choose(planner.load(tmp_path), 64, 1, 8, KIND).split.options
-    assert options == {
+    flags = planner.choose(planner.load(tmp_path), 64, 1, 8, KIND).strategy.flags()
+    assert flags == {
         "mode": "orthrus", "cycle": "one-forward", "draft_length": 8,
         "tree_nodes": 15, "early_blocks": 6, "fresh_blocks": 0,
     }  # fmt: skip

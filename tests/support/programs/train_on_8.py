@@ -8,7 +8,6 @@ import os
 import sys
 
 from tests.support import fast_compile
-from tests.support.decoding import orthrus_decode
 
 os.environ["XLA_FLAGS"] = fast_compile.on_devices(8)
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,6 +20,7 @@ from orthrus_jax import decoding, sharding
 from orthrus_jax.attention import flash as tiled
 from orthrus_jax.model import Model, params
 from tests.support.configs import NO_EOS, tiny_config
+from tests.support.decoding import orthrus_decode
 from tests.support.weights import random_params
 from train import divergence, trainer
 from train.data import TokenizedDialogue, pack, stack
