@@ -5,7 +5,6 @@ mathematics are the Qwen3 model cards'. Knows nothing of models, runs or figures
 """
 
 import dataclasses
-import gzip
 import hashlib
 import json
 import logging
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 from eval.grading import Grade, grade_integer, grade_math
 from eval.sandbox import SandboxResult, check_humaneval, check_mbpp, run_program
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import first_line, read_jsonl
 from train.problems import boxed, problems
 
 Row = Mapping[str, Any]
@@ -256,7 +256,8 @@ def _sandbox_ready() -> None:
     except RuntimeError as error:  # it could not start
         problem = str(error)
     if problem:
-        raise UserError(f"an empty program cannot be run here: {problem.splitlines()[-1]}")
+        last_line = problem.strip().rpartition("\n")[2]
+        raise UserError(f"an empty program cannot be run here: {last_line}")
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
@@ -361,21 +362,14 @@ def _hub_words(benchmark: Benchmark) -> str:
 
 def _file_rows(benchmark: Benchmark, path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     """The place, FILE:LINE, and the JSON value of each line; blank lines are left out."""
-    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rb") as file:
-            lines = file.read().split(b"\n")
-    except (OSError, EOFError) as error:  # BadGzipFile is an OSError
+        for number, row in read_jsonl(path):
+            yield f"{path}:{number}", row
+    except OSError as error:
         raise UserError(
-            f"--data {path} cannot be read ({getattr(error, 'strerror', None) or error}): give a "
-            f"JSONL file of {benchmark.title}; {_hub_words(benchmark)}"
+            f"--data {path} cannot be read ({first_line(error)}): give a JSONL file of "
+            f"{benchmark.title}; {_hub_words(benchmark)}"
         ) from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line.decode())
-            except (ValueError, RecursionError):  # bad UTF-8 and bad JSON are ValueErrors
-                raise UserError(f"{path}:{number} is not JSON") from None
 
 
 def _usual_rows(benchmark: Benchmark) -> Iterator[tuple[str, Any]]:
@@ -395,9 +389,8 @@ def _usual_rows(benchmark: Benchmark) -> Iterator[tuple[str, Any]]:
 
         rows = datasets.load_dataset(hub.id, hub.config, split=hub.split)
     except Exception as error:  # offline, no such set, a damaged cache: the library raises anything
-        message = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
-            f"{hub.id} cannot be fetched from the hub ({message:.120}): give --data FILE.jsonl "
-            f"with the rows of {benchmark.title}, or go online"
+            f"{hub.id} cannot be fetched from the hub ({first_line(error):.120}): give --data "
+            f"FILE.jsonl with the rows of {benchmark.title}, or go online"
         ) from None
     return ((f"{hub.id} row {number}", row) for number, row in enumerate(rows))

@@ -29,16 +29,16 @@ import numpy as np
 from tqdm import tqdm
 
 from eval import plots
-from eval.arguments import positive, positive_list
+from eval.arguments import check_output, positive, positive_list
 from eval.replay import Recording, ReplayResult, record, simulate
 from eval.speed import standing_at
 from orthrus_jax import cli
-from orthrus_jax.cli import read_prompts
 from orthrus_jax.decoding import CYCLES, Strategy
 from orthrus_jax.decoding.sampling import greedy
 from orthrus_jax.engine import bucket, planner
 from orthrus_jax.engine.planner import Calibration, LengthRates, Measurement
 from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.files import read_prompts
 from orthrus_jax.llm import LLM, load
 from orthrus_jax.metrics import tokens_per_forward
 from orthrus_jax.model import Model, ar_segment
@@ -273,6 +273,7 @@ def draw(calibration: Calibration, path: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
+    check_output("--plot", args.plot, picture=True)
     directory = pathlib.Path(args.model)
     if not directory.is_dir():
         raise UserError(f"--model {args.model} is no directory: {planner.FILE} is written into it")

@@ -28,6 +28,7 @@ from orthrus_jax import cli
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import planner
 from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.files import read_jsonl, write_atomic
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, Params, params
 from orthrus_jax.tokenizer import encode
@@ -174,13 +175,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         stages = json.loads((run / "train.json").read_text())
         figures |= {name: stages[name] for name in ("base_parameters", "trained_parameters")}
         seconds = stages["seconds"]
-        lines = (run / "train.jsonl").read_text(encoding="utf-8").split("\n")
-        training = [json.loads(line) for line in lines if line]
+        training = [record for _, record in read_jsonl(run / "train.jsonl")]
     if rates is not None:
         figures["tokens_per_second_by_block_size"] = rates.tokens_per_second
     figures["seconds"] = seconds | {"measure": time.perf_counter() - begin}
     where = run if finished else out
-    report.write(where / "report.json", json.dumps(figures, indent=2) + "\n")
+    write_atomic(where / "report.json", json.dumps(figures, indent=2) + "\n")
     draw(where / "report.png", figures, training)
     if not finished:
         print(report.text({out.name: results[0]}), end="\n\n")

@@ -33,6 +33,7 @@ from orthrus_jax.cli import add_cycle, add_rows, chosen_strategy, strategy_of
 from orthrus_jax.decoding import AcceptRule, Strategy
 from orthrus_jax.engine import Plan, Request, SamplingParams
 from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.files import write_atomic
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import Params
 
@@ -84,7 +85,7 @@ class Run:
             raise UserError(
                 f"--out {directory} exists: give another one, or --resume to go on with that run"
             )
-        begun = any(path.suffix != ".part" for path in directory.iterdir())
+        begun = any(path.suffix != ".tmp" for path in directory.iterdir())
         if begun:  # else it was killed before its recipe was written
             self.recipe = metrics.read_run(directory)[0]
 
@@ -102,7 +103,8 @@ class Run:
     def open(self, recipe: dict[str, Any]) -> Iterator[tuple[BinaryIO, set[str]]]:
         """Open answers.jsonl for this process alone; yield it and the ids that are in it."""
         if not self.recipe:
-            report.write(self.directory / metrics.RECIPE, json.dumps(recipe, indent=2) + "\n")
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.directory / metrics.RECIPE, json.dumps(recipe, indent=2) + "\n")
         path = self.directory / metrics.ANSWERS
         with path.open("ab") as file:
             _lock(file, path)
@@ -294,13 +296,13 @@ def measure(
     sampling = _sampling(args)
     run_directory = Run(pathlib.Path(args.out), resume=args.resume)
     problems = load(benchmark, args.data)
-    asked = {name: getattr(args, name) for name in RECIPE_FIELDS} | {
+    settings = {name: getattr(args, name) for name in RECIPE_FIELDS} | {
         "benchmark": benchmark.name,
         "data": digest(problems),
         "max_new_tokens": sampling.max_new_tokens,
     }
     problems = problems[: args.limit]
-    run_directory.check("asked", asked)
+    run_directory.check("asked", settings)
     benchmark.ready()
     if model is None:
         model = orthrus_jax.load(args.model, **cli.runtime_options(args))
@@ -319,7 +321,7 @@ def measure(
         "trained": model.trained or args.mode == "ar",
         "graded": benchmark.grade is not None,
         "hardware": f"{loaded['device']}, {platform.machine()}, jax {jax.__version__}",
-        "asked": asked,
+        "asked": settings,
         "loaded": loaded,
     }
     with run_directory.open(recipe) as (file, done):

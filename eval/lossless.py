@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import math
-import pathlib
 import platform
 import sys
 from collections.abc import Sequence
@@ -26,11 +25,13 @@ import jax
 from tqdm import tqdm
 
 import orthrus_jax
+from eval.arguments import check_output
 from eval.audit import PARTS, Audit, Failure, Options, audit_choices
 from eval.audit_law import Z_LIMIT, audit_law
 from orthrus_jax import cli
-from orthrus_jax.cli import add_cycle, read_prompts, strategy_of
+from orthrus_jax.cli import add_cycle, strategy_of
 from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.files import read_prompts, write_atomic
 from orthrus_jax.llm import LLM
 from orthrus_jax.tokenizer import encode
 
@@ -216,8 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = Options(tuple(parts), strategy=strategy, progress=True, **chosen)
     if args.limit < 1:
         raise UserError(f"--limit {args.limit} must be at least 1")
-    if args.json and not pathlib.Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: its directory does not exist")
+    check_output("--json", args.json)
     prompts = read_prompts(args.prompts)[: args.limit]
     model = orthrus_jax.load(args.model, **cli.runtime_options(args))
     ids = [encode(model.tokenizer, text, chat=args.chat) for text in prompts]
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(result))
     if args.json:
         plain = result | {"failures": [dataclasses.asdict(f) for f in result["failures"]]}
-        pathlib.Path(args.json).write_text(json.dumps(plain, indent=2) + "\n")
+        write_atomic(args.json, json.dumps(plain, indent=2) + "\n")
     if result["failures"]:
         sys.exit(1)
 

@@ -210,8 +210,7 @@ def one_row(
         target, of_step = token_at(at + 1), lambda x: jax.lax.dynamic_slice_in_dim(x, t, 1, axis=1)
         if not block:
             return token_check(logits, target, of_step(texts.rivals), at + 1, texts.sampler), cache
-        anchor, mask = of_step(texts.anchors), model.config.mask_token_id
-        assert mask is not None, "drafting needs config.mask_token_id"
+        anchor, mask = of_step(texts.anchors), model.config.mask_id
         segment = block_segment(token_at(anchor)[:, 0], anchor[:, 0], block, mask)
         (hidden,), _ = model.forward(params, [segment], cache)  # it sees the slots below its anchor
         guess = model.logits(params, jnp.take_along_axis(hidden, (at - anchor)[..., None], axis=1))

@@ -97,7 +97,7 @@ def _guesses(
 ) -> tuple[jax.Array, jax.Array]:
     """Likeliest tokens and their log-probabilities, [A, K, M], of blocks at positions `at` [A]."""
     offset = jnp.arange(block)
-    tokens = jnp.where(offset == 0, ids[0, at][:, None], model.config.mask_token_id)
+    tokens = jnp.where(offset == 0, ids[0, at][:, None], model.config.mask_id)
     flat = lambda x: x.reshape(1, -1)
     segment = Segment(flat(tokens), flat(at[:, None] + offset), View.DIFFUSION, block=block)
     (hidden,), _ = model.forward(weights, [segment], cache)

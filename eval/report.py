@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from eval import plots
+from eval.arguments import check_output
 from eval.metrics import Row, across, numbers, read_run
 from orthrus_jax.cli import BLOCKS
 from orthrus_jax.errors import run_command
+from orthrus_jax.files import write_atomic
 
 RESULTS, PAGE = "results.json", "report.html"
 
@@ -167,7 +169,7 @@ def page(results: Mapping[str, Row], lines: Sequence[str] = ()) -> str:
         body.append(f"<h2>{html.escape(run)}: {html.escape(result['title'])}</h2>")
         body.append(_html_list(details(result)))
         body += [_html_table(table) for table in group_tables(result).values()]
-    body.append("".join(f"<p>{html.escape(line)}</p>" for line in NOTES.splitlines()))
+    body.append("".join(f"<p>{html.escape(line)}</p>" for line in NOTES.split("\n")))
     title = html.escape(", ".join(f"{r['title']}, {r['model']}" for r in results.values()))
     return PAGE_FRAME.format(title=title, body="\n".join(body))
 
@@ -274,19 +276,11 @@ def _svg(name: str, columns: int, draw: Callable[..., None], height: float = 3.4
     return whole[whole.index("<svg") :]
 
 
-def write(path: pathlib.Path, content: str) -> None:
-    """Write a whole file or none: to a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(content, encoding="utf-8")
-    part.replace(path)
-
-
 def finish(directory: pathlib.Path) -> dict[str, Any]:
     """Compute a run's numbers and write its results.json and report.html."""
     result = numbers(*read_run(directory))
-    write(directory / RESULTS, json.dumps(result, indent=2) + "\n")
-    write(directory / PAGE, page({directory.name: result}))
+    write_atomic(directory / RESULTS, json.dumps(result, indent=2) + "\n")
+    write_atomic(directory / PAGE, page({directory.name: result}))
     return result
 
 
@@ -301,12 +295,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--html", metavar="FILE", help="default: RUN/report.html, for several runs compare.html"
     )
     args = parser.parse_args(argv)
+    check_output("--html", args.html)
     results = {run: finish(pathlib.Path(run)) for run in dict.fromkeys(args.runs)}
     lines = across({run: read_run(run) for run in results})
     print("\n".join([text(results), *lines]))
     usual = pathlib.Path(args.runs[0], PAGE) if len(results) == 1 else "compare.html"
     out = pathlib.Path(args.html or usual)
-    write(out, page(results, lines))
+    write_atomic(out, page(results, lines))
     print(f"\nwritten: {out}")
 
 

@@ -28,15 +28,16 @@ from tqdm import tqdm
 
 import orthrus_jax
 from eval import plots
-from eval.arguments import positive, positive_list
+from eval.arguments import check_output, positive, positive_list
 from eval.hf import HF, check_torch
 from orthrus_jax import cli, decoding, sharding
-from orthrus_jax.cli import BLOCKS, add_blocks, read_prompts
+from orthrus_jax.cli import BLOCKS, add_blocks
 from orthrus_jax.config import PRESETS
 from orthrus_jax.decoding import CYCLES, Strategy
 from orthrus_jax.drafters import DiffusionDrafter
 from orthrus_jax.engine import bucket
 from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.files import read_prompts, write_atomic
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, params
 from orthrus_jax.tokenizer import encode
@@ -301,6 +302,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             cycles = [cycle for cycle, method in CYCLES.items() if method in methods]
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise UserError(f"{flag} needs {' or '.join(cycles)} among --modes")
+    check_output("--json", args.json)
+    check_output("--plot", args.plot, picture=True)
     if args.prompts and not args.model:
         raise UserError("--prompts needs --model: the texts of random weights are not worth timing")
     if "hf" in args.modes:
@@ -335,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             result["text"].append({"batch": batch, **time_text(ids, args.repeats, variants)})
     print(table(result))
     if args.json:
-        pathlib.Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
+        write_atomic(args.json, json.dumps(result, indent=2) + "\n")
     if args.plot:
         draw(pathlib.Path(args.plot), result)
 

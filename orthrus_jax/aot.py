@@ -159,7 +159,7 @@ def report(program: Program, limit: float, text: str | None = None) -> dict[str,
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
             raise
-        lines = message.splitlines()
+        lines = message.split("\n")
         about_memory = next((line for line in lines if "hbm" in line.lower()), lines[0])
         result |= {"fits": False, "why": about_memory.strip()[:200]}
     else:

@@ -21,7 +21,7 @@ from orthrus_jax.cli import (
     strategy_of,
 )
 from orthrus_jax.engine import Completion
-from orthrus_jax.errors import UserError, program_name, run_command
+from orthrus_jax.errors import PromptLengthError, UserError, program_name, run_command
 from orthrus_jax.llm import Conversation, load
 
 HELP = "/reset forgets the dialogue, /exit or end of input leaves"
@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             try:
                 completion = _answer(conversation, text, options)
             except UserError as error:
-                print(f"error: {error}; /reset makes room", file=sys.stderr)
+                full = isinstance(error, PromptLengthError) and conversation.begun
+                hint = "; /reset makes room" if full else ""
+                print(f"error: {error}{hint}", file=sys.stderr)
                 continue
             print()
             print(f"[{completion or 'interrupted'}]", file=sys.stderr)

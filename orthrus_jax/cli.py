@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import functools
-import json
-import pathlib
 import sys
 from typing import Any
 
@@ -173,32 +171,6 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ["max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed"]
     options = {name: getattr(args, name) for name in names}
     return options | {"stop": tuple(args.stop), "stop_token_ids": tuple(args.stop_token_id)}
-
-
-def read_prompts(path: str | pathlib.Path) -> list[str]:
-    """Read a file of one {"prompt": TEXT} a line, as --prompts takes it.
-
-    Raises:
-      UserError: naming the file and the line.
-    """
-    path = pathlib.Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path} cannot be read: {error}") from None
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            prompts.append(str(json.loads(line)["prompt"]))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(
-                f'{path}:{number} is not a JSON object with a "prompt", like {{"prompt": "Hi"}}'
-            ) from None
-    if not prompts:
-        raise UserError(f"--prompts {path} holds no prompt")
-    return prompts
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:

@@ -72,6 +72,20 @@ class ModelConfig:
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
 
+    @property
+    def mask_id(self) -> int:
+        """The id of the MASK token, which the diffusion view reads in place of unknown tokens.
+
+        Raises:
+          UserError: when the vocabulary has no row for it.
+        """
+        if self.mask_token_id is None:
+            raise UserError(
+                "config.json names no mask_token_id, which drafting needs: use mode ar "
+                "(strategy='ar')"
+            )
+        return self.mask_token_id
+
 
 def _qwen3(width: int, mlp: int, layers: int, heads: int, tied: bool) -> ModelConfig:
     return ModelConfig(

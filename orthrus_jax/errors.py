@@ -20,7 +20,11 @@ EXTRAS = {
 
 
 class UserError(ValueError):
-    """Bad input, told in one line. Commands print it and exit with status 2."""
+    """Bad input, described in one line. Commands print it and exit with status 2."""
+
+
+class PromptLengthError(UserError):
+    """A prompt that, with the tokens of its answer, does not fit the model's positions."""
 
 
 def run_command(main: Callable[[], None]) -> None:

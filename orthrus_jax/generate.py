@@ -10,12 +10,12 @@ from orthrus_jax.cli import (
     add_sampling,
     chosen_strategy,
     print_pieces,
-    read_prompts,
     runtime_options,
     sampling_options,
     strategy_of,
 )
-from orthrus_jax.errors import program_name, run_command
+from orthrus_jax.errors import UserError, program_name, run_command
+from orthrus_jax.files import read_prompts
 from orthrus_jax.llm import load
 
 
@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="checkpoint or hub id")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="one prompt; - reads standard input")
-    source.add_argument("--prompts", metavar="FILE.jsonl", help='one {"prompt": TEXT} a line')
+    source.add_argument("--prompts", metavar="FILE.jsonl", help='one {"prompt": TEXT} per line')
     parser.add_argument(
         "--mode", choices=("orthrus", "ar"), default="orthrus", help="default: orthrus"
     )
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--thinking", action="store_true", help="let the model think first")
     add_sampling(parser)
     parser.add_argument(
-        "--n", type=int, default=1, metavar="N", help="samples a prompt; default: 1"
+        "--n", type=int, default=1, metavar="N", help="samples per prompt; default: 1"
     )
     parser.add_argument("--logprobs", action="store_true", help="with --json: log p of each token")
     add_runtime(parser)
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, metavar="N", help="answers decoded together; default: n"
     )
     parser.add_argument("--stream", action="store_true", help="print text as it grows")
-    parser.add_argument("--json", action="store_true", help="print one JSON object an answer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per answer")
     return parser
 
 
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.stream and (args.json or args.n > 1):
         parser.error("--stream goes with neither --json nor --n")
+    if args.logprobs and not args.json:
+        raise UserError("--logprobs needs --json: the plain output has no place for them")
     strategy_of(args)  # flags that do not fit each other are refused before a model is loaded
     if args.prompts is not None:
         prompts = read_prompts(args.prompts)

@@ -315,6 +315,11 @@ class Conversation:
         """Forget all messages but the system's."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
+    @property
+    def begun(self) -> bool:
+        """Whether there are messages that `reset` would forget."""
+        return any(message["role"] != "system" for message in self.messages)
+
     def ask(self, text: str, **options: Any) -> Pieces:
         """Add `text` to the dialogue and return the answer's pieces as they grow; see LLM.stream.
 

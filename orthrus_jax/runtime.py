@@ -32,7 +32,7 @@ def user_directory() -> pathlib.Path:
     """
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text().split("\n")
         kind = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     except OSError:
         kind = platform.processor()

@@ -76,7 +76,9 @@ def encode_messages(
         the dialogue, or the text has a lone surrogate.
     """
     if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template: use --no-chat for plain text")
+        raise UserError(
+            "the tokenizer has no chat template: it takes plain text only (generate --no-chat)"
+        )
     try:
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
@@ -84,8 +86,8 @@ def encode_messages(
     except Exception as error:  # a template is a program: it can raise anything
         cause = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"the tokenizer's chat template cannot be applied ({cause}): mend the template, or use "
-            "--no-chat for plain text"
+            f"the tokenizer's chat template cannot be applied ({cause}): mend the template, or "
+            "give plain text (generate --no-chat)"
         ) from None
     return _ids(tokenizer, text)
 

@@ -5,7 +5,6 @@ same command resumes an interrupted run.
 """
 
 import dataclasses
-import itertools
 import json
 import pathlib
 import shutil
@@ -22,6 +21,7 @@ from orthrus_jax import checkpoint, sharding
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import write_atomic
 from orthrus_jax.llm import LLM
+from orthrus_jax.metrics import acceptance_length
 from orthrus_jax.model import REMAT, Model, params
 from orthrus_jax.tokenizer import encode_messages, load_tokenizer
 from train import cli, distill, hosts, model_card, trainer
@@ -207,9 +207,8 @@ def _held_out(
             batch_size=min(len(prompts), config.distill.batch_size),
         )
         generator.params = frozen  # free the copy
-        accepted = list(itertools.chain.from_iterable(c.accepted for c in completions))
         return {
-            "acceptance_length": float(np.mean(accepted)),
+            "acceptance_length": acceptance_length(c.accepted for c in completions),
             "tokens_per_forward": float(np.mean([c.tokens_per_forward for c in completions])),
             "sample": completions[0].text[:400],
         }

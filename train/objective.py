@@ -210,8 +210,6 @@ def both_views(
     batch, length = rows.tokens.shape
     flat = lambda x: x.reshape(batch, -1)
     offset = jnp.arange(config.block_size)
-    mask = config.mask_token_id
-    assert mask is not None, "training needs config.mask_token_id"
     clean = Segment(
         rows.tokens,
         jnp.broadcast_to(jnp.arange(length), rows.tokens.shape),
@@ -221,7 +219,7 @@ def both_views(
     anchor_token = _at(rows.tokens, blocks.anchors)[..., None]
     own_start = _at(rows.start, blocks.anchors)[..., None]
     masked = Segment(
-        flat(jnp.where(offset == 0, anchor_token, mask)),
+        flat(jnp.where(offset == 0, anchor_token, config.mask_id)),
         flat(blocks.anchors[..., None] + offset),
         View.DIFFUSION,
         block=config.block_size,

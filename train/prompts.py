@@ -139,8 +139,9 @@ def file_rows(path: pathlib.Path, columns: Sequence[str] = COLUMNS) -> Iterator[
         with opened(path, "rb") as lines:
             yield from (_parse(line) for line in lines if line.strip())
     except (OSError, EOFError, pyarrow.ArrowException) as error:
-        why = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path} cannot be read ({why:.120}): truncated or damaged") from None
+        raise UserError(
+            f"{path} cannot be read ({first_line(error):.120}): truncated or damaged"
+        ) from None
 
 
 def _parse(line: bytes) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import first_line
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -154,8 +155,3 @@ def replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
             raise UserError(f"{target} could not be written: {error}; nothing was kept") from error
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its class."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from orthrus_jax import sharding
-from orthrus_jax.checkpoint.directory import checked_path, first_line, resolve, weight_files
+from orthrus_jax.checkpoint.directory import checked_path, resolve, weight_files
 from orthrus_jax.checkpoint.hf_config import read_config
 from orthrus_jax.checkpoint.tensors import (
     FILE_DTYPES,
@@ -28,6 +28,7 @@ from orthrus_jax.checkpoint.tensors import (
 )
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import first_line
 from orthrus_jax.model.params import DIFFUSION, diffusion_from_base, merge
 from orthrus_jax.model.transformer import Params
 

@@ -27,7 +27,7 @@ from orthrus_jax.engine.request import (
     is_whole,
 )
 from orthrus_jax.engine.session import Session
-from orthrus_jax.errors import UserError
+from orthrus_jax.errors import PromptLengthError, UserError
 from orthrus_jax.model import Model, Params
 from orthrus_jax.tokenizer import Tokenizer
 
@@ -76,13 +76,14 @@ class Engine:
         """Refuse a request that this model cannot answer; the message calls it prompt `number`.
 
         Raises:
-          UserError: naming the value and its limit.
+          PromptLengthError: when prompt and answer are over the model's positions.
+          UserError: naming another value and its limit.
         """
         config, sampling = self.config, request.sampling
         self._check_prompt(request.prompt, number)
         length, new = len(request.prompt), sampling.max_new_tokens
         if length + new > config.max_position_embeddings:
-            raise UserError(
+            raise PromptLengthError(
                 f"prompt {number} has {length} tokens; with max_new_tokens={new} "
                 f"that is over the model's {config.max_position_embeddings} positions"
             )

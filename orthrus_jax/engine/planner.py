@@ -19,8 +19,10 @@ import jax
 
 from orthrus_jax.decoding.strategy import CYCLES, Strategy
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import first_line, write_atomic
 
 FILE = "calibration.json"
+COUNTS = ("draft_length", "tree_nodes", "early_blocks", "fresh_blocks")  # of a strategy, in FILE
 # Rows at which a bfloat16 forward's arithmetic takes as long as reading the weights: FLOP/s over
 # bytes/s of the data sheets, or, on a GPU, where that was measured to begin.
 RIDGE = {"TPU v5 lite": 240, "TPU v6 lite": 560, "NVIDIA H100": 165, "NVIDIA H200": 165, "cpu": 4}
@@ -91,9 +93,7 @@ class Calibration:
             content["draft_length"] = {
                 kind: dataclasses.asdict(rates) for kind, rates in self.draft_length.items()
             }
-        part = path.with_name(f"{FILE}.part")
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(path)
+        write_atomic(path, json.dumps(content, indent=1) + "\n")
         return path
 
 
@@ -110,7 +110,7 @@ def check_writable(directory: str | pathlib.Path) -> None:
         part.unlink()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error.strerror}): the measurements are kept there"
+            f"{path} cannot be written ({first_line(error)}): the measurements are kept there"
         ) from None
 
 
@@ -148,9 +148,6 @@ def load(directory: str | pathlib.Path) -> Calibration | None:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}: {error}): delete it or run eval.calibrate"
         ) from None
-
-
-COUNTS = ("draft_length", "tree_nodes", "early_blocks", "fresh_blocks")
 
 
 def _to_json(measured: Measurement) -> dict[str, Any]:

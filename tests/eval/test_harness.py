@@ -345,7 +345,7 @@ def test_any_torn_file_is_resumed(directory, data, whole, kept, torn, tmp_path):
 def test_run_killed_before_its_recipe_was_written_begins_anew(directory, data, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "recipe.json.part").write_text('{"ti')
+    (out / ".recipe.json.0a1b2c3d.tmp").write_text('{"ti')
     assert gsm8k(directory, data, out, "--resume", "--limit", "2")["answered"] == 2
 
 
