@@ -14,9 +14,9 @@ import pytest
 from hypothesis import strategies as st
 
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.decoding import Strategy
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import params as params_lib
+from tests.support import cases as cases_lib
 from tests.support.configs import tiny_config
 from tests.support.weights import random_params
 
@@ -32,17 +32,8 @@ SHAPES = {  # layers, heads, key heads, K, tied embeddings, the model's own end 
 }
 
 
-STRATEGIES = [
-    Strategy("orthrus", accept="coupled"),
-    Strategy("orthrus-2f"),
-    Strategy("orthrus-2f", tree_nodes=7),
-    Strategy("orthrus-1f", early_blocks=2),
-    Strategy("orthrus-1f", early_blocks=2, fresh_blocks=1),
-    Strategy("orthrus-1f", tree_nodes=6, early_blocks=3),
-    Strategy("orthrus-1f", tree_nodes=9, early_blocks=2, fresh_blocks=2),
-    Strategy("orthrus-1f", early_blocks=0, fresh_blocks=3),
-    Strategy("orthrus-1f", tree_nodes=6, early_blocks=0, fresh_blocks=2),
-]
+# Sampled, the paper's cycle says AR's own text if coupled; the others do under both rules.
+STRATEGIES = [dataclasses.replace(s, accept="coupled") for s in cases_lib.STRATEGIES.values()]
 
 
 class Letters:
@@ -114,7 +105,6 @@ def cases(
             "top_k": draw(st.sampled_from([0, 1, 5])),
             "min_p": draw(st.sampled_from([0.0, 0.05])),
         }
-    # While a forward drafts and verifies, AR's own text comes under both rules; else coupled.
     strategy = draw(st.sampled_from(strategies))
     how = {
         "batch_size": draw(st.sampled_from(batches)),

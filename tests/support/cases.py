@@ -1,0 +1,61 @@
+"""The cases over which exactness is shown: shape x cache x strategy.
+
+A new family, cache kind, attention implementation, drafter or method gets the whole proof for a row
+in one of these tables. FAST holds pairs in which every row of every table occurs; EVERY is the
+product, for the slow suite.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+
+from orthrus_jax.attention.attend import IMPLEMENTATIONS
+from orthrus_jax.decoding import Strategy
+
+SHAPES = {  # changes of tiny_config
+    "tied, grouped heads": {},
+    "untied": {"tie_word_embeddings": False},
+    "one key head": {"num_key_value_heads": 1},
+    "no grouping, odd block": {"num_key_value_heads": 4, "block_size": 5},
+    "no q/k norm": {"qk_norm": False},
+    "biases, as Qwen2": {"qk_norm": False, "attention_bias": True},
+}
+STRATEGIES = {
+    "paper": Strategy("orthrus"),
+    "paper, short block": Strategy("orthrus", 2),
+    "two-forward": Strategy("orthrus-2f"),
+    "two-forward, tree": Strategy("orthrus-2f", tree_nodes=7),
+    "length blocks": Strategy("orthrus-1f", early_blocks=2),
+    "outcome blocks": Strategy("orthrus-1f", fresh_blocks=3),
+    "both blocks": Strategy("orthrus-1f", early_blocks=2, fresh_blocks=2),
+    "tree, length blocks": Strategy("orthrus-1f", tree_nodes=6, early_blocks=3),
+    "tree, both blocks": Strategy("orthrus-1f", tree_nodes=9, early_blocks=2, fresh_blocks=2),
+}
+CACHES = {  # slots, and changes of Model: which way of storing and reading a cache is taken
+    "few slots": (64, {}),
+    "read in chunks": (1536, {}),
+    **{f"attention {name}": (64, {"attention": name}) for name in IMPLEMENTATIONS},
+}
+
+
+class Case(NamedTuple):
+    """One row of each table, by name."""
+
+    shape: str
+    cache: str
+    strategy: str
+
+
+EVERY = [Case(*names) for names in itertools.product(SHAPES, CACHES, STRATEGIES)]
+# Diagonals through the product: as many cases as the longest table has rows.
+FAST = [
+    Case(shape, cache, strategy)
+    for shape, cache, strategy in zip(
+        itertools.cycle(SHAPES), itertools.cycle(CACHES), STRATEGIES, strict=False
+    )
+]
+CASES = [
+    *FAST,
+    *(pytest.param(case, marks=pytest.mark.slow) for case in EVERY if case not in FAST),
+]
