@@ -1,7 +1,7 @@
 """Metrics of a benchmark run: accuracy, acceptance, speed, equal texts.
 
 Every number is computed from RUN/recipe.json and RUN/answers.jsonl alone, with the definitions of
-docs/design.md. report.py shows them. Knows no model and no clock.
+docs/metrics.md. report.py shows them. Knows no model and no clock.
 """
 
 import collections

@@ -15,7 +15,7 @@ from typing import Any
 from eval import plots
 from eval.arguments import check_output
 from eval.metrics import Row, across, numbers, read_run
-from orthrus_jax.cli import BLOCKS
+from orthrus_jax.decoding.strategy import SPENT_BY
 from orthrus_jax.errors import run_command
 from orthrus_jax.files import write_atomic
 
@@ -121,7 +121,7 @@ def details(result: Row) -> list[str]:
         chosen = ", ".join(f"{name} {settings[name]}" for name in names)
     ahead = ""
     if loaded.get("cycle", "paper") != "paper":
-        spent = [f"{loaded[kind]} {kind.replace('_', ' ')}" for kind in BLOCKS if loaded[kind]]
+        spent = [f"{loaded[kind]} {kind.replace('_', ' ')}" for kind in SPENT_BY if loaded[kind]]
         ahead = ", ".join(["", f"{loaded['cycle']} cycle", *spent])
     lines.append(
         f"{chosen}; {'thinking' if settings['thinking'] else 'not thinking'}; at most "

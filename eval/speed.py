@@ -31,7 +31,7 @@ from eval import plots
 from eval.arguments import check_output, positive, positive_list
 from eval.hf import HF, check_torch
 from orthrus_jax import cli, decoding, sharding
-from orthrus_jax.cli import BLOCKS, add_blocks
+from orthrus_jax.cli import SPENT_BY, add_blocks
 from orthrus_jax.config import PRESETS
 from orthrus_jax.decoding import CYCLES, Strategy
 from orthrus_jax.drafters import DiffusionDrafter
@@ -162,7 +162,7 @@ Variant = Callable[[list[list[int]]], list[list[int]]]  # prompts to answers, al
 def strategy_of_mode(mode: str, args: argparse.Namespace) -> Strategy:
     """The strategy of one of --modes, with those row counts that its method has."""
     method = METHODS[mode]
-    counts = {name: getattr(args, name) for name, methods in BLOCKS.items() if method in methods}
+    counts = {name: getattr(args, name) for name, methods in SPENT_BY.items() if method in methods}
     given: dict[str, Any] = {name: n for name, n in counts.items() if n is not None}
     return Strategy(method, None if method == "ar" else args.draft_length, **given)
 
@@ -265,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of ar, orthrus (the paper's cycle), two-forward and one-forward (text only), hf "
         "(transformers' generate; needs torch); default: %(default)s",
     )
-    add_blocks(parser)
+    add_blocks(parser, "--modes")
     add("--batch-sizes", type=positive_list, default=[1], help="default: 1")
     add("--contexts", type=positive_list, default=[128, 1024], help="default: 128,1024")
     add("--max-new-tokens", type=positive, default=256, help="default: %(default)s")
@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.modes = args.modes.split(",")
     if unknown := sorted(set(args.modes) - set(MODES)):
         raise UserError(f"--modes names {', '.join(unknown)}: expected some of {', '.join(MODES)}")
-    for name, methods in BLOCKS.items():
+    for name, methods in SPENT_BY.items():
         if getattr(args, name) is not None and not {METHODS.get(m) for m in args.modes} & {
             *methods
         }:

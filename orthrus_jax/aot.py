@@ -244,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--program", choices=PROGRAMS, required=True)
     add("--batch", type=int, default=1, help="sequences decoded together; default: %(default)s")
     add("--context", type=int, default=4096, help="cache slots per row; default: %(default)s")
-    add_blocks(parser)
+    add_blocks(parser, "--program")
     for axis, size in MESH.items():
         default = "the remaining devices" if size < 0 else size
         add(f"--{axis}", type=int, default=size, help=f"mesh axis; default: {default}")

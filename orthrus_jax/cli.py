@@ -11,7 +11,7 @@ import jax
 from orthrus_jax import sharding
 from orthrus_jax.config import DTYPES
 from orthrus_jax.decoding import CYCLES, AcceptRule, Strategy
-from orthrus_jax.decoding.strategy import LENGTH_BLOCKS
+from orthrus_jax.decoding.strategy import LENGTH_BLOCKS, SPENT_BY
 from orthrus_jax.engine import Completion, SamplingParams, planner
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import LLM, Pieces
@@ -92,13 +92,13 @@ def add_rows(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_blocks(parser: argparse.ArgumentParser) -> None:
-    """Add the options that spend the rows of a forward."""
+def add_blocks(parser: argparse.ArgumentParser, selector: str = "--cycle") -> None:
+    """Add the options that spend the rows of a forward; `selector` is the flag of the cycle."""
     number = functools.partial(parser.add_argument, type=int, metavar="N")
     number(
         "--early-blocks",
-        help="with --cycle one-forward: blocks per forward that draft ahead, each for one number "
-        f"of accepted drafts; default: {LENGTH_BLOCKS}, or 0 beside --fresh-blocks",
+        help=f"with {selector} one-forward: blocks per forward that draft ahead, each for one "
+        f"number of accepted drafts; default: {LENGTH_BLOCKS}, or 0 beside --fresh-blocks",
     )
     number(
         "--fresh-blocks",
@@ -106,16 +106,9 @@ def add_blocks(parser: argparse.ArgumentParser) -> None:
     )
     number(
         "--tree-nodes",
-        help="with --cycle two-forward or one-forward: drafts of a tree that a forward verifies; "
-        "default: 0, a chain",
+        help=f"with {selector} two-forward or one-forward: drafts of a tree that a forward "
+        "verifies; default: 0, a chain",
     )
-
-
-BLOCKS = {  # flags, and the methods that spend rows on them
-    "early_blocks": ("orthrus-1f",),
-    "fresh_blocks": ("orthrus-1f",),
-    "tree_nodes": ("orthrus-2f", "orthrus-1f"),
-}
 
 
 def strategy_of(
@@ -134,7 +127,7 @@ def strategy_of(
     get = functools.partial(getattr, args)
     if method is None:
         method = "ar" if get("mode", "") == "ar" else CYCLES[get("cycle", None) or "paper"]
-    names = ("cycle", "draft_length", *BLOCKS)
+    names = ("cycle", "draft_length", *SPENT_BY)
     given = {name: value for name in names if (value := get(name, None)) is not None}
     rows = get("rows", None)
     if rows is not None and method == "ar":
@@ -145,10 +138,10 @@ def strategy_of(
             raise UserError(f"{flag} beside --rows {rows}: the planner chooses it")
         if method == "ar":
             raise UserError(f"{flag}: decoding one token per forward (ar) drafts nothing")
-        if name in BLOCKS and method not in BLOCKS[name]:
-            cycles = [cycle for cycle, method in CYCLES.items() if method in BLOCKS[name]]
+        if name in SPENT_BY and method not in SPENT_BY[name]:
+            cycles = [cycle for cycle, method in CYCLES.items() if method in SPENT_BY[name]]
             raise UserError(f"{flag} needs {selector} {' or '.join(cycles)}")
-    counts: dict[str, Any] = {name: given[name] for name in BLOCKS if name in given}
+    counts: dict[str, Any] = {name: given[name] for name in SPENT_BY if name in given}
     return Strategy(
         method, given.get("draft_length"), accept=get("accept", AcceptRule.REJECTION), **counts
     )

@@ -30,6 +30,7 @@ RULES: dict[str, tuple[str | None, ...]] = {  # a parameter's module -> its axes
     "gate_proj": (FSDP, TENSOR),
     "up_proj": (FSDP, TENSOR),
     "down_proj": (TENSOR, FSDP),
+    "bias": (TENSOR,),  # of a projection whose features lie on the tensor axis
 }
 
 

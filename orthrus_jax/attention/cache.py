@@ -67,7 +67,7 @@ class LayerCache(struct.PyTreeNode):
     keys_transposed: bool = struct.field(pytree_node=False, default=True)
 
     @classmethod
-    def batch_sharding(cls, k: Array, v: Array) -> "LayerCache":
+    def from_rows(cls, k: Array, v: Array) -> "LayerCache":
         """Slots made of a segment's own rows, k and v [B, T, G, D] as projections return them."""
         return cls(k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3))
 

@@ -14,6 +14,11 @@ from orthrus_jax.errors import UserError
 FORWARDS = {"ar": 1, "orthrus": 2, "orthrus-2f": 2, "orthrus-1f": 1}  # of each method, per cycle
 METHODS = tuple(FORWARDS)
 CYCLES = {"paper": "orthrus", "two-forward": "orthrus-2f", "one-forward": "orthrus-1f"}
+SPENT_BY = {  # fields, and the methods that spend rows on them
+    "early_blocks": ("orthrus-1f",),
+    "fresh_blocks": ("orthrus-1f",),
+    "tree_nodes": ("orthrus-2f", "orthrus-1f"),
+}
 LENGTH_BLOCKS = 4  # of orthrus-1f, where a strategy names none
 CANDIDATES = 8  # the AR view's token after a rejection is among so many nine times in ten
 
@@ -78,6 +83,12 @@ class Strategy:
         rules = [rule.value for rule in AcceptRule]
         if self.accept not in rules:
             raise UserError(f"accept={self.accept!r} is not one of {', '.join(rules)}")
+        for name, methods in SPENT_BY.items():
+            value = getattr(self, name) or 0
+            if value < 0:
+                raise UserError(f"{name}={value} must be 0 or more")
+            if value and self.method not in methods:
+                raise UserError(f"{name}={value} needs method={' or '.join(map(repr, methods))}")
         if self.method == "ar":
             return
         if config.mask_token_id is None:
@@ -88,13 +99,6 @@ class Strategy:
         if self.draft_length is not None and not 2 <= self.draft_length <= config.block_size:
             raise UserError(
                 f"draft_length={self.draft_length} must be from 2 to {config.block_size}"
-            )
-        for name in ("tree_nodes", "early_blocks", "fresh_blocks"):
-            if (getattr(self, name) or 0) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
-        if self.method == "orthrus" and self.tree_nodes:
-            raise UserError(
-                f"tree_nodes={self.tree_nodes} needs method='orthrus-2f' or 'orthrus-1f'"
             )
         if self.method == "orthrus-1f" and self.early_blocks == 0 and not self.fresh_blocks:
             raise UserError(

@@ -81,11 +81,7 @@ class Layer(nn.Module):
     ) -> tuple[Array, LayerCache]:
         q, k, v = self.self_attn.qkv(x, *rotary, cached)
         # Without a cache the segment's own rows are the slots.
-        kv = (
-            LayerCache.batch_sharding(k, v)
-            if kv is None
-            else kv.write(k, v, segment.positions[:, 0])
-        )
+        kv = LayerCache.from_rows(k, v) if kv is None else kv.write(k, v, segment.positions[:, 0])
         end, kv_len = _limits(segment, segment.positions + 1, cached)
         heads = attend(q, kv, segment.start, end, kv_len, **self._options(segment))
         return self.self_attn.out(heads), kv

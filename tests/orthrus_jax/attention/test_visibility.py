@@ -278,7 +278,7 @@ def test_attention_equals_the_definition_in_float64(implementation, groups, with
     start = rng.integers(0, 4, (b, a)) if with_start else np.zeros((b, a), int)
     end = start + rng.integers(0, 7, (b, a))
     end[0, 0] = start[0, 0]  # a block that sees only itself
-    layer = LayerCache.batch_sharding(jnp.asarray(k), jnp.asarray(v))
+    layer = LayerCache.from_rows(jnp.asarray(k), jnp.asarray(v))
     got = attention.attend_blocks(
         jnp.asarray(q),
         layer,
@@ -317,5 +317,5 @@ def test_unknown_attention_is_refused_with_the_known_names() -> None:
     q, kv = jnp.zeros((1, 1, 4, 16)), jnp.zeros((1, 1, 2, 16))
     with pytest.raises(UserError, match="known: "):
         attention.attend(
-            q, LayerCache.batch_sharding(kv, kv), None, jnp.ones((1, 1)), implementation="other"
+            q, LayerCache.from_rows(kv, kv), None, jnp.ones((1, 1)), implementation="other"
         )

@@ -177,7 +177,7 @@ def test_attention_module(pair: Pair) -> None:
     module = AttentionProjections(pair.config)
     q, k, v = module.apply(pair.layer("self_attn"), pair.x, *pair.angles, method="qkv")
     end = jnp.broadcast_to(jnp.arange(T) + 1, (2, T))
-    heads = attention.attend(q, LayerCache.batch_sharding(k, v), None, end)
+    heads = attention.attend(q, LayerCache.from_rows(k, v), None, end)
     ours = module.apply(pair.layer("self_attn"), heads, method="out")
     assert relative_error(ours, theirs) < BOUND
 
