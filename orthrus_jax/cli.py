@@ -98,7 +98,7 @@ def add_blocks(parser: argparse.ArgumentParser, selector: str = "--cycle") -> No
     number(
         "--early-blocks",
         help=f"with {selector} one-forward: blocks per forward that draft ahead, each for one "
-        f"number of accepted drafts; default: {LENGTH_BLOCKS}, or 0 beside --fresh-blocks",
+        f"number of accepted drafts; default: {LENGTH_BLOCKS}",
     )
     number(
         "--fresh-blocks",

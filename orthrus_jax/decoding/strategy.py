@@ -34,7 +34,7 @@ class Strategy:
       draft_length: rows of a draft block, the anchor included; None is the trained K.
       tree_nodes: of the last two methods, the drafts of a tree to verify; 0 is a chain.
       early_blocks: of "orthrus-1f", blocks per forward that assume how many drafts are accepted;
-        None is LENGTH_BLOCKS, or 0 beside `fresh_blocks`.
+        None is LENGTH_BLOCKS.
       fresh_blocks: of "orthrus-1f", blocks that assume the next token as well.
       accept: "rejection" or "coupled", when "orthrus" accepts a sampled draft; see AcceptRule.
       draft_temperature: the temperature at which the drafter's probabilities are believed where
@@ -67,9 +67,7 @@ class Strategy:
         )
         if self.method != "orthrus-1f":
             return dataclasses.replace(whole, early_blocks=0, fresh_blocks=0)
-        early = self.early_blocks
-        if early is None:
-            early = 0 if self.fresh_blocks else LENGTH_BLOCKS
+        early = LENGTH_BLOCKS if self.early_blocks is None else self.early_blocks
         ends = whole.drafts + 1
         return dataclasses.replace(
             whole,

@@ -27,7 +27,7 @@ STRATEGIES = {
     "two-forward": Strategy("orthrus-2f"),
     "two-forward, tree": Strategy("orthrus-2f", tree_nodes=7),
     "length blocks": Strategy("orthrus-1f", early_blocks=2),
-    "outcome blocks": Strategy("orthrus-1f", fresh_blocks=3),
+    "outcome blocks": Strategy("orthrus-1f", early_blocks=0, fresh_blocks=3),
     "both blocks": Strategy("orthrus-1f", early_blocks=2, fresh_blocks=2),
     "tree, length blocks": Strategy("orthrus-1f", tree_nodes=6, early_blocks=3),
     "tree, both blocks": Strategy("orthrus-1f", tree_nodes=9, early_blocks=2, fresh_blocks=2),

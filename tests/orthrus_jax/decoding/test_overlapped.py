@@ -108,9 +108,9 @@ ANY = [
     Strategy("orthrus-1f", K, 6, early_blocks=3),
     Strategy("orthrus-1f", K, 9, early_blocks=10, fresh_blocks=2, candidates=4),
     Strategy("orthrus-1f", K, 2, early_blocks=1, candidates=2),
-    Strategy("orthrus-1f", K, fresh_blocks=3),
-    Strategy("orthrus-1f", 2, fresh_blocks=1, candidates=2),
-    Strategy("orthrus-1f", K, 6, fresh_blocks=4),
+    Strategy("orthrus-1f", K, early_blocks=0, fresh_blocks=3),
+    Strategy("orthrus-1f", 2, early_blocks=0, fresh_blocks=1, candidates=2),
+    Strategy("orthrus-1f", K, 6, early_blocks=0, fresh_blocks=4),
     Strategy("orthrus-2f", K),
     Strategy("orthrus-2f", 2),
     Strategy("orthrus-2f", K, 6),
@@ -217,7 +217,7 @@ def test_fresh_blocks_alone(fresh: int, wrong: list[int], accepted: list[int]) -
     """Bets go to (0, second), (1, second), (2, second), (3, first), in this order."""
     text = plain_text(1, WIDTH, seed=3)
     drafts = drafts_agreeing(text, ~np.isin(np.arange(WIDTH), wrong))
-    strategy = Strategy("orthrus-1f", K, fresh_blocks=fresh, candidates=2)
+    strategy = Strategy("orthrus-1f", K, early_blocks=0, fresh_blocks=fresh, candidates=2)
     state = run_any(strategy, text, drafts, [5], [18])
     assert np.asarray(state.tokens)[0, :18].tolist() == text[0, 5:23].tolist()
     assert np.asarray(state.accepted)[0, : len(accepted)].tolist() == accepted
@@ -256,7 +256,8 @@ def test_a_draft_goes_on_behind_a_pause() -> None:
         ({"early_blocks": 1, "fresh_blocks": 99, "candidates": 2}, 1, 2 * K),
         ({"early_blocks": 99, "tree_nodes": 6}, 7, 0),
         ({}, K, 0),
-        ({"fresh_blocks": 3}, 0, 3),
+        ({"fresh_blocks": 3}, K, 3),
+        ({"early_blocks": 0, "fresh_blocks": 3}, 0, 3),
     ],
 )
 def test_strategy_resolves_to_blocks_that_a_draft_can_use(blocks, early: int, fresh: int) -> None:
@@ -270,7 +271,10 @@ def test_strategy_resolves_to_blocks_that_a_draft_can_use(blocks, early: int, fr
     [
         ("half", "method='half' is not one of ar, orthrus, orthrus-2f, orthrus-1f"),
         (Strategy("orthrus-1f", early_blocks=0), "early_blocks=0 and .* at least one"),
-        (Strategy("orthrus-1f", fresh_blocks=-1), "fresh_blocks=-1 must be 0 or more"),
+        (
+            Strategy("orthrus-1f", early_blocks=0, fresh_blocks=-1),
+            "fresh_blocks=-1 must be 0 or more",
+        ),
         (Strategy(tree_nodes=8), "tree_nodes=8 needs method='orthrus-2f' or 'orthrus-1f'"),
         (Strategy("ar", tree_nodes=8), "tree_nodes=8 needs method="),
         (Strategy("orthrus-2f", early_blocks=3), "early_blocks=3 needs method='orthrus-1f'"),
