@@ -26,7 +26,7 @@ DECODE = ["--preset", "qwen3-0.6b", "--topology", "v5e:1x1", "--program", "orthr
 
 
 @pytest.mark.parametrize("program", aot.PROGRAMS)
-def test_what_is_lowered_compiles_and_its_parts_are_counted(program: str) -> None:
+def test_lowered_program_compiles_and_its_parts_are_counted(program: str) -> None:
     config = tiny_config()
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     strategy = STRATEGIES.get(program)
@@ -45,7 +45,7 @@ def test_what_is_lowered_compiles_and_its_parts_are_counted(program: str) -> Non
     assert not aot.report(made, limit=1e-6)["fits"]
 
 
-def test_the_largest_size_is_the_last_that_fits() -> None:
+def test_largest_is_the_last_size_that_fits() -> None:
     tried = []
 
     def fits(size: int) -> bool:
@@ -58,7 +58,7 @@ def test_the_largest_size_is_the_last_that_fits() -> None:
     assert aot.largest(lambda _: True, 8192, 40_960) == 32_768
 
 
-def test_a_size_is_doubled_until_one_does_not_fit(monkeypatch, capsys) -> None:
+def test_largest_doubles_the_size_until_one_does_not_fit(monkeypatch, capsys) -> None:
     sizes = []
 
     def lower(program, config, mesh, *, batch, context, strategy):
@@ -110,7 +110,7 @@ def test_bad_input_is_told_in_one_line(name: str, monkeypatch) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_without_libtpu_it_says_how_to_get_it(monkeypatch) -> None:
+def test_missing_libtpu_is_refused_with_the_remedy(monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install libtpu"):
         aot.tpu_devices("v5e:1x1")
@@ -156,7 +156,7 @@ def copied(program: str, least: int) -> list[str]:
     return [dims for dims in found if math.prod(map(int, dims.split(","))) >= least]
 
 
-def test_a_large_array_made_in_a_loop_is_found() -> None:
+def test_large_array_made_in_a_loop_is_reported() -> None:
     text = """HloModule m
 %step (p: (f32[8,8])) -> (f32[8,8]) {
   %x = f32[8,8]{1,0} get-tuple-element(%p), index=0

@@ -9,7 +9,7 @@ from orthrus_jax import cli
 from orthrus_jax.errors import UserError
 
 
-def test_a_mesh_is_read_as_it_is_written():
+def test_mesh_is_parsed_as_written():
     assert cli.parse_mesh(None) is None
     assert dict(cli.parse_mesh("data=-1").shape) == {
         "data": jax.device_count(),
@@ -27,12 +27,12 @@ def test_a_mesh_is_read_as_it_is_written():
         ("data=3,tensor=5", "is of 15 devices, and there are|does not fit"),
     ],
 )
-def test_a_mesh_that_cannot_be_is_refused(text, message):
+def test_impossible_mesh_is_refused(text, message):
     with pytest.raises(UserError, match=message):
         cli.parse_mesh(text)
 
 
-def test_what_is_told_is_what_load_takes(monkeypatch):
+def test_runtime_options_are_those_of_load(monkeypatch):
     kept = []
     monkeypatch.setattr(cli, "enable_compilation_cache", kept.append)
     parser = argparse.ArgumentParser()

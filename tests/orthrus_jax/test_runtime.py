@@ -39,7 +39,7 @@ def test_programs_are_found_again_in_a_directory_of_the_user(tmp_path):
     assert list(tmp_path.glob("orthrus_jax/programs/*/*"))
 
 
-def test_the_directory_can_be_moved_and_turned_off(tmp_path):
+def test_directory_can_be_moved_and_turned_off(tmp_path):
     other = tmp_path / "other"
     assert hits(tmp_path, other) == 0
     assert hits(tmp_path, other) > 0
@@ -47,7 +47,7 @@ def test_the_directory_can_be_moved_and_turned_off(tmp_path):
     assert not (tmp_path / "orthrus_jax").exists()
 
 
-def test_a_directory_that_jax_was_told_stays(tmp_path):
+def test_directory_configured_in_jax_stays(tmp_path):
     mine = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")}
     mine |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     assert hits(tmp_path, **mine) == 0

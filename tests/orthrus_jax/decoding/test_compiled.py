@@ -43,7 +43,7 @@ def test_fifty_prompt_lengths_of_one_bucket_compile_each_program_once() -> None:
     assert [program._cache_size() for program in programs] == [n + 1 for n in before]
 
 
-def test_each_program_traces_its_forwards_once() -> None:
+def test_program_traces_its_forwards_once() -> None:
     """Equal models are one static argument: a new instance per call does not trace again."""
     config = tiny_config(rms_norm_eps=4e-6)
     text = plain_text(1, SLOTS + 8)

@@ -56,7 +56,7 @@ BUDGETS = [N, 3, N, 17, 6, N, 1, 0]
 
 @pytest.mark.parametrize("view", ["a copy of the AR view", "random weights"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_any_diffusion_weights_give_the_ar_text(view: str, seed: int) -> None:
+def test_ar_text_comes_with_any_diffusion_weights(view: str, seed: int) -> None:
     model, params = Model(CONFIG), random_params(CONFIG, seed, copy=view.startswith("a copy"))
     args = (model, params, prompts_of(seed), LENGTHS, BUDGETS)
     ar, orthrus = decoded("ar", *args), decoded("orthrus", *args)
@@ -88,7 +88,7 @@ DRAFTERS = {"always right": 1.0, "always wrong": 0.0, "half right": 0.5, "mostly
 
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @pytest.mark.parametrize("seed", [3, 4])
-def test_any_drafter_gives_the_ar_text(drafter: str, seed: int) -> None:
+def test_ar_text_comes_with_any_drafter(drafter: str, seed: int) -> None:
     agree = np.random.default_rng(seed).random((BATCH, WIDTH)) < DRAFTERS[drafter]
     drafts = jnp.asarray(drafts_for(seed, agree))
     params = {"model": random_params(CONFIG, seed), "drafts": drafts}
@@ -122,7 +122,7 @@ def test_eos_ids_that_occur_in_the_text_stop_both_loops_alike(agree: float) -> N
 
 
 @pytest.mark.parametrize("agree", [0.0, 0.6, 1.0])
-def test_a_cache_filled_to_its_last_slot_gives_the_ar_text(agree: float) -> None:
+def test_cache_filled_to_its_last_slot_gives_the_ar_text(agree: float) -> None:
     """24 slots hold 21 tokens: every row is cut there and nowhere else."""
     seed, slots = 3, 24
     right = np.random.default_rng(7).random((BATCH, WIDTH)) < agree
@@ -136,7 +136,7 @@ def test_a_cache_filled_to_its_last_slot_gives_the_ar_text(agree: float) -> None
     assert texts(ar) == free, "a short cache changes no token before the cut"
 
 
-def test_a_row_alone_says_what_it_says_in_a_batch() -> None:
+def test_text_does_not_depend_on_the_batch() -> None:
     model, params, prompts = Model(CONFIG), random_params(CONFIG, 1), prompts_of(1)
     together = texts(decoded("orthrus", model, params, prompts, LENGTHS, BUDGETS))
     for row, (length, budget) in enumerate(zip(LENGTHS, BUDGETS, strict=True)):
@@ -145,7 +145,7 @@ def test_a_row_alone_says_what_it_says_in_a_batch() -> None:
             assert texts(alone) == [together[row]]
 
 
-def test_what_pads_a_prompt_is_no_matter() -> None:
+def test_text_does_not_depend_on_padding() -> None:
     model, params, prompts = Model(CONFIG), random_params(CONFIG, 1), prompts_of(1)
     other = np.where(np.arange(PROMPT) < np.array(LENGTHS)[:, None], prompts, 63)
     runs = [decoded("orthrus", model, params, p, LENGTHS, BUDGETS) for p in (prompts, other)]

@@ -61,7 +61,7 @@ def check_all(model, text, drafts, lengths, budgets, eos=(), *, early, block_siz
 
 @pytest.mark.parametrize("early", [1, 2, K])
 @pytest.mark.parametrize("name", PATHS)
-def test_every_path_is_exact(name: str, early: int) -> None:
+def test_accept_and_reject_paths_are_exact(name: str, early: int) -> None:
     _, _, budget, eos, emitted, _ = PATHS[name]
     text, drafts = script_of(name)
     state = check_all(MODEL, text, drafts, [5], [budget], eos, early=early)
@@ -90,7 +90,7 @@ def test_short_blocks_and_the_end_of_the_cache(slots: int, block_size: int) -> N
     check_all(*args, early=2, block_size=block_size, slots=slots)
 
 
-def test_each_cycle_is_one_forward_and_emits() -> None:
+def test_one_forward_cycle_is_one_forward_and_emits() -> None:
     text = plain_text(1, WIDTH, seed=3)
     scripted.forwards.clear()
     state = jax.block_until_ready(run(COUNTED, text, text, [5], [N], early=2))
@@ -151,7 +151,7 @@ def check_any(state, text, lengths, budgets, eos, room: list[int], cycle_emits: 
 
 @pytest.mark.parametrize("strategy", ANY, ids=name)
 @pytest.mark.parametrize("name", PATHS)
-def test_every_path_is_exact_whatever_is_drafted(name: str, strategy: Strategy) -> None:
+def test_paths_are_exact_with_every_strategy(name: str, strategy: Strategy) -> None:
     _, _, budget, eos, *_ = PATHS[name]
     text, drafts = script_of(name)
     state = run_any(strategy, text, drafts, [5], [budget], eos)
@@ -161,7 +161,7 @@ def test_every_path_is_exact_whatever_is_drafted(name: str, strategy: Strategy) 
 
 @pytest.mark.parametrize("strategy", ANY, ids=name)
 @pytest.mark.parametrize("slots", [SLOTS, 22])
-def test_random_batches_are_exact_whatever_is_drafted(strategy: Strategy, slots: int) -> None:
+def test_random_batches_are_exact_with_every_strategy(strategy: Strategy, slots: int) -> None:
     """Rows of every length, some of which meet the end of the cache."""
     rng = np.random.default_rng(slots)
     rows = 8
@@ -176,7 +176,7 @@ def test_random_batches_are_exact_whatever_is_drafted(strategy: Strategy, slots:
 
 
 @pytest.mark.parametrize("agree", [1.0, 0.5, 0.0])
-def test_a_tree_of_all_the_drafter_s_choices_is_always_right(agree: float) -> None:
+def test_tree_of_all_candidates_is_always_accepted(agree: float) -> None:
     """Each token is one of the two likeliest guesses, and the tree holds both, everywhere."""
     text = plain_text(6, WIDTH, seed=2)
     drafts = drafts_agreeing(text, np.random.default_rng(1).random((6, WIDTH)) < agree)
@@ -190,7 +190,7 @@ def test_a_tree_of_all_the_drafter_s_choices_is_always_right(agree: float) -> No
 
 
 @pytest.mark.parametrize(("fresh", "accepted"), [(0, [0, 1, 2]), (2, [0, 1, 3])])
-def test_a_fresh_block_drafts_on_where_its_token_comes(fresh: int, accepted: list[int]) -> None:
+def test_outcome_block_drafts_on_if_its_token_comes(fresh: int, accepted: list[int]) -> None:
     """At 8 the second guess is right. The early block bets on no draft standing, and is wrong.
 
     It was passed, and has a row less for what comes next. F(1, second) has a whole draft.
@@ -213,7 +213,9 @@ def test_a_fresh_block_drafts_on_where_its_token_comes(fresh: int, accepted: lis
         (4, [7], [0, 0, 3, 3, 3, 3]),  # is run: whole drafts one behind the other
     ],
 )
-def test_fresh_blocks_alone(fresh: int, wrong: list[int], accepted: list[int]) -> None:
+def test_outcome_blocks_without_length_blocks_draft_as_listed(
+    fresh: int, wrong: list[int], accepted: list[int]
+) -> None:
     """Bets go to (0, second), (1, second), (2, second), (3, first), in this order."""
     text = plain_text(1, WIDTH, seed=3)
     drafts = drafts_agreeing(text, ~np.isin(np.arange(WIDTH), wrong))
@@ -223,7 +225,7 @@ def test_fresh_blocks_alone(fresh: int, wrong: list[int], accepted: list[int]) -
     assert np.asarray(state.accepted)[0, : len(accepted)].tolist() == accepted
 
 
-def test_each_forward_of_two_emits() -> None:
+def test_both_forwards_of_a_two_forward_cycle_emit() -> None:
     text = plain_text(1, WIDTH, seed=3)
     never = drafts_agreeing(text, np.zeros_like(text, bool))
     scripted.forwards.clear()
@@ -235,7 +237,7 @@ def test_each_forward_of_two_emits() -> None:
     assert np.asarray(state.accepted)[0, :5].tolist() == [0, 0, 0, 0, -1]
 
 
-def test_a_draft_goes_on_behind_a_pause() -> None:
+def test_draft_survives_a_pause() -> None:
     """Stopped after every cycle, the loop says the same in as many cycles."""
     text = plain_text(3, WIDTH, seed=5)
     drafts = drafts_agreeing(text, np.random.default_rng(6).random((3, WIDTH)) < 0.8)

@@ -86,7 +86,7 @@ def logits_of(seed: int, rows: int = len(MIXED), vocab: int = 64) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_distribution_is_the_reference_s_row_by_row(seed: int) -> None:
+def test_distribution_equals_the_reference_row_by_row(seed: int) -> None:
     """Every temperature and filter in one batch: each row obeys its own."""
     logits = logits_of(seed)
     ours = np.asarray(probabilities(jnp.asarray(logits), sampler_of(MIXED)))
@@ -112,7 +112,7 @@ def test_tokens_equal_to_the_last_one_kept_are_kept(levels: int) -> None:
                 assert kept[logits[row, t] >= logits[row, t][kept].min()].all()
 
 
-def test_the_distribution_is_hugging_face_s() -> None:
+def test_distribution_equals_hugging_face() -> None:
     torch = pytest.importorskip("torch")
     hf = pytest.importorskip("transformers.generation.logits_process")
     logits = logits_of(9)
@@ -165,7 +165,7 @@ def test_rare_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     assert 2 <= found <= 9, found
 
 
-def test_the_noise_is_keyed_by_seed_stream_position_and_purpose_alone() -> None:
+def test_noise_depends_on_seed_noise_id_position_and_purpose_alone() -> None:
     probs = jnp.ones((2, 64, 256)) / 256
 
     def text(seeds, streams, first=0, purpose=NoiseKey.TOKEN):
@@ -208,7 +208,7 @@ REFUSED = {
 @pytest.mark.parametrize(
     ("name", "value", "limit"), [(n, v, m) for n, values in REFUSED.items() for v, m in values]
 )
-def test_a_value_that_cannot_be_is_refused_by_name_and_limit(name, value, limit) -> None:
+def test_bad_value_is_refused_by_name_and_limit(name, value, limit) -> None:
     with pytest.raises(UserError) as refusal:
         SamplingParams(**{name: value})
     assert str(refusal.value).startswith(f"{name}={value!r} must be {limit}")
@@ -220,7 +220,7 @@ def test_several_equal_samples_are_refused_and_several_unequal_ones_are_not() ->
     assert SamplingParams(n=3, temperature=0.5).n == 3
 
 
-def test_the_limits_themselves_are_allowed() -> None:
+def test_limits_themselves_are_allowed() -> None:
     params = SamplingParams(
         temperature=0.0, top_p=1.0, min_p=0.0, seed=2**32 - 1, max_new_tokens=1, min_new_tokens=1
     )
@@ -274,7 +274,7 @@ def plain_rule(
 
 
 @pytest.mark.parametrize("drafter", [DiffusionDrafter, *slow(DrawingDrafter)])
-def test_the_rule_of_rejection_is_the_plain_one_s(drafter: type) -> None:
+def test_rejection_rule_equals_the_plain_one(drafter: type) -> None:
     """The same tokens from the same noise, for p near q, far from it and equal to it."""
     rows, rng = 3000, np.random.default_rng(0)
     settings = [Setting(t, **f) for t in (0.0, 0.6, 1.4) for f in ({}, {"top_k": 3})]
@@ -499,7 +499,7 @@ DRAWN = ["ahead", "ahead, a tree, fresh", "ahead, a tree", "two forwards", "two 
         *slow(*DRAWN[2:]),
     ],
 )
-def test_where_every_forward_emits_texts_are_the_ar_texts(rule: str, block_size: int) -> None:
+def test_overlapped_sampled_texts_are_the_ar_texts(rule: str, block_size: int) -> None:
     """Under both rules: what is drawn is the AR view's own, and drafts are compared with it."""
     state = mixture(rule, block_size)
     np.testing.assert_array_equal(state.tokens, mixture("ar").tokens)
@@ -528,7 +528,7 @@ def test_drafts_distributed_as_p_are_all_accepted(filtered: bool) -> None:
     "fault",
     [FAULTS[1], *slow(*FAULTS[2:])],
 )
-def test_a_planted_fault_shows_in_the_law_of_whole_texts(fault: str, monkeypatch) -> None:
+def test_planted_fault_shows_in_the_law_of_whole_texts(fault: str, monkeypatch) -> None:
     """At the settings and the number of texts of the tests above."""
     monkeypatch.setattr(speculative, "accept_rejection", functools.partial(plain_rule, fault=fault))
     model = TabularModel(name=fault)
@@ -574,7 +574,9 @@ def test_half_a_percent_accepted_in_excess_shows(drafter: type, monkeypatch) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("drafter", [DiffusionDrafter, DrawingDrafter])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_million_texts_of_each_setting(setting: Setting, drafter: type, monkeypatch) -> None:
+def test_million_texts_of_each_setting_fit_their_law(
+    setting: Setting, drafter: type, monkeypatch
+) -> None:
     args = (setting, 1 << 20, drafter, monkeypatch)
     assert rejection_fit(*args, block_size=K - 1).p > 1e-3
     assert rejection_fit(*args, tables=CONTRARY).p > 1e-3
@@ -659,7 +661,7 @@ def texts(state) -> list[list[int]]:
         *(pytest.param(*case, marks=pytest.mark.slow) for case in [(False, None), (True, 2)]),
     ],
 )
-def test_coupled_text_is_ar_s_bit_for_bit(filtered: bool, block_size: int | None) -> None:
+def test_coupled_text_equals_ar_token_for_token(filtered: bool, block_size: int | None) -> None:
     """200 prompts at three temperatures, each row with filters of its own or none with any."""
     ar = spoken("ar", filtered=filtered)
     coupled = spoken("coupled", filtered=filtered, block_size=block_size)
@@ -672,14 +674,14 @@ def test_coupled_text_is_ar_s_bit_for_bit(filtered: bool, block_size: int | None
 
 
 @pytest.mark.parametrize("rule", [*slow("a draw from q"), "coupled"])
-def test_a_row_alone_says_what_it_says_in_a_batch(rule: str) -> None:
+def test_text_does_not_depend_on_the_batch(rule: str) -> None:
     batch = texts(spoken(rule))
     for row in (0, 1, 2, 100, 301, 599):
         assert texts(spoken(rule, (row,))) == [batch[row]]
 
 
 @pytest.mark.parametrize("rule", ["a draw from q", *slow("coupled")])
-def test_a_loop_that_pauses_says_the_same(rule: str) -> None:
+def test_paused_loop_gives_the_same_text(rule: str) -> None:
     whole, paused = spoken(rule), spoken(rule, max_cycles=1)
     assert texts(paused) == texts(whole)
     np.testing.assert_array_equal(paused.accepted, whole.accepted)

@@ -59,7 +59,7 @@ def check_all(loop, model, text, drafts, lengths, budgets, eos=(), *, block_size
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_every_path_is_exact(name: str) -> None:
+def test_accept_and_reject_paths_are_exact(name: str) -> None:
     _, _, budget, eos, emitted, accepted = PATHS[name]
     (text, drafts), length = script_of(name), 5
     outcome = scripted.Outcome(
@@ -118,7 +118,7 @@ def test_random_batches_with_random_eos_are_exact(seed: int) -> None:
 
 @pytest.mark.parametrize("loop", ["ar", "orthrus"])
 @pytest.mark.parametrize("agree", [0.0, 0.7, 1.0])
-def test_a_row_is_cut_exactly_where_the_cache_ends(loop: str, agree: float) -> None:
+def test_sequence_is_cut_where_the_cache_ends(loop: str, agree: float) -> None:
     """Every prompt length up to the padded 12 in 18 slots: capacity 15, whatever is accepted."""
     slots, rows = 18, PROMPT
     text = plain_text(rows, WIDTH, seed=4)
@@ -130,7 +130,7 @@ def test_a_row_is_cut_exactly_where_the_cache_ends(loop: str, agree: float) -> N
 
 
 @pytest.mark.parametrize("loop", ["ar", "orthrus"])
-def test_a_prompt_that_fills_the_capacity_is_done_before_it_starts(loop: str) -> None:
+def test_prompt_that_fills_the_capacity_is_done_at_once(loop: str) -> None:
     text = plain_text(4, WIDTH, seed=6)
     lengths = [9, 10, 11, 12]  # of 12 slots: capacity 9
     state = check_all(loop, MODEL, text, text, lengths, [9] * 4, slots=12)
@@ -138,7 +138,7 @@ def test_a_prompt_that_fills_the_capacity_is_done_before_it_starts(loop: str) ->
     assert np.asarray(state.cycles).tolist() == [0, 0, 0, 0]
 
 
-def test_the_output_width_cuts_a_larger_budget() -> None:
+def test_output_width_cuts_a_larger_budget() -> None:
     text = plain_text(2, WIDTH, seed=7)
     state = check_all("orthrus", MODEL, text, text, [3, 4], [99, 6], new=10)
     assert np.asarray(state.count).tolist() == [10, 6]
@@ -146,7 +146,7 @@ def test_the_output_width_cuts_a_larger_budget() -> None:
 
 @pytest.mark.parametrize("block_size", [2, 3, 4])
 @pytest.mark.parametrize("agree", [0.0, 0.6, 1.0])
-def test_a_block_smaller_than_the_trained_one_is_exact(block_size: int, agree: float) -> None:
+def test_block_shorter_than_the_trained_one_is_exact(block_size: int, agree: float) -> None:
     text = plain_text(5, WIDTH, seed=8)
     text[3, 14] = 1
     drafts = drafts_agreeing(text, np.random.default_rng(9).random((5, WIDTH)) < agree)
@@ -158,7 +158,7 @@ def test_a_block_smaller_than_the_trained_one_is_exact(block_size: int, agree: f
     check_all("orthrus", MODEL, *args, block_size=block_size, slots=18)
 
 
-def test_a_finished_row_keeps_its_state_while_others_go_on() -> None:
+def test_finished_sequence_keeps_its_state_while_others_go_on() -> None:
     text = plain_text(3, WIDTH, seed=10)
     text[0, 5] = 1  # done at its first token
     text[1, 8] = 1
@@ -167,7 +167,7 @@ def test_a_finished_row_keeps_its_state_while_others_go_on() -> None:
     assert np.asarray(state.cycles).tolist() == [0, 3, 19]
 
 
-def test_a_batch_of_fillers_runs_no_cycle() -> None:
+def test_batch_of_fillers_runs_no_cycle() -> None:
     text = plain_text(2, WIDTH)
     scripted.forwards.clear()
     state = jax.block_until_ready(run("orthrus", COUNTED, text, text, [1, 3], [0, 0]))
@@ -177,7 +177,7 @@ def test_a_batch_of_fillers_runs_no_cycle() -> None:
     assert np.asarray(state.done).all()
 
 
-def test_a_batch_runs_as_many_cycles_as_its_slowest_row() -> None:
+def test_batch_runs_as_many_cycles_as_its_slowest_sequence() -> None:
     text = plain_text(2, WIDTH, seed=11)
     drafts = drafts_agreeing(text, np.array([[True], [False]]))
     scripted.forwards.clear()
@@ -187,7 +187,7 @@ def test_a_batch_runs_as_many_cycles_as_its_slowest_row() -> None:
     assert len(scripted.forwards) == 1 + 2 * 8
 
 
-def test_a_second_call_on_a_finished_state_changes_nothing() -> None:
+def test_second_call_on_a_finished_state_changes_nothing() -> None:
     text = plain_text(1, WIDTH, seed=12)
     state, params = start(MODEL, text, text, [5], [9])
     state = orthrus_decode(MODEL, params, state)
@@ -220,7 +220,7 @@ def test_ties_go_to_the_first_id_as_argmax_has_it() -> None:
     np.testing.assert_array_equal(tokens, np.asarray(logits).argmax(-1))
 
 
-def test_a_prompt_wider_than_the_cache_is_refused() -> None:
+def test_prompt_wider_than_the_cache_is_refused() -> None:
     text = plain_text(1, WIDTH)
     with pytest.raises(ValueError, match="padded to 12 rows does not fit 11 cache slots"):
         start(MODEL, text, text, [3], [3], slots=11)

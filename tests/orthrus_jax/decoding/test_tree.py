@@ -51,7 +51,7 @@ def grown(request):
     )
 
 
-def test_the_likeliest_prefixes_are_chosen(grown) -> None:
+def test_tree_holds_the_likeliest_prefixes(grown) -> None:
     guesses, tree, nodes = grown
     for row in range(3):
         tokens, probs = (np.asarray(x[row], np.float64).tolist() for x in jax.tree.leaves(guesses))
@@ -78,7 +78,7 @@ def test_rows_are_laid_out_as_a_tree(grown) -> None:
         assert np.asarray(tree.path[row]).diagonal().all()
 
 
-def test_the_walk_follows_what_is_said(grown) -> None:
+def test_accepted_path_follows_the_predictions(grown) -> None:
     """Random sayings, most of them a child's token: the longest path that they agree with."""
     guesses, tree, _ = grown
     rng = np.random.default_rng(7)
@@ -98,7 +98,7 @@ def test_the_walk_follows_what_is_said(grown) -> None:
             assert np.asarray(way[row]).tolist() == path + path[-1:] * (rows - len(path))
 
 
-def test_the_odds_of_the_ends(grown) -> None:
+def test_stop_probs_are_those_of_the_accepted_path(grown) -> None:
     """What reaches a row and none of its children; over all rows, something certainly happens."""
     guesses, tree, _ = grown
     ends, odds = np.asarray(trees.stop_probs(tree)), np.asarray(trees.bonus_probs(tree, guesses))
@@ -119,7 +119,7 @@ def test_the_odds_of_the_ends(grown) -> None:
             np.testing.assert_allclose(odds[row, at], missed, rtol=1e-3, atol=1e-12)
 
 
-def test_a_chain_is_the_tree_of_one_choice() -> None:
+def test_chain_is_the_tree_of_one_candidate() -> None:
     guesses = random_guesses(3, 4, 6, 1)
     anchor = jnp.arange(4)
     chain, tree = trees.chain(anchor, guesses), trees.build_tree(anchor, guesses, 6)
@@ -128,7 +128,7 @@ def test_a_chain_is_the_tree_of_one_choice() -> None:
     np.testing.assert_allclose(chain.path_prob, tree.path_prob, rtol=1e-5)
 
 
-def test_a_chain_ends_where_the_first_draft_is_wrong() -> None:
+def test_chain_ends_at_the_first_wrong_draft() -> None:
     guesses = random_guesses(4, 5, 5, 1)
     ends = np.asarray(trees.stop_probs(trees.chain(jnp.arange(5), guesses)))
     for row, p in zip(ends, np.asarray(guesses.probs)[..., 0], strict=True):
@@ -144,7 +144,7 @@ def test_without_guesses_the_walk_ends_at_the_anchor(nodes: int) -> None:
     assert np.asarray(trees.stop_probs(tree).argmax(1)).tolist() == [0, 0]
 
 
-def test_what_is_left_of_guesses_moves_up() -> None:
+def test_shift_drops_the_first_guesses() -> None:
     old = TopK(jnp.array([[[1], [2], [3], [4]]] * 4), jnp.array([[[0.9], [0.8], [0.7], [0.6]]] * 4))
     left = trees.shift(old, jnp.array([1, 2, 4, 5]))
     assert np.asarray(left.tokens)[..., 0].tolist() == [

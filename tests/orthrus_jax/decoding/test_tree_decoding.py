@@ -69,7 +69,7 @@ def alone(state, row: int) -> tuple:
     return cache, jnp.array([length], jnp.int32)
 
 
-def test_a_row_is_what_it_is_behind_its_path_alone(verified) -> None:
+def test_tree_row_depends_only_on_its_ancestors(verified) -> None:
     state, tree, _, hidden, _, _ = verified
     for row in range(len(state.position)):
         for node in range(STRATEGY.tree_nodes + 1):
@@ -80,7 +80,7 @@ def test_a_row_is_what_it_is_behind_its_path_alone(verified) -> None:
             assert relative_error(hidden[row, node], plain[0, -1]) < BOUND
 
 
-def test_a_block_is_what_it_is_behind_its_anchor_alone(verified) -> None:
+def test_block_sees_only_the_path_below_its_anchor(verified) -> None:
     """An early block behind the ancestors of its row, a fresh one behind the row as well."""
     state, tree, blocks, _, drafted, _ = verified
     kinds = set()
@@ -104,7 +104,7 @@ def test_a_block_is_what_it_is_behind_its_anchor_alone(verified) -> None:
     assert len(kinds) >= 4, "hardly a bet differs from another"
 
 
-def test_fresh_blocks_bet_on_tokens_that_no_child_is(verified) -> None:
+def test_outcome_blocks_assume_tokens_outside_the_tree(verified) -> None:
     state, tree, blocks, *_ = verified
     for row in range(len(state.position)):
         pairs = set()
@@ -116,7 +116,7 @@ def test_fresh_blocks_bet_on_tokens_that_no_child_is(verified) -> None:
         assert len(pairs) == STRATEGY.fresh_blocks
 
 
-def test_the_slots_of_the_way_are_put_in_line(verified) -> None:
+def test_compact_moves_the_accepted_path_into_sequence(verified) -> None:
     """Walk to the deepest node: the cache is then that of its path read in order."""
     state, tree, _, _, _, cache = verified
     last = np.asarray(tree.depth).argmax(axis=1)
@@ -140,7 +140,7 @@ def test_the_slots_of_the_way_are_put_in_line(verified) -> None:
             assert relative_error(ours_v, plain.v[layer][:, :live]) < BOUND
 
 
-def test_what_lies_beside_the_way_stays(verified) -> None:
+def test_compact_leaves_other_slots_unchanged(verified) -> None:
     """Below the anchor and behind the tree no slot moves, in any bit."""
     state, tree, _, _, _, cache = verified
     way = jnp.asarray(np.random.default_rng(2).integers(0, 12, tree.tokens.shape), jnp.int32)

@@ -91,7 +91,7 @@ def ar_texts() -> list[list[int]]:
 
 @pytest.mark.parametrize("lookahead", [1, 3, 7])
 @pytest.mark.parametrize("taps", [(), (1, 0)])
-def test_any_drafter_gives_the_text_of_ar(lookahead: int, taps: tuple[int, ...]) -> None:
+def test_ar_text_comes_with_any_lookup_drafter(lookahead: int, taps: tuple[int, ...]) -> None:
     drafter = LookupDrafter(lookahead, taps)
     state = jax.tree.map(np.asarray, decode(drafter, start(drafter)))
     assert texts(state) == ar_texts()

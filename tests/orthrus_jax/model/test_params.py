@@ -72,7 +72,7 @@ def test_stack_and_unstack_are_inverse(whole: dict, config) -> None:
         assert all(same_bits(again[path], leaf) for path, leaf in flat(part).items())
 
 
-def test_a_frozen_module_of_the_diffusion_view_stays_whole() -> None:
+def test_frozen_module_of_the_diffusion_view_stays_whole() -> None:
     whole = random_params(BIASED, 3)
     frozen, diffusion = params_lib.split(whole, freeze=["q_proj"])
     moved = {path for path in flat(frozen) if "self_attn_diff" in path}
