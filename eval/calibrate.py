@@ -1,7 +1,7 @@
 """Measure how this model decodes best on this device: `python -m eval.calibrate`, for `--rows`.
 
-Three parts, all kept in calibration.json beside the model (orthrus_jax/planner.py), where the other
-commands find them; `--only` measures one of them.
+Three parts, all kept in the model's calibration.json (orthrus_jax/engine/planner.py), which the
+other commands read; `--only` measures one of them.
 
   acceptance    The model answers the prompts once, greedily, one token per forward. The guesses of
                 its drafting view along these answers are recorded, and every way to spend up to 256
@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.overwrite:
             raise UserError(
                 f"{directory / planner.FILE} holds acceptance on other prompts "
-                f"({calibration.about}): --overwrite to measure it anew"
+                f"({calibration.about}): --overwrite to measure it again"
             )
         measured_before = False
     model = load(args.model, **cli.runtime_options(args))

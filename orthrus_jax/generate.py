@@ -1,4 +1,7 @@
-"""Generate text: `python -m orthrus_jax.generate --model DIR_OR_ID --prompt TEXT`."""
+"""Generate text: `python -m orthrus_jax.generate --model DIR_OR_ID --prompt TEXT`.
+
+Decides which flags fit each other and what is printed. Knows no decoding: llm.py answers.
+"""
 
 import argparse
 import json
@@ -6,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from orthrus_jax.cli import (
+    add_mode,
     add_runtime,
     add_sampling,
     chosen_strategy,
@@ -28,9 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="one prompt; - reads standard input")
     source.add_argument("--prompts", metavar="FILE.jsonl", help='one {"prompt": TEXT} per line')
-    parser.add_argument(
-        "--mode", choices=("orthrus", "ar"), default="orthrus", help="default: orthrus"
-    )
+    add_mode(parser)
     parser.add_argument(
         "--chat",
         action=argparse.BooleanOptionalAction,

@@ -1,7 +1,7 @@
 """Text to ids and back: a checkpoint's tokenizer and its chat template.
 
-Refuses by name what would give ids without meaning: a tokenizer of another model, text that is not
-Unicode. Knows no weights.
+Refuses by name input that would give ids without meaning: a tokenizer of another model, text that
+is not Unicode. Knows no weights.
 """
 
 import os

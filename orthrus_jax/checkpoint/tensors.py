@@ -79,7 +79,7 @@ def to_device(host: np.ndarray, spec: TensorSpec, mesh: Mesh | None) -> jax.Arra
         where = NamedSharding(mesh, P(*axes[::-1]) if spec.transpose else axes)
         # Each host places its own parts; device_put would compare the tensor across hosts first.
         there = jax.make_array_from_callback(host.shape, where, lambda index: host[index])
-    # Transposed there: numpy takes a minute for what the device does in passing.
+    # Transposed on the device at little cost; numpy would take a minute.
     return jax.block_until_ready(transpose_bits(there) if spec.transpose else there)
 
 

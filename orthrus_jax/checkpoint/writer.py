@@ -58,12 +58,12 @@ def save_checkpoint(
     or harms the one being replaced. One tensor at a time is on the host.
 
     Args:
-      directory: the target; its parents are made.
+      directory: the target; missing parents are created.
       config: written with the dtype the tensors have.
       params: the frozen tree, or both views merged.
       tokenizer: its `save_pretrained` writes the tokenizer files.
       tokenizer_from: or those present in this checkpoint directory are copied.
-      dtype: of the tensors; None keeps that of the leaves, which must then all have the same.
+      dtype: of the tensors; None keeps the dtype of the leaves, which must then be the same in all.
       overwrite: replace a checkpoint that is already there.
       max_shard_bytes: weights above this are cut into shards of at most this size, with an index.
       progress: show a bar on stderr, if that is a terminal.
@@ -75,7 +75,7 @@ def save_checkpoint(
     """
     if tokenizer is not None and tokenizer_from is not None:
         raise ValueError("give tokenizer or tokenizer_from, not both")
-    target = pathlib.Path(directory).resolve()  # a link stays; what it points to is replaced
+    target = pathlib.Path(directory).resolve()  # a link stays; its target is replaced
     check_target(target, overwrite=overwrite)
     leaves = _leaves(config, params)
     config = dataclasses.replace(config, dtype=dtype or _common_dtype(leaves))

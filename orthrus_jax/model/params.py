@@ -52,7 +52,7 @@ def stack(
     params: Params,
     join: Callable[[Any, Sequence[Any]], Any] = lambda path, leaves: jnp.stack(leaves),
 ) -> Params:
-    """Join the layers' weights along a new first axis: what training scans over.
+    """Join the layers' weights along a new first axis, over which training scans.
 
     {"layers_0": {"x": [..]}, "layers_1": ...} -> {"layers": {"x": [2, ..]}}. Works on either
     subtree; arrays may be ShapeDtypeStructs of `jax.eval_shape`. `join(path, leaves)` makes the
