@@ -29,7 +29,7 @@ PARTS = ("greedy", "coupled", "rejection")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is audited, and how strictly; the command has options of the same names.
+    """The parts of an audit and its limits; the command has options of the same names.
 
     Attributes:
       parts: of PARTS.
@@ -80,7 +80,7 @@ class Failure:
     Attributes:
       part: of PARTS.
       text: whose text, "orthrus" or "ar".
-      why: the reference that disagrees, or what else is wrong.
+      why: the reference that disagrees, or another cause.
       prompt, seed: of the text; None for a part as a whole.
       position: of the token in the answer, from 0.
       token, ar_token: the emitted token, and the one that the reference takes there.

@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.overwrite:
             raise UserError(
                 f"{directory / planner.FILE} holds acceptance on other prompts "
-                f"({calibration.about}): --overwrite to measure it anew"
+                f"({calibration.about}): --overwrite to measure it again"
             )
         measured_before = False
     model = load(args.model, **cli.runtime_options(args))

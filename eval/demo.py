@@ -2,7 +2,7 @@
 
 The demo benchmark (held-out problems of train/problems.py, both loops, graded, by harness.py),
 repeated for a range of the speedup; and a cost table: the time of an AR step and of a draft-verify
-cycle, here and at a larger shape. Writes report.json and report.png beside the model of --run.
+cycle, here and at a larger shape. Writes report.json and report.png to the directory of --run.
 `--model` measures any other model on the same problems. Knows no way of its own to decode or grade.
 """
 

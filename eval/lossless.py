@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
         help="wrap each prompt in the chat template",
     )
     cli.add_runtime(parser)
-    parser.add_argument("--json", metavar="OUT", help="write all figures and failures there")
+    parser.add_argument("--json", metavar="OUT", help="write all figures and failures to OUT")
     return parser
 
 

@@ -1,6 +1,6 @@
 """Decode the dialogues of a benchmark: problems in, answers and seconds out.
 
-Decides the order of turns and samples, and what counts as decoding time. Knows no grades, no files
+Decides the order of turns and samples, and which time counts as decoding. Knows no grades, no files
 and no command line.
 """
 
@@ -124,7 +124,7 @@ class Runner:
 def _record(
     d: Dialogue, turn: int, loop: str, answer: Completion, text: str, forwards: int
 ) -> dict[str, Any]:
-    """An answer as it is kept in answers.jsonl."""
+    """An answer as answers.jsonl keeps it."""
     orthrus = loop == "orthrus"
     return {
         "loop": loop,

@@ -36,7 +36,7 @@ from typing import Any, Literal
 from orthrus_jax.errors import UserError
 
 CHILD = pathlib.Path(__file__).with_name("sandbox_child.py")
-# No site packages, no user's modules, no bytecode left behind.
+# No site packages, no user's modules, no bytecode left.
 PYTHON = (sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8")
 UNSHARE = (
     *("--user", "--map-root-user", "--mount", "--mount-proc", "--net", "--ipc", "--pid"),
@@ -131,7 +131,7 @@ def _run(
         finally:
             _kill(process)
         result.seek(0)
-        verdict = result.read().decode("utf-8", "replace").splitlines()
+        verdict = result.read().decode("utf-8", "replace").split("\n")
         return _result(code, verdict, _tail(stderr))
 
 

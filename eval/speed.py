@@ -252,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="DIR_OR_ID", help="checkpoint or hub id")
-    source.add_argument("--random-weights", choices=sorted(PRESETS), help="a size, no weights")
+    source.add_argument("--random-weights", choices=sorted(PRESETS), help="no text part")
     add(
         "--prompts",
         metavar="FILE.jsonl",
@@ -273,8 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_runtime(parser)
     add("--repeats", type=positive, default=5, help="default: %(default)s")
     add("--refill", action="store_true", help="also time batches without refill")
-    add("--json", metavar="OUT", help="write all figures there")
-    add("--plot", metavar="OUT.png", help="draw them")
+    add("--json", metavar="OUT", help="write all figures to OUT")
+    add("--plot", metavar="OUT.png", help="draw the figures to OUT.png")
     return parser
 
 

@@ -1,8 +1,8 @@
 """Compile prefill and decoding for a TPU that is not attached: `python -m orthrus_jax.aot --help`.
 
-XLA's TPU compiler is a library (`pip install libtpu`) that runs on any Linux host. It reports what
-one wants to know before renting a slice: whether a program fits, how many GiB each device needs,
-and how long compilation takes. No weights are loaded and nothing is run.
+XLA's TPU compiler is a library (`pip install libtpu`) that runs on any Linux host. Before a
+slice is rented it reports whether a program fits, how many GiB each device needs, and how long
+compilation takes. No weights are loaded and nothing is run.
 """
 
 import argparse
@@ -38,7 +38,10 @@ METHODS = {
     "one-forward": "orthrus-1f",
 }
 PROGRAMS = ("prefill", *METHODS)
-MOST = {"context": 40_960, "batch": 1024}  # where --largest stops: Qwen3's own limit; enough
+SEARCH_LIMIT = {
+    "context": 40_960,
+    "batch": 1024,
+}  # where --largest stops: Qwen3's own limit; enough
 MESH = {"data": 1, "fsdp": 1, "tensor": -1}  # defaults; -1 takes the remaining devices
 PROMPT, ANSWER = 1024, 2048  # prompt tokens that prefill reads, tokens that a loop may emit
 
@@ -79,11 +82,11 @@ def chip_gib(topology: str) -> int:
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """Shapes of a parameter tree or training state, with where each lies."""
-    return jax.tree.map(_placed, tree, sharding.tree_shardings(tree, mesh))
+    """Shapes of a parameter tree or training state, each with its sharding."""
+    return jax.tree.map(_with_sharding, tree, sharding.tree_shardings(tree, mesh))
 
 
-def _placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
+def _with_sharding(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
@@ -98,8 +101,8 @@ class Program(NamedTuple):
     """A program ready to compile.
 
     Attributes:
-      lowered: what jax lowered.
-      parts: what it takes, by name; shapes with their places.
+      lowered: the program, traced and lowered by jax.
+      parts: its inputs by name; shapes with their shardings.
     """
 
     lowered: Any
@@ -117,7 +120,7 @@ def lower_decoding(
 ) -> Program:
     """Prefill, or a loop, for `batch` rows of `context` positions; the loop is `strategy`'s."""
     model, tree = Model(config, mesh), weights(config, mesh)
-    place = lambda x: _placed(x, sharding.batch_sharding(x.shape, mesh))
+    place = lambda x: _with_sharding(x, sharding.batch_sharding(x.shape, mesh))
     prompt = min(context, PROMPT)
     sizes = {"slots": context, "max_new_tokens": min(context, ANSWER)}
     ids, vector = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, prompt), (batch,)))
@@ -127,7 +130,7 @@ def lower_decoding(
         lowered = decoding.prefill.lower(model, tree, *inputs, **sizes)
         return Program(lowered, {"weights": tree})
     state = jax.eval_shape(read, tree, *inputs)
-    state = jax.tree.map(_placed, state, decoding.shardings(state, mesh))
+    state = jax.tree.map(_with_sharding, state, decoding.shardings(state, mesh))
     strategy = (strategy or Strategy(METHODS[program])).resolve(config)
     carry = jax.eval_shape(lambda: first_carry(strategy, model, batch, context))
     state = state.replace(drafter=jax.tree.map(place, carry))
@@ -142,7 +145,7 @@ def gib_per_device(tree: Any) -> float:
     return sum(map(local, jax.tree.leaves(tree))) / 2**30
 
 
-def report(program: Program, limit: float, text: str | None = None) -> dict[str, Any]:
+def compile_report(program: Program, limit: float, text: str | None = None) -> dict[str, Any]:
     """Compile; GiB per device by part, and whether the total fits `limit` GiB.
 
     A program that the compiler finds too large is reported with the compiler's own message. The
@@ -200,7 +203,7 @@ def grow(name: str, lower: Callable[[int], Program], size: int, last: int, limit
     """
 
     def fits(n: int) -> bool:
-        result = report(lower(n), limit)
+        result = compile_report(lower(n), limit)
         outcome = f"{result['total_gib']:.2f} GiB" if "total_gib" in result else result["why"]
         print(f"{name} {n}: {outcome}", file=sys.stderr)
         return result["fits"]
@@ -248,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     for axis, size in MESH.items():
         default = "the remaining devices" if size < 0 else size
         add(f"--{axis}", type=int, default=size, help=f"mesh axis; default: {default}")
-    add("--largest", choices=sorted(MOST), help="double it while the program fits")
+    add("--largest", choices=sorted(SEARCH_LIMIT), help="double it while the program fits")
     add("--text", metavar="FILE", help="write the compiled program's text to FILE")
     add("--json", action="store_true", help="print one JSON object")
     return parser
@@ -267,10 +270,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     strategy = strategy_of(args, method, selector="--program") if method else None
     lower = partial(lower_decoding, args.program, config, mesh, strategy=strategy)
     sizes = {"batch": args.batch, "context": args.context}
-    result = report(lower(**sizes), limit, args.text)
+    result = compile_report(lower(**sizes), limit, args.text)
     if name := args.largest:
         resized = lambda n: lower(**(sizes | {name: n}))
-        fitting = result["fits"] and grow(name, resized, sizes[name], MOST[name], limit)
+        fitting = result["fits"] and grow(name, resized, sizes[name], SEARCH_LIMIT[name], limit)
         result[f"largest_{name}"] = int(fitting)
     finish(vars(args), result, limit, len(devices), as_json=args.json)
 

@@ -28,8 +28,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="N" if kind is int else "X",
         help=f"{text}; default: %(default)s",
     )
-    number("--max-new-tokens", int, "tokens an answer may have")
-    number("--min-new-tokens", int, "no end token before so many")
+    number("--max-new-tokens", int, "most tokens per answer")
+    number("--min-new-tokens", int, "fewest tokens before an end token")
     number("--temperature", float, "0 is greedy")
     number("--top-k", int, "keep the k likeliest tokens, 0 is off")
     number("--top-p", float, "keep the likeliest tokens of this probability, 1 is off")
@@ -71,7 +71,7 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cycle(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what a cycle is, which all commands that decode share."""
+    """Add --cycle and `add_blocks`, which all commands that decode share."""
     parser.add_argument(
         "--cycle",
         choices=tuple(CYCLES),
@@ -88,7 +88,7 @@ def add_rows(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="R",
         help="let the planner choose the cycle and the row counts, for at most R rows per forward, "
-        "by what eval.calibrate measured of this model and device",
+        "from what eval.calibrate measured for this model and device",
     )
 
 
@@ -102,7 +102,8 @@ def add_blocks(parser: argparse.ArgumentParser, selector: str = "--cycle") -> No
     )
     number(
         "--fresh-blocks",
-        help="likewise, each for one number of accepted drafts and one next token; default: 0",
+        help="with --cycle one-forward: blocks per forward that draft ahead, each for one number "
+        "of accepted drafts and one next token; default: 0",
     )
     number(
         "--tree-nodes",
@@ -114,10 +115,10 @@ def add_blocks(parser: argparse.ArgumentParser, selector: str = "--cycle") -> No
 def strategy_of(
     args: argparse.Namespace, method: str | None = None, selector: str = "--cycle"
 ) -> Strategy:
-    """The strategy that --mode, --cycle, --draft-length, --accept and `add_blocks` ask for.
+    """The strategy given by --mode, --cycle, --draft-length, --accept and `add_blocks`.
 
     Args:
-      args: parsed; options that a command lacks are as if not given.
+      args: parsed; an option that the command lacks counts as not given.
       method: chosen by another flag, `selector`; None follows --mode and --cycle.
       selector: the flag that chooses.
 
@@ -160,7 +161,7 @@ def chosen_strategy(args: argparse.Namespace, model: LLM, batch: int) -> Strateg
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_sampling` parsed, as fields of SamplingParams."""
+    """The fields of SamplingParams that `add_sampling` parsed."""
     names = ["max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed"]
     options = {name: getattr(args, name) for name in names}
     return options | {"stop": tuple(args.stop), "stop_token_ids": tuple(args.stop_token_id)}
@@ -172,8 +173,8 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh",
         metavar="AXES",
-        help="decode on several devices: data=N,tensor=M shares out rows over N and heads over M; "
-        "one of them may be -1, what is left; default: one device",
+        help="decode on several devices: data=N,tensor=M divides rows over N and heads over M; "
+        "one of them may be -1, the remaining devices; default: one device",
     )
     add_compile_cache(parser)
 
@@ -189,13 +190,13 @@ def add_compile_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Turn the cache on as told; return dtype and mesh as `llm.load` takes them."""
+    """Set up the compilation cache; return dtype and mesh as `llm.load` takes them."""
     enable_compilation_cache(args.compile_cache)
     return {"dtype": args.dtype, "mesh": parse_mesh(args.mesh)}
 
 
 def parse_mesh(text: str | None) -> jax.sharding.Mesh | None:
-    """The mesh that --mesh asks for; None for none.
+    """The mesh that --mesh names; None without the flag.
 
     Raises:
       UserError: for an unknown axis, a size that is no number, or one that does not fit.

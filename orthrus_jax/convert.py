@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
     )
     frozen, diffusion = (params.count(part) for part in params.split(loaded.params))
     gigabytes = sum(path.stat().st_size for path in args.target.glob("*.safetensors")) / 1e9
-    view = "as it was" if loaded.trained else "a copy of the AR attention, untrained"
+    view = "unchanged" if loaded.trained else "a copy of the AR attention, untrained"
     print(
         f"wrote {args.target}: {frozen:,} frozen parameters, {diffusion:,} in the diffusion view "
         f"({view}), {gigabytes:.3g} GB, {loaded.config.dtype}"

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, and how a command starts and ends.
+"""The exception that a user reads, and how a command starts and ends.
 
 Anything a person can put right (a missing file, a bad flag, a prompt that does not fit) is raised
 as `UserError` with the actual value, the expected one and the remedy. A bug is never a `UserError`.
@@ -9,7 +9,7 @@ import pathlib
 import sys
 from collections.abc import Callable
 
-# The packages that each extra of pyproject.toml adds, as they are imported.
+# The packages that each extra of pyproject.toml adds, by their import names.
 EXTRAS = {
     "train": (
         *("datasets", "grain", "matplotlib", "ml_collections", "optax", "orbax", "pyarrow"),
@@ -61,7 +61,7 @@ def require_extra(extra: str) -> None:
     To be called by the package's `__init__`: before its modules' imports can fail. Does nothing
     where the package is imported otherwise, for many of its modules need no extra.
     """
-    if sys.argv[:1] != ["-m"]:  # what Python sets while it looks for the module to run
+    if sys.argv[:1] != ["-m"]:  # set by Python while it looks for the module to run
         return
     missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
 

@@ -1,4 +1,7 @@
-"""Generate text: `python -m orthrus_jax.generate --model DIR_OR_ID --prompt TEXT`."""
+"""Generate text: `python -m orthrus_jax.generate --model DIR_OR_ID --prompt TEXT`.
+
+Decides which flags fit each other and what is printed. Knows no decoding: llm.py answers.
+"""
 
 import argparse
 import json

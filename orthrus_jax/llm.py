@@ -1,6 +1,6 @@
 """The Python API, text in and text out: load a model, generate, stream, converse.
 
-Decides how texts and chat messages become ids, and what a dialogue remembers. The engine below
+Decides how texts and chat messages become ids, and which messages a dialogue keeps. The engine
 works on ids, and knows no checkpoints and no chat template.
 """
 
@@ -42,7 +42,7 @@ class LLM:
     `trained` is False if the diffusion view is only a copy: exact all the same, but slow.
     `draft_length` is the default of calls that name none; None is the trained K. `mesh` has the
     devices that the parameters lie on, if there are several. `calibration` has the measurements
-    behind `plan`, and how far the drafting view's confidence is to be trusted.
+    from which `plan` chooses, and the temperature that calibrates the drafting view.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class LLM:
         self.engine.params = params
 
     def plan(self, rows: int, batch_size: int = 1) -> Strategy:
-        """The fastest strategy of at most `rows` rows per forward, by eval.calibrate's figures.
+        """The fastest strategy of at most `rows` rows per forward, according to eval.calibrate.
 
         `model.generate(prompts, strategy=model.plan(160))`. Without figures a rule decides.
         """
@@ -79,7 +79,7 @@ class LLM:
         return planner.choose(self.calibration, rows, batch_size, block).strategy
 
     def strategy(self, strategy: Strategy | str | None = None) -> Strategy:
-        """A strategy, one of a method's name, or the default, with this model's draft length."""
+        """Complete a strategy, a method's name or None (the default) by this model's length."""
         if strategy is None or isinstance(strategy, str):
             strategy = Strategy(strategy or "orthrus")
         if strategy.draft_length is None and strategy.method != "ar":
@@ -302,7 +302,7 @@ class Conversation:
           model: loaded with its tokenizer.
           system: the system message, if any.
           thinking: let the template open a thinking part.
-          slots: cache slots to begin with; a dialogue that outgrows them is read anew.
+          slots: cache slots to begin with; a dialogue that outgrows them is read again.
         """
         if model.tokenizer is None:
             raise UserError("a conversation needs a model with its tokenizer")
@@ -323,7 +323,7 @@ class Conversation:
     def ask(self, text: str, **options: Any) -> Pieces:
         """Add `text` to the dialogue and return the answer's pieces as they grow; see LLM.stream.
 
-        An answer that is abandoned or interrupted stays in the dialogue as far as it was read.
+        An answer that is abandoned or interrupted stays in the dialogue, as much of it as was read.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = encode_messages(self.model.tokenizer, messages, thinking=self.thinking)

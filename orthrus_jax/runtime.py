@@ -1,7 +1,7 @@
 """The user's compilation cache: where compiled programs stay between runs.
 
-Compiling takes longer than many an answer. JAX's own compilation cache therefore keeps programs in
-a directory of the user, and the next run finds them there.
+Compiling takes longer than many answers. JAX's own compilation cache therefore keeps programs in a
+directory of the user, and the next run reads them from there. Knows no flags.
 """
 
 import hashlib
@@ -11,24 +11,27 @@ import platform
 
 import jax
 
-LEAST_SECONDS = 0.3  # of compiling: below that a file costs more than it saves
+MIN_COMPILE_SECONDS = 0.3  # below that a file costs more than it saves
 
 
 def enable_compilation_cache(where: str | None = None) -> None:
-    """Keep compiled programs in a directory, see --compile-cache."""
+    """Keep compiled programs in the directory `where`, or nowhere if it is "off".
+
+    None is JAX_COMPILATION_CACHE_DIR if that is set, else `user_directory`.
+    """
     if where == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return
     if where is None and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
     jax.config.update("jax_compilation_cache_dir", where or str(user_directory()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
 
 
 def user_directory() -> pathlib.Path:
-    """Where programs are kept by default: apart for each kind of processor.
+    """The default directory of programs, one per kind of processor.
 
-    Programs for the CPU use what instructions it has, and a home may be shared by several.
+    Programs for the CPU use the instructions it has, and several machines may share a home.
     """
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     try:

@@ -1,9 +1,9 @@
 """The mesh and the one table of rules: which axis of an array lies on which axis of the mesh.
 
-Three mesh axes: `data` and `fsdp` share out the sequences of a batch, `fsdp` and `tensor` the
-weights: `fsdp` cuts a matrix along the model width (gathered layer by layer when it is used),
-`tensor` along heads, MLP width and vocabulary. GSPMD follows these layouts; only flash attention,
-a tree's moves in the cache and the vocabulary's losses are written per device (`shard_map`).
+Three mesh axes: `data` and `fsdp` divide the sequences of a batch, `fsdp` and `tensor` the weights:
+`fsdp` cuts a matrix along the model width (gathered layer by layer when it is used), `tensor` along
+heads, MLP width and vocabulary. GSPMD follows these layouts; only flash attention, a tree's moves
+in the cache and the vocabulary's losses are written per device (`shard_map`).
 """
 
 import math
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from orthrus_jax.errors import UserError
 
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
-BATCH = (DATA, FSDP)  # the axes that share out the sequences of a batch
+BATCH = (DATA, FSDP)  # the axes that divide the sequences of a batch
 
 RULES: dict[str, tuple[str | None, ...]] = {  # a parameter's module -> its axes, [in, out]
     "embedding": (TENSOR, FSDP),

@@ -15,7 +15,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from orthrus_jax import sharding
-from orthrus_jax.aot import Program, chip_gib, finish, grow, on_mesh, report, tpu_devices, weights
+from orthrus_jax.aot import (
+    Program,
+    chip_gib,
+    compile_report,
+    finish,
+    grow,
+    on_mesh,
+    tpu_devices,
+    weights,
+)
 from orthrus_jax.config import ModelConfig, preset_of
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, params
@@ -87,7 +96,7 @@ def main(
     sharding.check_divides(sizes, mesh)
     options = {"base": config.base, "topology": topology, "program": "train", **config.mesh}
     options |= {"accumulate": recipe.accumulate, "remat": recipe.remat, "largest": largest}
-    result = report(lower_training(sizes, mesh, recipe), limit, text)
+    result = compile_report(lower_training(sizes, mesh, recipe), limit, text)
     if largest:
         rows = recipe.batch_size
 

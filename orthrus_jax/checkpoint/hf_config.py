@@ -107,7 +107,7 @@ def config_from_hf(raw: Raw, generation: Raw | None = None) -> ModelConfig:
     family = FAMILIES.get(str(raw.get("model_type")))
     refused = _unsupported(raw, family)
     if refused or family is None:
-        raise UserError("config.json asks for what is not supported: " + "; ".join(refused))
+        raise UserError("config.json asks for unsupported settings: " + "; ".join(refused))
     missing = [name for name in SIZES if name not in raw]
     if missing:
         raise UserError(f"config.json lacks {', '.join(missing)}")
@@ -179,7 +179,7 @@ def _family_of(config: ModelConfig) -> tuple[str, Family]:
 def _unsupported(raw: Raw, family: Family | None) -> list[str]:
     """List, as `name=value`, every setting whose meaning this code does not implement."""
     names = [] if family else ["model_type"]
-    family = family or _QWEN3  # one message names all that stands in the way, not the type alone
+    family = family or _QWEN3  # one message names every obstacle, not the type alone
     if any(name not in family.architectures for name in raw.get("architectures") or []):
         names.append("architectures")
     names += [name for name, is_unsupported in family.refused.items() if is_unsupported(raw)]

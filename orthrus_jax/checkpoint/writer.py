@@ -58,12 +58,12 @@ def save_checkpoint(
     or harms the one being replaced. One tensor at a time is on the host.
 
     Args:
-      directory: the target; its parents are made.
+      directory: the target; missing parents are created.
       config: written with the dtype the tensors have.
       params: the frozen tree, or both views merged.
       tokenizer: its `save_pretrained` writes the tokenizer files.
       tokenizer_from: or those present in this checkpoint directory are copied.
-      dtype: of the tensors; None keeps that of the leaves, which must then all have the same.
+      dtype: of the tensors; None keeps the dtype of the leaves, which must then be the same in all.
       overwrite: replace a checkpoint that is already there.
       max_shard_bytes: weights above this are cut into shards of at most this size, with an index.
       progress: show a bar on stderr, if that is a terminal.

@@ -1,7 +1,7 @@
 """Token ids in as they are generated, text out that is never taken back: streaming, stop strings.
 
-A window of the last few ids is decoded anew with each id and compared with its text before, so that
-the cost per id does not grow with the answer. Pure Python; knows nothing of the model.
+A window of the last few ids is decoded again with each id and compared with its earlier text, so
+that the cost per id does not grow with the answer. Pure Python; knows nothing of the model.
 """
 
 from collections import deque

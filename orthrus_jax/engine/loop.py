@@ -110,7 +110,7 @@ class Engine:
                 )
 
     def slots(self, prompt: int, new: int, plan: Plan) -> int:
-        """Cache slots for a prompt and its answer, of at most so many tokens."""
+        """Cache slots for a prompt and its answer, of at most that many tokens."""
         after = max(self.config.block_size, plan.strategy.tree_nodes + 1)
         return bucket(bucket(prompt) + bucket(new) + after)
 

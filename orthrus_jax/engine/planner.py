@@ -1,10 +1,10 @@
 """Choose the strategy with the highest expected tokens per second on this device.
 
 Up to a device's ridge a forward of many rows costs little more than one of few; beyond it, or in a
-batch, every row adds cost. `eval.calibrate` measures and keeps beside the model, in
-calibration.json, any of three parts: tokens per forward of each way to spend rows (a property of
-the model), milliseconds per forward by rows and batch (a property of the device), and tokens/s of
-the paper's cycle by draft length (of both). This module is the file's one reader and writer.
+batch, every row adds cost. `eval.calibrate` measures any of three parts and keeps them in the
+model's calibration.json: tokens per forward of each way to spend rows (a property of the model),
+milliseconds per forward by rows and batch (a property of the device), and tokens/s of the paper's
+cycle by draft length (of both). This module is the file's one reader and writer.
 Without measured acceptance a rule chooses. Knows nothing of how the measuring is done.
 """
 
@@ -26,7 +26,7 @@ COUNTS = ("draft_length", "tree_nodes", "early_blocks", "fresh_blocks")  # of a 
 # Rows at which a bfloat16 forward's arithmetic takes as long as reading the weights: FLOP/s over
 # bytes/s of the data sheets, or, on a GPU, where that was measured to begin.
 RIDGE = {"TPU v5 lite": 240, "TPU v6 lite": 560, "NVIDIA H100": 165, "NVIDIA H200": 165, "cpu": 4}
-USUAL_RIDGE = 160
+DEFAULT_RIDGE = 160
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Measurement:
       interval: its 95 % interval.
       pooled: all tokens over all forwards.
       accepted: drafts emitted per verification.
-      hit_rate: share of drafts that were made for exactly the outcome that occurred.
+      hit_rate: share of drafts computed for exactly the outcome that occurred.
     """
 
     strategy: Strategy
@@ -81,7 +81,7 @@ class Calibration:
     draft_length: dict[str, LengthRates] = dataclasses.field(default_factory=dict)
 
     def save(self, directory: str | pathlib.Path) -> pathlib.Path:
-        """Write the parts that are not empty beside the model; return the file's path."""
+        """Write the parts that are not empty into the model's directory; return the file's path."""
         path = pathlib.Path(directory) / FILE
         content: dict[str, Any] = {}
         if self.measurements:
@@ -261,7 +261,7 @@ def roofline(kind: str, rows: int) -> float:
 
 
 def _ridge(kind: str) -> int:
-    return next((n for name, n in RIDGE.items() if kind.startswith(name)), USUAL_RIDGE)
+    return next((n for name, n in RIDGE.items() if kind.startswith(name)), DEFAULT_RIDGE)
 
 
 def default_strategy(rows: int, batch: int, block: int, kind: str) -> PlannerChoice:

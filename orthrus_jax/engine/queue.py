@@ -35,7 +35,7 @@ MAX_PREFILL_PADDING = 4096  # tokens of padding with which a batch may always be
 
 
 class Decoder(Protocol):
-    """What a queue asks of the engine that opened it; see `Engine`."""
+    """The part of the engine that a queue uses; see `Engine`."""
 
     config: ModelConfig
     tokenizer: Tokenizer
@@ -89,7 +89,7 @@ class _HostView(NamedTuple):
 class Queue:
     """Requests waiting and running, in one batch of static shape. `Engine.open` makes one.
 
-    For one thread. A text depends neither on the time of submission nor on the requests beside it.
+    For one thread. A text depends neither on the time of submission nor on the other requests.
     """
 
     def __init__(

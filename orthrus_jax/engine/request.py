@@ -118,7 +118,7 @@ class Request:
 
     @property
     def noise_id(self) -> int:
-        """The key of the noise beside the seed: prompt and sample, not the place in a list."""
+        """The key of the noise, with the seed: prompt and sample, not the place in a list."""
         return zlib.crc32(np.array([*self.prompt, self.sample], "<i4").tobytes())
 
 
@@ -153,8 +153,8 @@ class Completion:
       text: the answer without special tokens and stop string; "" without a tokenizer.
       tokens: its ids, up to the end token or through the last id of the stop string.
       finish_reason: "stop" at an end token or a stop string, "length" at the budget.
-      cycles: draft-verify cycles after the prefill that `tokens` needed; AR steps in mode "ar".
-      accepted: drafts accepted per cycle, as far as they are in `tokens`; all 0 in mode "ar".
+      cycles: draft-verify cycles after the prefill that `tokens` needed; AR steps with method "ar".
+      accepted: drafts accepted per cycle, those in `tokens` only; all 0 with method "ar".
       forwards: passes through the model: 1 for the prefill, then 1 or 2 per cycle.
       seconds: wall-clock time from prefill to end, in its batch, compilation excluded.
       compile_seconds: time spent compiling meanwhile; 0 if all shapes had been seen before.

@@ -13,7 +13,7 @@ class Session:
     """A dialogue's cache between turns.
 
     Attributes:
-      slots: cache slots; they grow if a turn needs more, and the dialogue is then read anew.
+      slots: cache slots; they grow if a turn needs more, and the dialogue is then read again.
       cache: of one row and `slots` slots, or None.
       ids: the tokens of its live slots.
     """
@@ -23,14 +23,14 @@ class Session:
     ids: list[int] = dataclasses.field(default_factory=list)
 
     def shared_prefix(self, prompt: Sequence[int]) -> int:
-        """Return how many live slots begin `prompt`; its last token is always read anew."""
+        """Return how many live slots begin `prompt`; its last token is always read again."""
         if self.cache is None:
             return 0
         limit = min(len(self.ids), len(prompt) - 1)
         return next((i for i in range(limit) if self.ids[i] != prompt[i]), limit)
 
     def grow(self, slots: int) -> int:
-        """Have at least so many slots, at the cost of the cache; return how many there are."""
+        """Grow to at least `slots` slots, which empties the cache; return the number of slots."""
         if slots > self.slots:
             self.slots, self.cache, self.ids = slots, None, []
         return self.slots

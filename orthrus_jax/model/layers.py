@@ -94,7 +94,8 @@ class SwiGLU(nn.Module):
 def linear(config: ModelConfig, features: int, *, bias: bool = False) -> nn.Dense:
     """Make a projection to `features` in the config's dtype, its kernel [in, out].
 
-    Every projection is made here. Kernels start as N(0, 0.02), as Qwen's do, biases as zeros.
+    The only place that creates projections. Kernels start as N(0, 0.02), as Qwen's do, biases as
+    zeros.
     """
     return nn.Dense(
         features,

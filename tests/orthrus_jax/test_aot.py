@@ -31,7 +31,7 @@ def test_lowered_program_compiles_and_its_parts_are_counted(program: str) -> Non
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     strategy = STRATEGIES.get(program)
     made = aot.lower_decoding(program, config, mesh, batch=2, context=64, strategy=strategy)
-    found = aot.report(made, limit=1.0)
+    found = aot.compile_report(made, limit=1.0)
     assert found["fits"]
     leaves = jax.tree.leaves(aot.weights(config, mesh))
     assert found["weights_gib"] * 2**30 == sum(x.size * x.dtype.itemsize for x in leaves)
@@ -42,7 +42,7 @@ def test_lowered_program_compiles_and_its_parts_are_counted(program: str) -> Non
         assert found["cache_gib"] * 2**30 == 2 * slots * bytes_each + 4 * table
         # Donated: the state that comes out lies where the one that went in was.
         assert found["results_gib"] * 2**30 < 1024
-    assert not aot.report(made, limit=1e-6)["fits"]
+    assert not aot.compile_report(made, limit=1e-6)["fits"]
 
 
 def test_largest_is_the_last_size_that_fits() -> None:
@@ -67,7 +67,7 @@ def test_largest_doubles_the_size_until_one_does_not_fit(monkeypatch, capsys) ->
     result = {"fits": True, "total_gib": 3.0, "seconds": 0.0, "processor_seconds": 0.0}
     monkeypatch.setattr(aot, "tpu_devices", lambda _: jax.devices()[:1])
     monkeypatch.setattr(aot, "lower_decoding", lower)
-    monkeypatch.setattr(aot, "report", lambda *_: result | {"fits": sizes[-1][0] <= 8})
+    monkeypatch.setattr(aot, "compile_report", lambda *_: result | {"fits": sizes[-1][0] <= 8})
     aot.main([*DECODE, "--batch", "2", "--largest", "batch", "--json"])
     assert sizes == [(2, 4096), (4, 4096), (8, 4096), (16, 4096)]
     output = capsys.readouterr()

@@ -13,7 +13,7 @@ from orthrus_jax import cli, runtime
 
 found = []
 monitoring.register_event_listener(lambda name, **more: found.append(name))
-runtime.LEAST_SECONDS = 0
+runtime.MIN_COMPILE_SECONDS = 0
 runtime.enable_compilation_cache(sys.argv[1] if len(sys.argv) > 1 else None)
 jax.jit(lambda x: x * 3 + 1)(2.0)
 print(json.dumps([name.endswith("cache_hits") for name in found]))
