@@ -102,8 +102,8 @@ def add_blocks(parser: argparse.ArgumentParser, selector: str = "--cycle") -> No
     )
     number(
         "--fresh-blocks",
-        help="with --cycle one-forward: blocks per forward that draft ahead, each for one number "
-        "of accepted drafts and one next token; default: 0",
+        help=f"with {selector} one-forward: blocks per forward that draft ahead, each for one "
+        "number of accepted drafts and one next token; default: 0",
     )
     number(
         "--tree-nodes",
