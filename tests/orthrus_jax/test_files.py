@@ -96,7 +96,7 @@ def test_packed_prompts_are_unpacked_and_torn_ones_refused(tmp_path) -> None:
     path.write_bytes(packed := gzip.compress(b'{"prompt": "Hi"}\n'))
     assert read_prompts(path) == ["Hi"]
     path.write_bytes(packed[:-12])
-    with pytest.raises(UserError, match="--prompts .* cannot be read: "):
+    with pytest.raises(UserError, match=r"--prompts .* cannot be read: "):
         read_prompts(path)
 
 
