@@ -140,7 +140,7 @@ def strategy_of(
     for name, value in given.items():
         flag = f"--{name.replace('_', '-')} {value}"
         if get("rows", None) is not None:
-            raise UserError(f"{flag} with --rows {args.rows}: the planner chooses it")
+            raise UserError(f"{flag} beside --rows {args.rows}: the planner chooses it")
         if method == "ar":
             raise UserError(f"{flag}: decoding one token per forward (ar) drafts nothing")
         if name in BLOCKS and method not in BLOCKS[name]:
