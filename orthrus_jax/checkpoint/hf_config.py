@@ -107,7 +107,7 @@ def config_from_hf(raw: Raw, generation: Raw | None = None) -> ModelConfig:
     family = FAMILIES.get(str(raw.get("model_type")))
     refused = _unsupported(raw, family)
     if refused or family is None:
-        raise UserError("config.json asks for unsupported settings: " + "; ".join(refused))
+        raise UserError("config.json asks for what is not supported: " + "; ".join(refused))
     missing = [name for name in SIZES if name not in raw]
     if missing:
         raise UserError(f"config.json lacks {', '.join(missing)}")

@@ -1,12 +1,13 @@
 """Atomic writes, JSON lines and the first line of an error."""
 
+import gzip
 import json
 import pathlib
 
 import pytest
 
 from orthrus_jax.errors import UserError
-from orthrus_jax.files import first_line, read_jsonl, write_atomic
+from orthrus_jax.files import first_line, read_jsonl, read_prompts, write_atomic
 
 SEPARATORS = ["\u2028", "\u2029", "\u0085"]  # str.splitlines splits at them, JSON does not
 
@@ -66,3 +67,39 @@ def test_jsonl_that_is_missing_is_an_os_error(tmp_path) -> None:
 def test_first_line_of_an_error_is_its_message_or_its_type() -> None:
     assert first_line(ValueError("\n no route\nand much more")) == "no route"
     assert first_line(KeyError()) == "KeyError"
+    assert first_line(FileNotFoundError(2, "No such file", "x")) == "No such file"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": null}', '"prompt" is null: expected a text'),
+        (b'{"prompt": 5}', '"prompt" is 5: expected a text'),
+        (b'{"prompt": ""}', '"prompt" is "": expected a text'),
+        (b'\xef\xbb\xbf{"prompt": "Hi"}', "begins with a byte order mark"),
+        (b'{"prompt": "\xff"}', "is not a JSON object"),
+        (b"5", "is not a JSON object"),
+    ],
+)
+def test_bad_prompt_is_named_by_file_and_line(tmp_path, line, message) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "Hi"}\n' + line)
+    with pytest.raises(UserError) as error:
+        read_prompts(path)
+    assert f"{path}:2" in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_packed_prompts_are_unpacked_and_torn_ones_refused(tmp_path) -> None:
+    path = tmp_path / "prompts.jsonl.gz"
+    path.write_bytes(packed := gzip.compress(b'{"prompt": "Hi"}\n'))
+    assert read_prompts(path) == ["Hi"]
+    path.write_bytes(packed[:-12])
+    with pytest.raises(UserError, match=r"--prompts .* cannot be read: "):
+        read_prompts(path)
+
+
+def test_missing_prompt_file_is_named(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"--prompts .*none\.jsonl cannot be read: No such file"):
+        read_prompts(tmp_path / "none.jsonl")

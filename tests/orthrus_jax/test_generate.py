@@ -279,6 +279,11 @@ def test_bad_prompt_files_are_named(directory, tmp_path, line, message):
         generate.main(["--model", str(directory), "--prompts", str(file)])
 
 
+def test_logprobs_without_json_are_refused_before_a_model_is_loaded():
+    with pytest.raises(UserError, match="--logprobs needs --json"):
+        generate.main(["--model", "unread", "--prompt", "x", "--logprobs"])
+
+
 def test_bad_model_ends_the_command_in_one_line_with_status_2(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "orthrus_jax.generate", "--model", str(tmp_path), "--prompt", "x"],
