@@ -48,7 +48,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 # Marks by the beginning of a path under tests/, so that no file has to bear them.
 MARKS = {
-    "laws": ("orthrus_jax/decoding/test_sampling",),
+    "laws": ("orthrus_jax/decoding/test_sampling_laws",),
     "quick": (
         "test_imports",
         "test_packaging",

@@ -13,6 +13,7 @@ import pytest
 from orthrus_jax.attention.attend import IMPLEMENTATIONS
 from orthrus_jax.decoding import Strategy
 
+ATTENTION = list(IMPLEMENTATIONS)
 SHAPES = {  # changes of tiny_config
     "tied, grouped heads": {},
     "untied": {"tie_word_embeddings": False},
@@ -35,7 +36,7 @@ STRATEGIES = {
 CACHES = {  # slots, and changes of Model: which way of storing and reading a cache is taken
     "few slots": (64, {}),
     "read in chunks": (1536, {}),
-    **{f"attention {name}": (64, {"attention": name}) for name in IMPLEMENTATIONS},
+    **{f"attention {name}": (64, {"attention": name}) for name in ATTENTION},
 }
 
 

@@ -1,61 +1,36 @@
-"""Exact above temperature 0: each rule's whole texts are distributed as AR's, or are AR's.
+"""Sampling: filters, noise and the accept rules, row by row; and AR's own texts on the real model.
 
-The distributions are those of a model that can be enumerated (fake_models/tabular.py), each
-compared with the law of whole texts by one chi-square. All seeds are fixed: no test here fails by
-chance. What the comparison can see is shown, not claimed: it must refuse rules with planted faults,
-a verdict that accepts 0.5 % more than it may among them.
+The distributions of whole texts are test_sampling_laws.py. All seeds are fixed: no test here fails
+by chance.
 """
 
 import functools
 import itertools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from orthrus_jax import decoding
-from orthrus_jax.decoding import AcceptRule, Strategy, sampling, speculative
+from orthrus_jax.decoding import AcceptRule
 from orthrus_jax.decoding.sampling import (
-    Acceptance,
     Drafts,
-    Filters,
     NoiseKey,
-    Sampler,
     accept_rejection,
     gumbel_sample,
     probabilities,
 )
 from orthrus_jax.drafters import DiffusionDrafter
-from orthrus_jax.engine import SamplingParams
-from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, ar_segment
 from tests.support.configs import tiny_config
-from tests.support.decoding import DrawingDrafter, orthrus_decode
-from tests.support.fake_models import tabular
-from tests.support.fake_models.tabular import EOS, MASK, VOCAB, Setting, TabularModel, processed
+from tests.support.decoding import DrawingDrafter, orthrus_decode, texts
+from tests.support.fake_models.tabular import Setting, processed
 from tests.support.marks import slow
+from tests.support.sampling import fit, plain_rule, sampler_of
 from tests.support.weights import random_params
 
-K = tabular.SMALL.block_size
-
-
-def sampler_of(settings: list[Setting], seeds=0, streams=None, *, filtered: bool = True) -> Sampler:
-    """One row for each setting; its stream is its place in the list unless given."""
-    column = lambda name, dtype: jnp.asarray([getattr(s, name) for s in settings], dtype)
-    rows = len(settings)
-    filters = Filters(
-        column("top_k", jnp.int32), column("top_p", jnp.float32), column("min_p", jnp.float32)
-    )
-    return Sampler(
-        temperature=column("temperature", jnp.float32),
-        seed=jnp.broadcast_to(jnp.asarray(seeds, jnp.uint32), rows),
-        noise_id=jnp.asarray(np.arange(rows) if streams is None else streams, jnp.uint32),
-        filters=filters if filtered else None,
-    )
-
+K = tiny_config().block_size
 
 # --- The distribution of one token ---------------------------------------------------------------
 
@@ -191,86 +166,7 @@ def test_noise_depends_on_seed_noise_id_position_and_purpose_alone() -> None:
     assert len({x.tobytes() for x in others.values()}) == len(others)
 
 
-REFUSED = {
-    "temperature": [(-0.1, "0 or more"), (float("nan"), "0 or more"), (float("inf"), "0 or more")],
-    "top_k": [(-1, "0 (off) or more")],
-    "top_p": [(0.0, "above 0 and at most 1 (off)"), (1.01, "above 0 and at most 1 (off)")],
-    "min_p": [(-0.1, "from 0 (off) to below 1"), (1.0, "from 0 (off) to below 1")],
-    "seed": [(-1, "from 0 to 4294967295"), (2**32, "from 0 to 4294967295")],
-    "max_new_tokens": [(0, "at least 1")],
-    "min_new_tokens": [(-1, "from 0 to max_new_tokens=256"), (257, "from 0 to max_new_tokens=256")],
-    "stop": [("end", "a sequence of strings, none empty"), (("",), "a sequence of strings")],
-    "stop_token_ids": [((3, -1), "ids of 0 or more")],
-    "n": [(0, "at least 1")],
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "limit"), [(n, v, m) for n, values in REFUSED.items() for v, m in values]
-)
-def test_bad_value_is_refused_by_name_and_limit(name, value, limit) -> None:
-    with pytest.raises(UserError) as refusal:
-        SamplingParams(**{name: value})
-    assert str(refusal.value).startswith(f"{name}={value!r} must be {limit}")
-
-
-def test_several_equal_samples_are_refused_and_several_unequal_ones_are_not() -> None:
-    with pytest.raises(UserError, match="n=3 with temperature=0 would give 3 equal answers"):
-        SamplingParams(n=3)
-    assert SamplingParams(n=3, temperature=0.5).n == 3
-
-
-def test_limits_themselves_are_allowed() -> None:
-    params = SamplingParams(
-        temperature=0.0, top_p=1.0, min_p=0.0, seed=2**32 - 1, max_new_tokens=1, min_new_tokens=1
-    )
-    assert not params.filtered
-    assert all(SamplingParams(**f).filtered for f in ({"top_k": 1}, {"top_p": 0.9}, {"min_p": 0.1}))
-
-
-# --- The rule of rejection, and faults planted in it ---------------------------------------------
-
-HALF_PERCENT = "accepts 0.5 % more"
-FAULTS = (
-    HALF_PERCENT,
-    "replaces from p",
-    "bonus from q",
-    "one noise for draft and verdict",
-    "one noise for draft and replacement",
-    "one noise for all replacements",
-)
-
-
-def plain_rule(
-    drafts: Drafts, target, sampler: Sampler, positions, *, fault: str = ""
-) -> Acceptance:
-    """`accept_rejection` told plainly, and with one fault if named."""
-    tokens, q = drafts
-    index = jnp.arange(target.shape[1])
-    if q is None:
-        q = jax.nn.one_hot(tokens, target.shape[-1])
-    pick = lambda probs: jnp.take_along_axis(probs, tokens[..., None], axis=-1)[..., 0]
-    p_token, q_token = pick(target[:, :-1]), pick(q)
-    if fault == HALF_PERCENT:  # of the tokens that p can say at all
-        p_token = jnp.where(p_token > 0, p_token + 0.005 * q_token, 0)
-    purpose = NoiseKey.DRAFT if fault == "one noise for draft and verdict" else NoiseKey.ACCEPT
-    keys = sampling._keys(sampler, positions[:, :-1], purpose)
-    refused = jax.vmap(jax.vmap(jax.random.uniform))(keys) * q_token >= p_token
-    accepted = jnp.where(refused.any(1), refused.argmax(1), tokens.shape[1])
-
-    left = jnp.maximum(target - jnp.pad(q, ((0, 0), (0, 1), (0, 0))), 0)
-    if fault == "bonus from q":
-        left = left.at[:, -1].set(q[:, -1])
-    if fault == "replaces from p":
-        left = target
-    left = jnp.where(left.sum(-1, keepdims=True) > 0, left, target)
-    purpose = NoiseKey.DRAFT if fault == "one noise for draft and replacement" else NoiseKey.TOKEN
-    if fault == "one noise for all replacements":
-        positions = jnp.zeros_like(positions)
-    own = gumbel_sample(left, sampler, positions, purpose)
-    own = jnp.where(index == accepted[:, None], own, -1)
-    padded = jnp.pad(tokens, ((0, 0), (0, 1)))
-    return Acceptance(jnp.where(index < accepted[:, None], padded, own), accepted)
+# --- The rule of rejection ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("drafter", [DiffusionDrafter, *slow(DrawingDrafter)])
@@ -302,311 +198,13 @@ def test_rejection_rule_equals_the_plain_one(drafter: type) -> None:
     assert np.bincount(ours.accepted, minlength=K).min() > 100, "a case that is hardly met"
 
 
-# --- The distribution of whole texts -------------------------------------------------------------
+# --- The real model ------------------------------------------------------------------------------
 
-N, SLOTS = 6, 16  # tokens a text, so two to five block ends
-REACH = 5  # drafts verified at once, at most
-ROWS, CHUNK = 1 << 13, 1 << 17  # texts of each setting of a mixture; texts of a setting alone
-CUTS = ({}, {"top_k": 2}, {"top_p": 0.8}, {"top_k": 3, "top_p": 0.9, "min_p": 0.2})
-PROMPTS = ((1, 2), (2,), (0, 2, 1))
-SETTINGS = [
-    Setting(temperature, **cut, prompt=PROMPTS[(i + 2 * j) % 3])
-    for i, temperature in enumerate((0.7, 1.3))
-    for j, cut in enumerate(CUTS)
-]
-GREEDY = Setting(0.0, prompt=(1, 2))
-TABLES = tabular.tables(0)
-CONTRARY = tabular.contrary(TABLES)
-
-
-class Fit(NamedTuple):
-    """How far counts are from a law; `impossible` counts texts of probability 0."""
-
-    statistic: float
-    freedom: int
-    impossible: int = 0
-
-    @property
-    def p(self) -> float:
-        """The probability of so large a statistic if the law holds."""
-        if self.impossible:
-            return 0.0
-        return float(stats.chi2.sf(self.statistic, self.freedom)) if self.freedom else 1.0
-
-
-def fit(counts: np.ndarray, law: np.ndarray) -> Fit:
-    """Pearson's chi-square; all cells expected fewer than 5 times are one."""
-    np.testing.assert_allclose(law.sum(), 1, rtol=1e-9)
-    expected, rare = law * counts.sum(), law * counts.sum() < 5
-    observed, rest = counts[~rare].astype(float), expected[rare].sum()
-    expected = expected[~rare]
-    if rest >= 5:
-        observed, expected = np.append(observed, counts[rare].sum()), np.append(expected, rest)
-    else:
-        smallest = expected.argmin()
-        observed[smallest] += counts[rare].sum()
-        expected[smallest] += rest
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    return Fit(statistic, len(expected) - 1, int(counts[law == 0].sum()))
-
-
-def together(fits: list[Fit]) -> Fit:
-    """One fit for several independent ones."""
-    return Fit(*map(sum, zip(*fits, strict=True)))
-
-
-def sampled(
-    loop: str,
-    settings: list[Setting],
-    rows: int = ROWS,
-    *,
-    model: TabularModel | None = None,
-    tables: dict = TABLES,
-    first_seed: int = 0,
-    filtered: bool = True,
-    **how,
-):
-    """Decode one batch of `rows` texts of each setting; row r is of setting r % len(settings).
-
-    `loop` is "ar", "orthrus", "two" or "ahead", `how` what its function is told beside, or fields
-    of a Strategy. Returns the final state's small arrays in numpy, its tokens padded with MASK.
-    """
-    settings, model = settings * rows, model or TabularModel()
-    batch, seeds = len(settings), first_seed + np.arange(rows).repeat(len(settings) // rows)
-    streams = np.tile(np.arange(len(settings) // rows), rows)
-    width = max(len(s.prompt) for s in settings)
-    prompts = [[*s.prompt, *[MASK] * (width - len(s.prompt))] for s in settings]
-    early = jnp.array([s.min_tokens for s in settings], jnp.int32)
-    state = decoding.prefill(
-        model,
-        tables,
-        jnp.asarray(np.array(prompts), jnp.int32),
-        jnp.asarray([len(s.prompt) for s in settings], jnp.int32),
-        jnp.full(batch, N, jnp.int32),
-        jnp.array([EOS, -1], jnp.int32),
-        slots=SLOTS,
-        max_new_tokens=N,
-        sampler=sampler_of(settings, seeds, streams, filtered=filtered),
-        min_tokens=early if early.any() else None,
-        lookahead=REACH,
-    )
-    loops = {
-        "ar": decoding.ar_decode,
-        "orthrus": orthrus_decode,
-        "two": decoding.two_forward_decode,
-        "ahead": decoding.one_forward_decode,
-    }
-    if loop in ("two", "ahead"):
-        method = "orthrus-2f" if loop == "two" else "orthrus-1f"
-        strategy = Strategy(method, how.pop("block_size", K), candidates=3, **how)
-        how = {"strategy": strategy.resolve(model.config)}
-        if loop == "ahead":
-            state = state.replace(drafter=decoding.no_draft(how["strategy"], batch))
-    state = loops[loop](model, tables, state, **how)
-    state = state.replace(cache=None, sampler=None, drafter=None)
-    state = jax.tree.map(np.asarray, state)
-    written = np.arange(N) < state.count[:, None]
-    return state.replace(tokens=np.where(written, state.tokens, MASK))
-
-
-@functools.cache
-def law_of(setting: Setting) -> np.ndarray:
-    return tabular.law(TABLES, setting, N)
-
-
-def fits(state, settings: list[Setting]) -> list[Fit]:
-    """How well each setting's whole texts fit their exact law."""
-    codes = tabular.code(state.tokens).reshape(-1, len(settings))
-    counts = [np.bincount(column, minlength=VOCAB**N) for column in codes.T]
-    return [fit(c, law_of(s)) for c, s in zip(counts, settings, strict=True)]
-
-
-def assert_exact(state, settings: list[Setting]) -> None:
-    results = fits(state, settings)
-    assert sum(r.impossible for r in results) == 0, results
-    assert together(results).p > 1e-3, together(results)
-    for setting, result in zip(settings, results, strict=True):
-        assert result.p > 1e-4, (setting, result)
-
-
-MIXTURE = [*SETTINGS, GREEDY]  # rows of every temperature, filter and prompt length in one batch
 RULES = {
     "ar": {"loop": "ar"},
     "a draw from q": {"loop": "orthrus", "drafter": DrawingDrafter},
-    "the likeliest of q": {"loop": "orthrus", "drafter": DiffusionDrafter},
     "coupled": {"loop": "orthrus", "rule": AcceptRule.COUPLED},
-    "ahead": {"loop": "ahead", "early_blocks": 2},
-    "ahead, all ends": {"loop": "ahead", "early_blocks": 3},
-    "ahead, fresh": {"loop": "ahead", "early_blocks": 1, "fresh_blocks": 3},
-    "ahead, fresh alone": {"loop": "ahead", "early_blocks": 0, "fresh_blocks": 3},
-    "ahead, a tree": {"loop": "ahead", "early_blocks": 2, "tree_nodes": 5},
-    "ahead, a tree, fresh": {
-        "loop": "ahead",
-        "early_blocks": 2,
-        "fresh_blocks": 2,
-        "tree_nodes": 5,
-    },
-    "two forwards": {"loop": "two"},
-    "two forwards, a tree": {"loop": "two", "tree_nodes": 5},
 }
-SIZES = [K, K - 1]
-
-
-@functools.cache
-def mixture(rule: str, block_size: int | None = None):
-    how = {} if block_size is None else {"block_size": block_size}
-    return sampled(settings=MIXTURE, **RULES[rule], **how)
-
-
-def greedy_rows(state) -> np.ndarray:
-    return state.tokens[MIXTURE.index(GREEDY) :: len(MIXTURE)]
-
-
-def test_ar_texts_are_distributed_as_the_law_has_it() -> None:
-    state = mixture("ar")
-    assert_exact(state, MIXTURE)
-    assert len(np.unique(greedy_rows(state), axis=0)) == 1
-
-
-@pytest.mark.parametrize("block_size", [SIZES[0], *slow(*SIZES[1:])])
-@pytest.mark.parametrize(
-    "rule",
-    [
-        *("a draw from q", "the likeliest of q", "ahead", "ahead, a tree, fresh"),
-        *slow("ahead, all ends", "ahead, fresh", "ahead, fresh alone", "ahead, a tree"),
-        *slow("two forwards", "two forwards, a tree"),
-    ],
-)
-def test_rejection_keeps_the_law_of_whole_texts(rule: str, block_size: int) -> None:
-    state = mixture(rule, block_size)
-    assert_exact(state, MIXTURE)
-    np.testing.assert_array_equal(greedy_rows(state), greedy_rows(mixture("ar")))
-    # What the law was kept through: every number of drafts accepted, and several block ends.
-    often = np.bincount(state.accepted[state.accepted >= 0], minlength=block_size)
-    assert len(often) == block_size
-    assert often.min() > 0.01 * often.sum()
-    assert (state.cycles >= (2 if rule.startswith("two") else 3)).mean() > 0.2
-
-
-DRAWN = ["ahead", "ahead, a tree, fresh", "ahead, a tree", "two forwards", "two forwards, a tree"]
-
-
-@pytest.mark.parametrize("block_size", [SIZES[0], *slow(*SIZES[1:])])
-@pytest.mark.parametrize(
-    "rule",
-    [
-        *DRAWN[:2],
-        *slow(*DRAWN[2:]),
-    ],
-)
-def test_overlapped_sampled_texts_are_the_ar_texts(rule: str, block_size: int) -> None:
-    """Under both rules: what is drawn is the AR view's own, and drafts are compared with it."""
-    state = mixture(rule, block_size)
-    np.testing.assert_array_equal(state.tokens, mixture("ar").tokens)
-    assert (state.accepted[state.accepted >= 0] == block_size - 1).mean() > 0.01
-
-
-@pytest.mark.parametrize("block_size", [SIZES[0], *slow(*SIZES[1:])])
-def test_coupled_texts_are_the_ar_texts(block_size: int) -> None:
-    state = mixture("coupled", block_size)
-    np.testing.assert_array_equal(state.tokens, mixture("ar").tokens)
-    assert (state.accepted[state.accepted >= 0] == block_size - 1).mean() > 0.1
-
-
-@pytest.mark.parametrize("filtered", [True, *slow(False)])
-def test_drafts_distributed_as_p_are_all_accepted(filtered: bool) -> None:
-    settings = MIXTURE if filtered else [Setting(0.7), Setting(1.3), Setting(0.0)]
-    agreeing = tabular.agreeing(TABLES)
-    how = {"drafter": DrawingDrafter, "filtered": filtered}
-    state = sampled("orthrus", settings, 1 << 10, tables=agreeing, **how)
-    np.testing.assert_array_equal(state.cycles, -(-(state.count - 1) // K))
-    whole = np.arange(N) < state.cycles[:, None] - 1
-    assert (state.accepted[whole] == K - 1).all()
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [FAULTS[1], *slow(*FAULTS[2:])],
-)
-def test_planted_fault_shows_in_the_law_of_whole_texts(fault: str, monkeypatch) -> None:
-    """At the settings and the number of texts of the tests above."""
-    monkeypatch.setattr(speculative, "accept_rejection", functools.partial(plain_rule, fault=fault))
-    model = TabularModel(name=fault)
-    state = sampled("orthrus", MIXTURE, model=model, drafter=DrawingDrafter)
-    result = together(fits(state, MIXTURE))
-    assert result.p < 1e-12, result
-
-
-def rejection_fit(
-    setting: Setting,
-    texts: int,
-    drafter: type,
-    monkeypatch,
-    *,
-    fault: str = "",
-    tables: dict = TABLES,
-    block_size: int = K,
-) -> Fit:
-    """The fit of `texts` texts of one setting, with a fault planted if one is named."""
-    filtered, counts = setting._replace(temperature=1.0, prompt=()) != Setting(prompt=()), 0
-    how = {"drafter": drafter, "block_size": block_size, "filtered": filtered}
-    with monkeypatch.context() as patch:
-        if fault:
-            rule = functools.partial(plain_rule, fault=fault)
-            patch.setattr(speculative, "accept_rejection", rule)
-        for first in range(0, texts, CHUNK):
-            model = TabularModel(name=fault)
-            some = sampled(
-                "orthrus", [setting], CHUNK, model=model, tables=tables, first_seed=first, **how
-            )
-            counts = counts + np.bincount(tabular.code(some.tokens), minlength=VOCAB**N)
-    return fit(counts, law_of(setting))
-
-
-@pytest.mark.parametrize("drafter", [DiffusionDrafter, *slow(DrawingDrafter)])
-def test_half_a_percent_accepted_in_excess_shows(drafter: type, monkeypatch) -> None:
-    """The power of the chi-square: 2^17 texts, and a verdict that errs by 0.005."""
-    args = (Setting(0.7), CHUNK, drafter, monkeypatch)
-    assert rejection_fit(*args, tables=CONTRARY).p > 1e-3
-    assert rejection_fit(*args, tables=CONTRARY, fault=HALF_PERCENT).p < 1e-6
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("drafter", [DiffusionDrafter, DrawingDrafter])
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_million_texts_of_each_setting_fit_their_law(
-    setting: Setting, drafter: type, monkeypatch
-) -> None:
-    args = (setting, 1 << 20, drafter, monkeypatch)
-    assert rejection_fit(*args, block_size=K - 1).p > 1e-3
-    assert rejection_fit(*args, tables=CONTRARY).p > 1e-3
-    assert rejection_fit(*args, tables=CONTRARY, fault=HALF_PERCENT).p < 1e-6
-
-
-# --- The least number of tokens ------------------------------------------------------------------
-
-LEAST = [
-    Setting(t, prompt=p, min_tokens=n)
-    for n, t, p in zip((0, 1, 3, 4, 6), (1.0, 0.8, 1.2, 1.0, 0.7), itertools.cycle(PROMPTS))
-]
-
-
-@pytest.mark.parametrize("rule", [*slow("ar", "a draw from q"), "the likeliest of q", "coupled"])
-def test_no_text_ends_before_its_least_number_of_tokens(rule: str) -> None:
-    """And the texts that may end are distributed as the law of such texts has it."""
-    settings = [*LEAST, GREEDY._replace(min_tokens=3)]
-    state = sampled(settings=settings, filtered=False, **RULES[rule])
-    least = np.tile([s.min_tokens for s in settings], len(state.count) // len(settings))
-    index = np.arange(N)
-    assert not ((state.tokens == EOS) & (index < least[:, None])).any()
-    assert (state.count >= np.maximum(least, 1)).all()
-    for n in (1, 3, 4):
-        assert (state.tokens[least == n, n] == EOS).any(), "no text ends as soon as it may"
-    assert_exact(state, settings)
-
-
-# --- The real model ------------------------------------------------------------------------------
-
 REAL = Model(tiny_config(num_hidden_layers=3, rms_norm_eps=2e-6))
 WEIGHTS = random_params(REAL.config, 0, copy=True)
 PROMPT, NEW, REAL_EOS = 12, 24, 5
@@ -648,10 +246,6 @@ def spoken(
         state, calls = run(REAL, WEIGHTS, state, **how), calls + 1
     assert calls == (1 if max_cycles is None else -(-int(state.cycles.max()) // max_cycles))
     return jax.tree.map(np.asarray, state.replace(cache=None, sampler=None))
-
-
-def texts(state) -> list[list[int]]:
-    return [row[:count].tolist() for row, count in zip(state.tokens, state.count, strict=True)]
 
 
 @pytest.mark.parametrize(
