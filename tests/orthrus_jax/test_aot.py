@@ -212,8 +212,8 @@ class TestForTPU:
         assert found["fits"]
         assert 1.3 < found["weights_gib"] < 1.6
         rows = found["batch"]
-        batch_sharding = rows * 2 * 28 * 8 * 128 * 2 * 4096 / 2**30
-        assert found["cache_gib"] == pytest.approx(batch_sharding, rel=0.02)
+        cache_gib = rows * 2 * 28 * 8 * 128 * 2 * 4096 / 2**30
+        assert found["cache_gib"] == pytest.approx(cache_gib, rel=0.02)
         assert found["results_gib"] < 0.01
         smallest = 8 * 128 * 1024  # elements of a key projection; a layer's keys have four times
         program = (tmp_path / "program").read_text()
