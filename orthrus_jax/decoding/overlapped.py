@@ -150,7 +150,7 @@ def two_forward_decode(
     min_active: Array | None = None,
 ) -> DecodeState:
     """Decode with two forwards per cycle, both of which emit. See `one_forward_decode`."""
-    mask = mask_id(model)
+    mask = model.config.mask_id
 
     def cycle(state: DecodeState) -> DecodeState:
         active = ~state.done
@@ -233,7 +233,7 @@ def blocks_segment(
 ) -> Segment:
     """All blocks [anchor, MASK x (K - 1)] as one segment."""
     offset = jnp.arange(strategy.block_size)
-    tokens = jnp.where(offset == 0, blocks.anchor[..., None], mask_id(model))
+    tokens = jnp.where(offset == 0, blocks.anchor[..., None], model.config.mask_id)
     positions = (state.position[:, None] + blocks.depth)[..., None] + offset
     flat = lambda x: x.reshape(x.shape[0], -1)
     tree_mask = TreeMask(state.position, blocks.mask) if strategy.tree_nodes else None
@@ -328,10 +328,3 @@ def top_ids(scores: Array, count: int) -> Array:
         tpu=lambda x: jax.lax.approx_max_k(jnp.maximum(x, least), count)[1],
         default=lambda x: jax.lax.top_k(x, count)[1],
     )
-
-
-def mask_id(model: DecodingModel) -> int:
-    """The id of the MASK token."""
-    mask = model.config.mask_token_id
-    assert mask is not None, "drafting needs config.mask_token_id"
-    return mask

@@ -65,8 +65,7 @@ class DiffusionDrafter:
 
     def propose(self, params: Any, state: DecodeState) -> tuple[Drafts, None]:
         """Guess the K - 1 tokens after the anchor in one diffusion pass."""
-        mask = self.model.config.mask_token_id
-        assert mask is not None, "drafting needs config.mask_token_id"
+        mask = self.model.config.mask_id
         block = block_segment(state.anchor, state.position, self.rows, mask)
         (hidden,), _ = self.model.forward(params, [block], state.cache)
         # Row j guesses the token after its own position, so the last row's guess is one too many.

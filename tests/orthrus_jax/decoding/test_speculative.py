@@ -7,6 +7,7 @@ import pytest
 
 from orthrus_jax import decoding
 from orthrus_jax.decoding.sampling import accept_equal, greedy
+from orthrus_jax.errors import UserError
 from tests.support.configs import tiny_config
 from tests.support.decoding import (
     COUNTED,
@@ -229,5 +230,5 @@ def test_prompt_wider_than_the_cache_is_refused() -> None:
 def test_drafting_without_a_mask_token_is_refused() -> None:
     model = ScriptedModel(tiny_config(block_size=K, mask_token_id=None))
     text = plain_text(1, WIDTH)
-    with pytest.raises(AssertionError, match="mask_token_id"):
+    with pytest.raises(UserError, match="mask_token_id"):
         run("orthrus", model, text, text, [3], [3])
