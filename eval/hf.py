@@ -26,7 +26,7 @@ def check_torch() -> None:
 
 
 class HF:
-    """transformers' Qwen3ForCausalLM with the frozen weights of `params`, in their dtype.
+    """transformers' model of the family, with the frozen weights of `params` in their dtype.
 
     It runs on a GPU if jax does and torch finds one, else on the CPU.
 
@@ -37,7 +37,7 @@ class HF:
     def __init__(self, config: ModelConfig, params: Params) -> None:
         check_torch()
         import torch
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+        import transformers
 
         self.torch = torch
         on_gpu = jax.default_backend() == "gpu" and torch.cuda.is_available()
@@ -49,9 +49,10 @@ class HF:
             for name, spec in tensor_specs(config, diffusion=False).items()
         }
         # Loaded as transformers loads files, but from these tensors.
-        theirs: Any = Qwen3ForCausalLM.from_pretrained(
+        raw = config_to_hf(config, orthrus=False)
+        theirs: Any = getattr(transformers, raw["architectures"][0]).from_pretrained(
             None,
-            config=Qwen3Config(**config_to_hf(config, orthrus=False)),
+            config=transformers.AutoConfig.for_model(**raw),
             state_dict=state,
             dtype=getattr(torch, config.dtype),
         )

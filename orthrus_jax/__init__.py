@@ -1,4 +1,4 @@
-"""Exact parallel decoding of a frozen Qwen3: one model, two attention views, one shared KV cache.
+"""Exact parallel decoding of a frozen base: one model, two attention views, one shared KV cache.
 
 import orthrus_jax
 model = orthrus_jax.load("path/or/hub-id")

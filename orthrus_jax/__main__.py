@@ -14,7 +14,7 @@ from orthrus_jax.errors import program_name, run_command
 COMMANDS = {
     "generate": "answer prompts",
     "chat": "hold a dialogue",
-    "convert": "turn a Qwen3 into an Orthrus checkpoint, untrained",
+    "convert": "turn a base into an Orthrus checkpoint, untrained",
     "aot": "compile for a TPU that is not attached: does it fit?",
 }
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program_name(),
-        description="Exact parallel decoding of a frozen Qwen3.",
+        description="Exact parallel decoding of a frozen base: Qwen3, Qwen2, Llama, Mistral.",
         epilog="COMMAND --help lists a command's options.",
     )
     parser.add_argument("--version", action="version", version=f"orthrus_jax {__version__}")

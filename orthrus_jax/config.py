@@ -6,11 +6,50 @@ config.json.
 
 import dataclasses
 import math
+from typing import Any
 
 from orthrus_jax.errors import UserError
 
 QWEN3_MASK_TOKEN_ID = 151_669  # the first id past Qwen3's tokenizer: a row no text ever uses
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Rope:
+    """Llama 3's scaling of the rotary frequencies, for contexts beyond those of the pretraining.
+
+    A frequency whose wavelength is under original_max_position_embeddings / high_freq_factor
+    positions stays; one over original_max_position_embeddings / low_freq_factor is divided by
+    `factor`; those between are interpolated (Llama 3.1's model card; transformers' "llama3").
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        """Refuse values that give no frequencies.
+
+        Raises:
+          UserError: naming the field and its value.
+        """
+        for field in dataclasses.fields(self):
+            _check_positive(f"rope_scaling's {field.name}", getattr(self, field.name))
+        if not self.high_freq_factor > self.low_freq_factor:
+            raise UserError(
+                f"rope_scaling's high_freq_factor={self.high_freq_factor} must be above "
+                f"low_freq_factor={self.low_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +59,8 @@ class ModelConfig:
     Fields that config.json has too bear its names. Families of models differ in switches alone:
       qk_norm: whether each head's queries and keys pass an RMSNorm before the rotation.
       attention_bias: whether the q, k and v projections add a bias; the o projection never does.
+      rope_scaling: how the rotary frequencies are scaled; None leaves them.
+    `model_type` names the family for config.json; nothing is computed from it.
 
     `block_size` is K, the rows of a diffusion block (K - 1 drafts per cycle). `mask_token_id` is
     None for a base model whose vocabulary has no row known to be unused; drafting then is refused.
@@ -39,11 +80,13 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     qk_norm: bool = True
     attention_bias: bool = False
+    rope_scaling: Llama3Rope | None = None
     max_position_embeddings: int = 40_960
     eos_token_ids: tuple[int, ...] = (151_645, 151_643)
     block_size: int = 32
     mask_token_id: int | None = QWEN3_MASK_TOKEN_ID
     dtype: str = "bfloat16"
+    model_type: str = "qwen3"
 
     def __post_init__(self) -> None:
         """Refuse values that no model can have.
@@ -51,6 +94,9 @@ class ModelConfig:
         Raises:
           UserError: naming the field, its value and what it must satisfy.
         """
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -66,9 +112,7 @@ class ModelConfig:
                 f"{self.vocab_size} rows (vocab_size)"
             )
         for name in ("rope_theta", "rms_norm_eps"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
-                raise UserError(f"{name}={value!r}: expected a positive finite number")
+            _check_positive(name, getattr(self, name))
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
 
@@ -85,6 +129,11 @@ class ModelConfig:
                 "(strategy='ar')"
             )
         return self.mask_token_id
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        raise UserError(f"{name}={value!r}: expected a positive finite number")
 
 
 def _qwen3(width: int, mlp: int, layers: int, heads: int, tied: bool) -> ModelConfig:

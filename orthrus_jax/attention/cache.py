@@ -162,7 +162,7 @@ class KVCache(struct.PyTreeNode):
         c, layers = config, range(config.num_hidden_layers)
         lead = tuple(itertools.dropwhile(lambda n: n == 1, (batch, c.num_key_value_heads)))
         of_key = (c.head_dim, slots) if keys_transposed else (slots, c.head_dim)
-        cos, sin = rope_cos_sin(jnp.arange(slots), c.head_dim, c.rope_theta)
+        cos, sin = rope_cos_sin(jnp.arange(slots), c.head_dim, c.rope_theta, c.rope_scaling)
         return cls(
             k=tuple(jnp.zeros((*lead, *of_key), c.dtype) for _ in layers),
             v=tuple(jnp.zeros((*lead, slots, c.head_dim), c.dtype) for _ in layers),

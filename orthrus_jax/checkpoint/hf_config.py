@@ -10,20 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from orthrus_jax.checkpoint.directory import read_json
-from orthrus_jax.config import QWEN3_MASK_TOKEN_ID, ModelConfig
+from orthrus_jax.config import QWEN3_MASK_TOKEN_ID, SIZES, Llama3Rope, ModelConfig
 from orthrus_jax.errors import UserError
 
 Raw = dict[str, Any]  # a config.json
 ORTHRUS = "OrthrusLM"  # in `architectures`: the checkpoint holds a diffusion view
-SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
+_MISTRAL_WINDOW = 4096  # of a Mistral whose config.json names none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,35 +25,65 @@ class Family:
     Attributes:
       architectures: those accepted; the first is written for a base model.
       switches: the fields of ModelConfig that this family sets, with their values.
+      rope_types: the scalings of the rotary frequencies that it may name.
       refused: by name of a setting, whether a config.json gives it an unsupported value.
+      defaults: by name, what transformers takes for a size that is absent or null, of the others.
+      mask_token_id: a row past the tokenizer of its releases, where the embedding reaches that far.
     """
 
     architectures: tuple[str, ...]
     switches: Mapping[str, bool]
     refused: Mapping[str, Callable[[Raw], bool]]
+    rope_types: tuple[str, ...] = ("default",)
+    defaults: Mapping[str, Callable[[Raw], int]] = dataclasses.field(default_factory=dict)
+    mask_token_id: int | None = None
 
 
+def _is_set(name: str, default: Any = None) -> Callable[[Raw], bool]:
+    return lambda raw: bool(raw.get(name, default))
+
+
+_REFUSED: dict[str, Callable[[Raw], bool]] = {
+    "partial_rotary_factor": lambda raw: _rotary_factor(raw) != 1.0,
+    "layer_types": lambda raw: bool(_other_layer_types(raw)),
+    "attention_bias": _is_set("attention_bias"),  # with one on the o projection too
+    "mlp_bias": _is_set("mlp_bias"),
+    "hidden_act": lambda raw: raw.get("hidden_act", "silu") != "silu",
+    "quantization_config": lambda raw: raw.get("quantization_config") is not None,
+}
+_WINDOWED = {"use_sliding_window": _is_set("use_sliding_window")}
+_HEADS: dict[str, Callable[[Raw], int]] = {"head_dim": lambda sizes: _heads_part(sizes)}
 _QWEN3 = Family(
     architectures=("Qwen3ForCausalLM", ORTHRUS),
     switches={"qk_norm": True, "attention_bias": False},
-    refused={
-        "rope_scaling": lambda raw: (
-            bool(raw.get("rope_scaling")) and _rope_types(raw) != {"default"}
-        ),
-        "rope_parameters": lambda raw: (
-            not raw.get("rope_scaling") and _rope_types(raw) != {"default"}
-        ),
-        "partial_rotary_factor": lambda raw: _rotary_factor(raw) != 1.0,
-        "use_sliding_window": lambda raw: bool(raw.get("use_sliding_window")),
-        "layer_types": lambda raw: bool(_other_layer_types(raw)),
-        "attention_bias": lambda raw: bool(raw.get("attention_bias")),
-        "mlp_bias": lambda raw: bool(raw.get("mlp_bias")),
-        "hidden_act": lambda raw: raw.get("hidden_act", "silu") != "silu",
-        "quantization_config": lambda raw: raw.get("quantization_config") is not None,
-    },
+    refused=_REFUSED | _WINDOWED,
+    mask_token_id=QWEN3_MASK_TOKEN_ID,
 )
-FAMILIES: dict[str, Family] = {"qwen3": _QWEN3, "orthrus": _QWEN3}
-"""Every family that is read, by `model_type`. Orthrus releases use either of the two."""
+FAMILIES: dict[str, Family] = {
+    "qwen3": _QWEN3,
+    "orthrus": _QWEN3,
+    "qwen2": Family(
+        architectures=("Qwen2ForCausalLM", ORTHRUS),
+        switches={"qk_norm": False, "attention_bias": True},
+        refused={k: v for k, v in _REFUSED.items() if k != "attention_bias"} | _WINDOWED,
+        defaults=_HEADS,
+        mask_token_id=QWEN3_MASK_TOKEN_ID,
+    ),
+    "llama": Family(
+        architectures=("LlamaForCausalLM", ORTHRUS),
+        switches={"qk_norm": False, "attention_bias": False},
+        rope_types=("default", "llama3"),
+        refused=_REFUSED,
+        defaults=_HEADS | {"num_key_value_heads": lambda sizes: sizes["num_attention_heads"]},
+    ),
+    "mistral": Family(
+        architectures=("MistralForCausalLM", ORTHRUS),
+        switches={"qk_norm": False, "attention_bias": False},
+        refused=_REFUSED | {"sliding_window": _is_set("sliding_window", _MISTRAL_WINDOW)},
+        defaults=_HEADS,
+    ),
+}
+"""Every family that is read, by `model_type`. Orthrus releases use "qwen3" or "orthrus"."""
 
 
 class ConfigFile(NamedTuple):
@@ -104,24 +126,21 @@ def config_from_hf(raw: Raw, generation: Raw | None = None) -> ModelConfig:
     Raises:
       UserError: naming every unsupported or missing setting at once.
     """
-    family = FAMILIES.get(str(raw.get("model_type")))
+    model_type = str(raw.get("model_type"))
+    family = FAMILIES.get(model_type)
     refused = _unsupported(raw, family)
     if refused or family is None:
         raise UserError("config.json asks for what is not supported: " + "; ".join(refused))
-    missing = [name for name in SIZES if name not in raw]
-    if missing:
-        raise UserError(f"config.json lacks {', '.join(missing)}")
-    wrong = [f"{name}={raw[name]!r}" for name in SIZES if type(raw[name]) is not int]
-    if wrong:
-        raise UserError(f"config.json: expected whole numbers, found {', '.join(wrong)}")
-    mask = raw.get("mask_token_id")
-    if mask is None and raw["vocab_size"] > QWEN3_MASK_TOKEN_ID:
-        mask = QWEN3_MASK_TOKEN_ID
+    sizes = _sizes(raw, family)
+    mask, unused = raw.get("mask_token_id"), family.mask_token_id
+    if mask is None and unused is not None and unused < sizes["vocab_size"]:
+        mask = unused
     theta: Any = _rope(raw).get("rope_theta", raw.get("rope_theta", 10_000.0))
+    fields: dict[str, Any] = {**sizes, **family.switches}
     return ModelConfig(
-        **{name: raw[name] for name in SIZES},
-        **family.switches,
+        **fields,
         rope_theta=float(theta) if type(theta) is int else theta,
+        rope_scaling=_llama3(_rope(raw)) if "llama3" in _rope_types(raw).values() else None,
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         tie_word_embeddings=raw.get("tie_word_embeddings", False),
         max_position_embeddings=raw.get("max_position_embeddings", 40_960),
@@ -129,6 +148,7 @@ def config_from_hf(raw: Raw, generation: Raw | None = None) -> ModelConfig:
         block_size=raw.get("block_size", 32),
         mask_token_id=mask,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"),
+        model_type="qwen3" if family is _QWEN3 else model_type,
     )
 
 
@@ -141,19 +161,21 @@ def config_to_hf(config: ModelConfig, *, orthrus: bool) -> Raw:
     Raises:
       UserError: when no family in the table has the config's switches.
     """
-    model_type, family = _family_of(config)
-    eos = config.eos_token_ids
+    family = _family_of(config)
+    eos, rope = config.eos_token_ids, {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope = {"rope_type": "llama3"} | dataclasses.asdict(config.rope_scaling)
     raw: Raw = {
         "architectures": [ORTHRUS if orthrus else family.architectures[0]],
-        "model_type": model_type,
+        "model_type": config.model_type,
         **{name: getattr(config, name) for name in SIZES},
         "hidden_act": "silu",
         "attention_bias": config.attention_bias,
         "attention_dropout": 0.0,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "rope_scaling": None,
+        "rope_parameters": {"rope_theta": config.rope_theta, **rope},
+        "rope_scaling": rope if config.rope_scaling else None,
         "sliding_window": None,
         "use_sliding_window": False,
         "tie_word_embeddings": config.tie_word_embeddings,
@@ -167,13 +189,49 @@ def config_to_hf(config: ModelConfig, *, orthrus: bool) -> Raw:
     return raw
 
 
-def _family_of(config: ModelConfig) -> tuple[str, Family]:
-    for model_type, family in FAMILIES.items():
-        if all(getattr(config, name) == value for name, value in family.switches.items()):
-            return model_type, family
-    switches = sorted({name for family in FAMILIES.values() for name in family.switches})
-    values = ", ".join(f"{name}={getattr(config, name)!r}" for name in switches)
-    raise UserError(f"no config.json of {', '.join(FAMILIES)} describes a model with {values}")
+def _family_of(config: ModelConfig) -> Family:
+    """The family that a config names, if a config.json of it describes the config's switches."""
+    family = FAMILIES.get(config.model_type)
+    rope = "llama3" if config.rope_scaling else "default"
+    if (
+        family is not None
+        and rope in family.rope_types
+        and all(getattr(config, name) == value for name, value in family.switches.items())
+    ):
+        return family
+    names = sorted({name for family in FAMILIES.values() for name in family.switches})
+    values = ", ".join(f"{name}={getattr(config, name)!r}" for name in [*names, "rope_scaling"])
+    raise UserError(f"no config.json of {config.model_type} describes a model with {values}")
+
+
+def _sizes(raw: Raw, family: Family) -> dict[str, int]:
+    """Return the sizes, whole numbers, with the family's defaults for those absent or null."""
+    sizes = {name: raw[name] for name in SIZES if name in raw}
+    defaults = [name for name in family.defaults if sizes.get(name) is None]
+    missing = [name for name in SIZES if name not in sizes and name not in defaults]
+    if missing:
+        raise UserError(f"config.json lacks {', '.join(missing)}")
+    wrong = [f"{k}={v!r}" for k, v in sizes.items() if k not in defaults and type(v) is not int]
+    if wrong:
+        raise UserError(f"config.json: expected whole numbers, found {', '.join(wrong)}")
+    return sizes | {name: family.defaults[name](sizes) for name in defaults}
+
+
+def _heads_part(sizes: Raw) -> int:
+    width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
+    if heads < 1 or width % heads:
+        raise UserError(
+            f"config.json lacks head_dim, and hidden_size={width} is no multiple of "
+            f"num_attention_heads={heads}"
+        )
+    return width // heads
+
+
+def _llama3(rope: Raw) -> Llama3Rope:
+    names = [field.name for field in dataclasses.fields(Llama3Rope)]
+    if missing := [name for name in names if name not in rope]:
+        raise UserError(f"config.json: rope_scaling lacks {', '.join(missing)}")
+    return Llama3Rope(**{name: rope[name] for name in names})
 
 
 def _unsupported(raw: Raw, family: Family | None) -> list[str]:
@@ -182,22 +240,40 @@ def _unsupported(raw: Raw, family: Family | None) -> list[str]:
     family = family or _QWEN3  # one message names every obstacle, not the type alone
     if any(name not in family.architectures for name in raw.get("architectures") or []):
         names.append("architectures")
+    types = _rope_types(raw)
+    names += [name for name, kind in types.items() if kind not in family.rope_types]
+    if len(set(types.values())) > 1 and not set(names) & set(types):
+        names += types  # they contradict each other
     names += [name for name, is_unsupported in family.refused.items() if is_unsupported(raw)]
-    shown = {"layer_types": _other_layer_types(raw), "partial_rotary_factor": _rotary_factor(raw)}
+    shown = {
+        "layer_types": _other_layer_types(raw),
+        "partial_rotary_factor": _rotary_factor(raw),
+        "sliding_window": raw.get("sliding_window", _MISTRAL_WINDOW),
+    }
     values = {**raw, **shown}
     return [f"{name}={values.get(name)!r}" for name in names]
 
 
-def _rope(raw: Raw) -> dict[str, Any]:
-    return raw.get("rope_parameters") or {}
+def _rope(raw: Raw) -> Raw:
+    """The rotary settings; `rope_scaling`, the older spelling, prevails as in transformers."""
+    return (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
 
 
-def _rope_types(raw: Raw) -> set[str]:
-    spellings = (raw.get("rope_scaling") or {}, _rope(raw))
-    return {spelling.get("rope_type", spelling.get("type", "default")) for spelling in spellings}
+def _rope_types(raw: Raw) -> dict[str, Any]:
+    """The scaling that each spelling names; settings per layer type are none that is known."""
+    types: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = raw.get(name)
+        if isinstance(value, dict) and not any(isinstance(v, dict) for v in value.values()):
+            types[name] = value.get("rope_type", value.get("type", "default"))
+        elif value:
+            types[name] = None
+    return {name: kind for name, kind in types.items() if raw[name]}
 
 
 def _rotary_factor(raw: Raw) -> Any:
+    if None in _rope_types(raw).values():  # refused by itself
+        return 1.0
     return _rope(raw).get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
 
 

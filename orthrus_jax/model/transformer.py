@@ -121,7 +121,7 @@ def _limits(segment: Segment, end: Array, cached: bool) -> tuple[Array, Array | 
 
 
 class DualViewTransformer(nn.Module):
-    """Qwen3 with a diffusion attention beside each AR attention. Parameters have HF's names."""
+    """A decoder with a diffusion attention beside each AR attention. Names are Hugging Face's."""
 
     config: ModelConfig
     mesh: Mesh | None = None
@@ -221,7 +221,8 @@ class DualViewTransformer(nn.Module):
 
     def _rotary(self, positions: Array, cache: KVCache | None) -> tuple[Array, Array]:
         if cache is None:
-            return rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta)
+            c = self.config
+            return rope_cos_sin(positions, c.head_dim, c.rope_theta, c.rope_scaling)
         return cache.rotary[0][positions], cache.rotary[1][positions]
 
     def logits(self, hidden: Array) -> Array:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from orthrus_jax.checkpoint.directory import read_json
-from orthrus_jax.config import PRESETS
+from orthrus_jax.config import PRESETS, Llama3Rope
 from orthrus_jax.errors import UserError
 from tests.support.configs import tiny_config
 from tests.support.paths import DATA
@@ -19,6 +19,8 @@ SIZES = ("0.6B", "1.7B", "4B", "8B", "14B", "32B")
     ("change", "message"),
     [
         ({"num_key_value_heads": 3}, "num_attention_heads=4 .* num_key_value_heads=3"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be at least 1"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1 must be at least 1"),
         ({"head_dim": 15}, "head_dim=15 must be even"),
         ({"block_size": 1}, "block_size=1"),
         ({"mask_token_id": 64}, "mask_token_id=64 .* 64 rows"),
@@ -39,13 +41,27 @@ def test_impossible_values_are_refused_by_name(change: dict, message: str) -> No
         tiny_config(**change)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((0, 1.0, 4.0, 8192), "rope_scaling's factor=0: expected a positive"),
+        ((8.0, "1", 4.0, 8192), "rope_scaling's low_freq_factor='1': expected a positive"),
+        ((8.0, 4.0, 4.0, 8192), r"high_freq_factor=4\.0 must be above low_freq_factor=4\.0"),
+        ((8.0, 1.0, 4.0, -1), "rope_scaling's original_max_position_embeddings=-1"),
+    ],
+)
+def test_impossible_scalings_of_the_rotary_frequencies_are_refused(values, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Llama3Rope(*values)
+
+
 @needs_data
 @pytest.mark.parametrize("size", SIZES)
 def test_presets_have_every_published_dimension(size: str) -> None:
     facts = read_json(FACTS)["models"][f"Qwen3-{size}"]
     preset = PRESETS[f"qwen3-{size.lower()}"]
     compared = set(facts) & {field.name for field in dataclasses.fields(preset)}
-    assert len(compared) == 12
+    assert len(compared) == 13
     assert {n: getattr(preset, n) for n in compared} == {n: facts[n] for n in compared}
     assert list(preset.eos_token_ids) == facts["generation_eos_token_ids"]
     assert preset.dtype == facts["torch_dtype"]

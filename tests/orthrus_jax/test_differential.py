@@ -17,18 +17,18 @@ from orthrus_jax.config import ModelConfig
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import params as params_lib
 from tests.support import cases as cases_lib
-from tests.support.configs import tiny_config
+from tests.support.configs import FAMILIES, tiny_config
 from tests.support.weights import random_params
 
 VOCAB = 24
 PIECES = ["", *("".join(p) for n in (1, 2, 3) for p in itertools.product("abc", repeat=n))][:VOCAB]
-SHAPES = {  # layers, heads, key heads, K, tied embeddings, the model's own end tokens
-    "small": (1, 2, 1, 4, False, ()),
-    "two layers": (2, 4, 2, 5, False, (0, 7)),
-    "tied": (2, 2, 2, 3, True, ()),
-    "shortest block": (1, 4, 1, 2, False, (5,)),
-    "long block": (1, 6, 2, 6, False, (0,)),
-    "three key heads": (2, 3, 3, 6, True, (1, 2)),
+SHAPES = {  # layers, heads, key heads, K, tied embeddings, the model's own end tokens, the family
+    "small": (1, 2, 1, 4, False, (), "qwen3"),
+    "two layers": (2, 4, 2, 5, False, (0, 7), "llama3"),
+    "tied": (2, 2, 2, 3, True, (), "qwen2"),
+    "shortest block": (1, 4, 1, 2, False, (5,), "qwen3"),
+    "long block": (1, 6, 2, 6, False, (0,), "llama"),
+    "three key heads": (2, 3, 3, 6, True, (1, 2), "mistral"),
 }
 
 
@@ -45,7 +45,7 @@ class Letters:
 
 @functools.cache
 def config_of(shape: str) -> ModelConfig:
-    layers, heads, groups, block, tied, eos = SHAPES[shape]
+    layers, heads, groups, block, tied, eos, family = SHAPES[shape]
     return tiny_config(
         vocab_size=VOCAB,
         mask_token_id=VOCAB - 1,
@@ -55,6 +55,7 @@ def config_of(shape: str) -> ModelConfig:
         block_size=block,
         tie_word_embeddings=tied,
         eos_token_ids=eos,
+        **FAMILIES[family],
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from orthrus_jax.attention.attend import IMPLEMENTATIONS
 from orthrus_jax.decoding import Strategy
+from tests.support.configs import FAMILIES
 
 ATTENTION = list(IMPLEMENTATIONS)
 SHAPES = {  # changes of tiny_config
@@ -19,8 +20,7 @@ SHAPES = {  # changes of tiny_config
     "untied": {"tie_word_embeddings": False},
     "one key head": {"num_key_value_heads": 1},
     "no grouping, odd block": {"num_key_value_heads": 4, "block_size": 5},
-    "no q/k norm": {"qk_norm": False},
-    "biases, as Qwen2": {"qk_norm": False, "attention_bias": True},
+    **{name: FAMILIES[name] for name in ("qwen2", "llama", "llama3")},  # a Mistral computes a Llama
 }
 STRATEGIES = {
     "paper": Strategy("orthrus"),

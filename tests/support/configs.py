@@ -1,10 +1,23 @@
-"""The tiny configuration of most tests, and end tokens that no vocabulary has."""
+"""The tiny configuration of most tests, its families, and end tokens that no vocabulary has."""
 
 import jax.numpy as jnp
 
-from orthrus_jax.config import ModelConfig
+from orthrus_jax.config import Llama3Rope, ModelConfig
 
 NO_EOS = jnp.array([-1, -1, -1], jnp.int32)
+# By name, the changes of tiny_config that make it one of a family.
+FAMILIES: dict[str, dict] = {
+    "qwen3": {},
+    "qwen2": {"model_type": "qwen2", "qk_norm": False, "attention_bias": True},
+    "llama": {"model_type": "llama", "qk_norm": False},
+    "llama3": {  # of 8 frequencies one stays, some are interpolated, some divided
+        "model_type": "llama",
+        "qk_norm": False,
+        "rope_theta": 500.0,
+        "rope_scaling": Llama3Rope(8.0, 1.0, 4.0, 48),
+    },
+    "mistral": {"model_type": "mistral", "qk_norm": False},
+}
 
 
 def tiny_config(**changes) -> ModelConfig:

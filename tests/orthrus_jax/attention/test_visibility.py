@@ -16,7 +16,8 @@ from orthrus_jax.attention.attend import IMPLEMENTATIONS
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View, ar_segment, block_segment
 from tests.support.compare import relative_error, same_bits
-from tests.support.configs import tiny_config
+from tests.support.configs import FAMILIES, tiny_config
+from tests.support.marks import slow
 from tests.support.weights import random_params
 
 CONFIG = tiny_config()
@@ -33,10 +34,23 @@ def implementation(request) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module")
-def forward(implementation: str):
-    """`Model.forward` of one implementation of attention, compiled."""
-    return jax.jit(functools.partial(Model(CONFIG, attention=implementation).forward, PARAMS))
+VIEWS = [
+    *((name, "qwen3") for name in IMPLEMENTATIONS),
+    ("xla", "qwen2"),
+    *slow(*(("xla", name) for name in FAMILIES if name not in ("qwen3", "qwen2"))),
+]
+
+
+@pytest.fixture(scope="module", params=VIEWS, ids="-".join)
+def forward(request):
+    """`Model.forward` of one implementation of attention and one family, compiled.
+
+    The caches are those of CONFIG for all: what they hold are any numbers.
+    """
+    name, family = request.param
+    config = tiny_config(**FAMILIES[family])
+    model = Model(config, attention=name)
+    return jax.jit(functools.partial(model.forward, random_params(config, 7)))
 
 
 def blocks(tokens, first) -> Segment:

@@ -28,7 +28,7 @@ from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, ar_segment
 from orthrus_jax.model import params as params_lib
 from tests.support.compare import flat, relative_error, same_bits
-from tests.support.configs import tiny_config
+from tests.support.configs import FAMILIES, tiny_config
 from tests.support.weights import random_params
 
 TIED, UNTIED = (
@@ -95,11 +95,37 @@ def test_round_trip_is_byte_exact(
         eos_token_ids=(7, 9),
         block_size=8 if diffusion else 32,  # a Qwen3's config.json has none: 32 by default
     )
+    check_round_trip(tmp_path, config, diffusion, limit)
+
+
+@pytest.mark.parametrize("diffusion", [False, True], ids=["base", "orthrus"])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3"])
+def test_round_trip_of_each_family_is_byte_exact(
+    tmp_path: pathlib.Path, family: str, diffusion: bool
+) -> None:
+    block = 8 if diffusion else 32
+    config = tiny_config(**FAMILIES[family], block_size=block, dtype="bfloat16")
+    check_round_trip(tmp_path, config, diffusion, 10**9)
+    written = read(tmp_path / "copy" / "config.json")
+    assert written["model_type"] == config.model_type
+    if diffusion:
+        views = [
+            name.replace("_diff", "") for name in contents(tmp_path / "copy") if "_diff." in name
+        ]
+        assert set(views) == {
+            n for n in contents(tmp_path / "copy") if ".self_attn." in n and "_diff." not in n
+        }
+
+
+def check_round_trip(
+    tmp_path: pathlib.Path, config: ModelConfig, diffusion: bool, limit: int
+) -> None:
+    """A directory of the library's own writer, loaded and saved again, holds the same bytes."""
     tensors = random_tensors(config, diffusion=diffusion)
     source = write(tmp_path / "source", config, tensors)
     loaded = load_checkpoint(source)
     assert loaded.config == config
-    assert {str(leaf.dtype) for leaf in flat(loaded.params).values()} == {dtype}
+    assert {str(leaf.dtype) for leaf in flat(loaded.params).values()} == {config.dtype}
     kept = loaded.params if diffusion else params_lib.split(loaded.params)[0]
     save_checkpoint(tmp_path / "copy", loaded.config, kept, max_shard_bytes=limit)
     assert contents(tmp_path / "copy") == contents(source)
@@ -287,42 +313,57 @@ def test_one_tensor_at_a_time_is_on_the_host(tmp_path: pathlib.Path) -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("shard", ["1GB", "20KB"], ids=["single", "sharded"])
-def test_qwen3_saved_by_transformers_gives_its_logits(
-    tmp_path: pathlib.Path, tied: bool, shard: str
+@pytest.mark.parametrize(
+    ("family", "tied", "shard"),
+    [
+        *[("qwen3", tied, shard) for tied in (True, False) for shard in ("1GB", "20KB")],
+        *[(name, False, "1GB") for name in FAMILIES if name != "qwen3"],
+    ],
+)
+def test_model_saved_by_transformers_gives_its_logits(
+    tmp_path: pathlib.Path, family: str, tied: bool, shard: str
 ) -> None:
     torch = pytest.importorskip("torch")
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    config = tiny_config(tie_word_embeddings=tied, eos_token_ids=(7, 9))
-    hf = Qwen3Config(**config_to_hf(config, orthrus=False), initializer_range=0.3)
-    theirs = Qwen3ForCausalLM(hf).to(torch.float32).eval()
+    config = tiny_config(tie_word_embeddings=tied, eos_token_ids=(7, 9), **FAMILIES[family])
+    raw = config_to_hf(config, orthrus=False)
+    hf = transformers.AutoConfig.for_model(**raw, initializer_range=0.3)
+    theirs = getattr(transformers, raw["architectures"][0])(hf).to(torch.float32).eval()
     theirs.save_pretrained(tmp_path / "hf", max_shard_size=shard)
     assert (tmp_path / "hf" / "model.safetensors").exists() == (shard == "1GB")
     tokens = np.random.default_rng(0).integers(0, 64, (2, 11))
     with torch.no_grad():
         reference = theirs(torch.tensor(tokens)).logits.numpy()
     loaded = load_checkpoint(tmp_path / "hf")
+    assert loaded.config.rope_scaling == config.rope_scaling
     assert math.isclose(loaded.config.rope_theta, config.rope_theta)
     assert relative_error(logits(loaded, tokens), reference) < 2e-5
 
 
 @pytest.mark.parametrize("limit", [10**9, 20_000], ids=["single", "sharded"])
-@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TIED,
+        UNTIED,
+        *(tiny_config(eos_token_ids=(7, 9), **changes) for changes in FAMILIES.values()),
+    ],
+    ids=["tied", "untied", *FAMILIES],
+)
 def test_transformers_loads_a_saved_base(
     tmp_path: pathlib.Path, config: ModelConfig, limit: int
 ) -> None:
     torch = pytest.importorskip("torch")
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(1)
     whole = random_params(config, 4)
     frozen, _ = params_lib.split(whole)
     save_checkpoint(tmp_path / "out", config, frozen, max_shard_bytes=limit)
-    theirs, report = Qwen3ForCausalLM.from_pretrained(
+    theirs, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, output_loading_info=True
     )
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
