@@ -15,7 +15,7 @@ COMMANDS = {
     "generate": "answer prompts",
     "chat": "hold a dialogue",
     "convert": "turn a base into an Orthrus checkpoint, untrained",
-    "aot": "compile for a TPU that is not attached: does it fit?",
+    "aot": "compile for a TPU or GPU that is not attached: does it fit, how long does it take?",
 }
 
 

@@ -1,9 +1,9 @@
-"""Compile a training step for a TPU that is not attached, to see whether it fits.
+"""Compile a training step for a TPU or GPU that is not attached, to see whether it fits.
 
     python -m train.aot --config FILE --topology v5e:2x4
 
-Any Linux host with libtpu (`pip install libtpu`) can do it: no weights are loaded and nothing is
-run. orthrus_jax.aot holds the compiler and its report, and does the same for decoding.
+Any Linux host with libtpu, or for GPUs JAX's CUDA plugin, can do it: no weights are loaded and
+nothing is run. orthrus_jax.aot holds the compilers and the report, and does the same for decoding.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ from jax.sharding import PartitionSpec as P
 from orthrus_jax import sharding
 from orthrus_jax.aot import (
     Program,
-    chip_gib,
+    chip_of,
     compile_report,
+    devices_of,
     finish,
     grow,
     on_mesh,
-    tpu_devices,
     weights,
 )
 from orthrus_jax.config import ModelConfig, preset_of
@@ -33,7 +33,7 @@ from train.data import Rows
 from train.objective import objective_of
 
 OPTIONS = {
-    "topology": "KIND:SHAPE, the slice to compile for, e.g. v5e:1x1, v5e:2x4",
+    "topology": "KIND:SHAPE, what to compile for, e.g. v5e:1x1, v5e:2x4, h100:1",
     "largest": "batch: double the rows of a micro-batch while the step fits",
     "text": "FILE, write the compiled program's text there",
 }
@@ -82,21 +82,21 @@ def main(
       json: print one JSON object.
 
     Raises:
-      UserError: for an option, a base, a mesh or a batch that is refused; without libtpu.
+      UserError: for an option, a base, a mesh or a batch that is refused; without the compiler.
     """
     if topology is None:
         raise UserError("--topology KIND:SHAPE is required, e.g. --topology v5e:2x4")
     if largest not in (None, "batch"):
         raise UserError(f"--largest {largest}: the only choice is batch, the rows of a micro-batch")
     sizes, recipe = preset_of(config.base), config.train
+    chip = chip_of(topology)
     jax.config.update("jax_platforms", "cpu")  # nothing compiled here is run here
-    devices = tpu_devices(topology)
-    limit = chip_gib(topology)
+    devices = devices_of(topology)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     sharding.check_divides(sizes, mesh)
     options = {"base": config.base, "topology": topology, "program": "train", **config.mesh}
     options |= {"accumulate": recipe.accumulate, "remat": recipe.remat, "largest": largest}
-    result = compile_report(lower_training(sizes, mesh, recipe), limit, text)
+    result = compile_report(lower_training(sizes, mesh, recipe), chip, text)
     if largest:
         rows = recipe.batch_size
 
@@ -107,9 +107,9 @@ def main(
         first = last = rows // recipe.accumulate
         while rows % (2 * last) == 0:
             last *= 2
-        fitting = result["fits"] and grow("batch", lower, first, last, limit)
+        fitting = result["fits"] and grow("batch", lower, first, last, chip)
         result["largest_batch"] = int(fitting)
-    finish(options, result, limit, len(devices), as_json=json)
+    finish(options, result, chip, len(devices), as_json=json)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 
 from configs import paper, qwen3_0_6b, tiny
 from orthrus_jax import sharding
-from orthrus_jax.aot import compile_report
+from orthrus_jax.aot import CHIPS, compile_report, report
 from orthrus_jax.errors import UserError
 from tests.support.configs import tiny_config
 from train import aot
@@ -28,7 +28,7 @@ def config_with(**changes):
 
 @pytest.fixture
 def one_chip(monkeypatch):
-    monkeypatch.setattr(aot, "tpu_devices", lambda _: jax.devices()[:1])
+    monkeypatch.setattr(aot, "devices_of", lambda _: jax.devices()[:1])
 
 
 def test_training_step_is_lowered_from_a_recipe() -> None:
@@ -36,7 +36,7 @@ def test_training_step_is_lowered_from_a_recipe() -> None:
     recipe.update(batch_size=4, accumulate=2, row_length=64, anchors=4, block_size=4)
     recipe.dtype = "float32"
     mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    result = compile_report(aot.lower_training(tiny_config(), mesh, recipe), limit=1.0)
+    result = compile_report(aot.lower_training(tiny_config(), mesh, recipe), CHIPS["h100"])
     assert result["fits"]
     assert result["training_state_gib"] > 0
     assert result["results_gib"] * 2**30 < 4096  # metrics: the state is donated
@@ -50,7 +50,7 @@ def test_largest_micro_batch_is_searched_up_to_the_rows_of_a_step(
     up_to_4 = lambda *_: RESULT | {"fits": accumulated[-1] > 4}
     search = FLAGS | {"largest": "batch"}
     monkeypatch.setattr(aot, "lower_training", lower)
-    for module in (aot, sys.modules["orthrus_jax.aot"]):
+    for module in (aot, report):
         monkeypatch.setattr(module, "compile_report", up_to_4)
     aot.main(config_with(accumulate=16), **search | {"json": True})
     assert accumulated == [16, 8, 4]  # of 128 rows
@@ -59,7 +59,7 @@ def test_largest_micro_batch_is_searched_up_to_the_rows_of_a_step(
     assert printed["largest_batch"] == 16
     assert (printed["accumulate"], printed["fsdp"], printed["program"]) == (16, -1, "train")
     assert output.err.splitlines()[-2:] == ["batch 16: 3.00 GiB", "batch 32: 3.00 GiB"]
-    for module in (aot, sys.modules["orthrus_jax.aot"]):
+    for module in (aot, report):
         monkeypatch.setattr(module, "compile_report", lambda *_: RESULT)
     aot.main(config_with(accumulate=2), **search)
     assert "largest batch that fits: 128" in capsys.readouterr().out
