@@ -79,7 +79,8 @@ class Blocks(NamedTuple):
     Attributes:
       anchors: int32[B, A], position of each block's first token, ascending.
       supervised: bool[B, A, K]: block token i has position anchor + i, predicts the token after it,
-        and is trained iff that token is an answer token of the same conversation.
+        and is trained iff that token and all between it and the anchor belong to the anchor's own
+        answer: never beyond a user's turn, nor in the next conversation.
     """
 
     anchors: Array
@@ -144,8 +145,9 @@ def sample_blocks(key: Array, rows: Rows, anchors: int, block: int) -> Blocks:
     inside = target < length
     target = jnp.minimum(target, length - 1)
     same = _at(rows.start, target) == _at(rows.start, anchor)[..., None]
-    supervised = valid[..., None] & inside & same & _at(rows.answer, target)
-    return Blocks(anchor, supervised)
+    # An answer ends at the first token that belongs to none; a prompt is never empty.
+    own = jnp.cumprod(inside & same & _at(rows.answer, target), axis=-1) > 0
+    return Blocks(anchor, valid[..., None] & own)
 
 
 def distillation_loss(

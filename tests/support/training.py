@@ -23,11 +23,15 @@ CONFIG = ModelConfig(
 )
 
 
-def made_rows(seed=0, rows=3, length=LENGTH):
+def made_dialogues(seed=0, turns=1, count=40):
     rng = np.random.default_rng(seed)
-    ids = lambda n: rng.integers(0, VOCAB - 1, n).tolist()
-    talk = [TokenizedDialogue(ids(rng.integers(1, 5)), ids(rng.integers(3, 9))) for _ in range(40)]
-    return stack(list(pack(talk, length, pad=0))[:rows])
+    ids = lambda *bounds: rng.integers(0, VOCAB - 1, rng.integers(*bounds)).tolist()
+    sizes = ((1, 5), (3, 9)) * turns  # of a prompt, of its answer
+    return [TokenizedDialogue(*(ids(*bounds) for bounds in sizes)) for _ in range(count)]
+
+
+def made_rows(seed=0, rows=3, length=LENGTH, turns=1):
+    return stack(list(pack(made_dialogues(seed, turns), length, pad=0))[:rows])
 
 
 def random_trees(seed=0, config=CONFIG):

@@ -10,7 +10,15 @@ import pytest
 
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View, params
-from tests.support.training import CONFIG, LENGTH, VOCAB, K, made_rows, random_trees
+from tests.support.training import (
+    CONFIG,
+    LENGTH,
+    VOCAB,
+    K,
+    made_dialogues,
+    made_rows,
+    random_trees,
+)
 from train import objective
 from train.data import TokenizedDialogue, pack, stack
 from train.divergence import Divergence, RowScores, head_of, score_against_teacher
@@ -67,20 +75,20 @@ LOSSES = {
 
 
 @pytest.mark.parametrize(
-    ("seed", "tied", "aim", "remat", "stacked"),
+    ("seed", "turns", "tied", "aim", "remat", "stacked"),
     [
-        (0, True, Objective(5), "none", False),
-        pytest.param(1, False, Objective(5), "none", True, marks=pytest.mark.slow),
-        (2, True, Objective(6, gamma=2.0), "full", True),
-        (3, False, Objective(4, Divergence.TV), "dots", False),
-        (4, True, Objective(5, Divergence.CE, gamma=1.5), "dots", True),
+        (0, 1, True, Objective(5), "none", False),
+        pytest.param(1, 1, False, Objective(5), "none", True, marks=pytest.mark.slow),
+        (2, 2, True, Objective(6, gamma=2.0), "full", True),
+        (3, 3, False, Objective(4, Divergence.TV), "dots", False),
+        (4, 1, True, Objective(5, Divergence.CE, gamma=1.5), "dots", True),
     ],
 )
-def test_loss_and_gradient_equal_the_dense_reference(seed, tied, aim, remat, stacked):
+def test_loss_and_gradient_equal_the_dense_reference(seed, turns, tied, aim, remat, stacked):
     config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
     plain, frozen, diffusion = random_trees(seed, config)
     model = Model(config, remat=remat)
-    rows, key = made_rows(seed), jax.random.key(seed)
+    rows, key = made_rows(seed, turns=turns), jax.random.key(seed)
     blocks = draw_blocks(key, rows, aim.anchors, K)
     assert 10 < int(blocks.supervised.sum()) < blocks.supervised.size  # some rows are not trained
 
@@ -146,6 +154,46 @@ def test_block_is_not_supervised_in_the_next_conversation():
     first = np.asarray(blocks.anchors[0]) == 2  # the first conversation's last token
     assert first.any()
     assert not np.asarray(blocks.supervised[0])[first].any()
+
+
+@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_block_is_supervised_in_its_own_answer_alone(turns, masks):
+    """Answers are numbered here as the dialogues give them; 0 is no answer."""
+    dialogues = made_dialogues(seed=turns, turns=turns, count=12)
+    segments = [segment for dialogue in dialogues for segment in dialogue.segments]
+    numbers = [i if i % 2 else 0 for i in range(len(segments))]
+    marked = np.repeat(numbers, [len(segment) for segment in segments])
+    rows = stack(pack(dialogues, LENGTH, pad=0, document_masks=masks))
+    numbered = [TokenizedDialogue(*parts) for parts in _cut(marked, dialogues)]
+    owner = np.array(stack(pack(numbered, LENGTH, pad=0, document_masks=masks)).tokens)
+    block = 8
+    blocks = draw_blocks(jax.random.key(turns), rows, 6, block)
+    reached = 0
+    for b, i in np.ndindex(blocks.anchors.shape):
+        anchor = int(blocks.anchors[b, i])
+        target = owner[b, anchor + 1 : anchor + 1 + block]
+        expected = (target == owner[b, anchor]) & (owner[b, anchor] > 0)
+        supervised = np.asarray(blocks.supervised[b, i])
+        if supervised.any() or anchor not in np.asarray(blocks.anchors[b, :i]):
+            np.testing.assert_array_equal(supervised[: len(target)], expected)
+        assert not supervised[len(target) :].any()
+        reached += int(((target > 0) & (target != owner[b, anchor])).sum())
+    assert reached > 20  # tokens of other answers lay within the blocks
+
+
+def _cut(values, dialogues):
+    """The values of each dialogue's segments, as lists of the segments' lengths."""
+    rest = iter(values.tolist())
+    return [[[next(rest) for _ in part] for part in talk.segments] for talk in dialogues]
+
+
+def test_reported_block_beyond_a_users_turn_has_no_weight_there():
+    talk = TokenizedDialogue([1] * 4, [2] * 6, [3] * 3, [4] * 12)
+    (rows,) = pack([talk], LENGTH + 8, pad=0)
+    blocks = draw_blocks(jax.random.key(0), rows, 17, 8)
+    at = np.asarray(blocks.anchors[0]).tolist().index(8)
+    assert np.asarray(blocks.supervised[0, at]).astype(int).tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("divergence", [Divergence.KL, Divergence.TV])
