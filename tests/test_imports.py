@@ -12,7 +12,7 @@ LONGEST = 450  # lines
 # Modules and packages of the library from the ground up: each imports only from before itself.
 ORDER = (
     *("errors", "files", "metrics", "config", "sharding", "tokenizer", "runtime"),
-    *("attention", "model", "checkpoint", "decoding", "drafters", "engine", "llm", "cli"),
+    *("attention", "model", "memory", "checkpoint", "decoding", "drafters", "engine", "llm", "cli"),
     *("generate", "chat", "convert", "aot"),
     *("__init__", "__main__"),
 )
