@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import sys
 
 import pytest
 
@@ -19,12 +20,30 @@ def test_there_are_three():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_stored_without_outputs_and_opens_in_colab(path):
+def test_a_notebook_is_stored_without_outputs(path):
     found = nbformat.read(path, as_version=4)
     nbformat.validate(found)
     cells = [cell for cell in found.cells if cell.cell_type == "code"]
     assert all(not cell.outputs and cell.execution_count is None for cell in cells)
-    assert f"/notebooks/{path.name})" in found.cells[0].source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_asks_for_the_address_that_it_installs_from(path, tmp_path, monkeypatch):
+    """An address that is built in and not ours would run its owner's code."""
+    sources = [cell.source for cell in nbformat.read(path, as_version=4).cells]
+    assert not re.search(r"git(hub|lab)\.com|colab\.research", "\n".join(sources))
+    commands = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ORTHRUS_JAX", raising=False)
+    monkeypatch.setenv("TQDM_MININTERVAL", "1")
+    monkeypatch.setattr("subprocess.run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr("builtins.input", lambda prompt: "ADDRESS")
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "checkout").mkdir()
+    exec(sources[1], {})
+    clone, install = commands
+    assert clone == ["git", "clone", "--depth", "1", "--", "ADDRESS", "checkout"]
+    assert install[1:4] == ["-m", "pip", "install"]
 
 
 @pytest.mark.parametrize("name", ["train", "benchmark"])

@@ -87,10 +87,14 @@ class Acceptance(NamedTuple):
 def greedy(logits: Array) -> Array:
     """Return the first index of the largest logit: int32[...] of logits [..., V].
 
+    It is V, no token, where the largest is not finite: NaN or infinity among the logits, or none
+    that is allowed. The host refuses V when it reads the tokens back.
+
     argmax in two plain reductions: the CPU compiler vectorises these, and not argmax's paired one.
     """
     vocab = logits.shape[-1]
-    is_best = logits == logits.max(axis=-1, keepdims=True)
+    best = logits.max(axis=-1, keepdims=True)
+    is_best = (logits == best) & jnp.isfinite(best)
     return jnp.where(is_best, jnp.arange(vocab, dtype=jnp.int32), vocab).min(axis=-1)
 
 
