@@ -14,7 +14,8 @@ from typing import Any
 
 from eval import plots
 from eval.arguments import check_output
-from eval.metrics import Row, across, numbers, read_run
+from eval.metrics import across, numbers
+from eval.records import Row, read_run
 from orthrus_jax.decoding.strategy import SPENT_BY
 from orthrus_jax.errors import run_command
 from orthrus_jax.files import write_atomic
