@@ -99,12 +99,16 @@ def draw(path: pathlib.Path, figures: Row, training: Sequence[Row]) -> None:
     with plots.figure(path, columns, (4.4 * columns, 3.8)) as axes:
         if training:
             _draw_training(axes[0], training)
-        plots.draw_acceptance(axes[-2], {"": figures})
+        plots.draw_acceptance(axes[-2], [("", figures, plots.COLORS["orthrus"])])
         drafts = len(figures["acceptance_by_position"])
         axes[-2].set(title=f"Acceptance, mean {figures['acceptance_length']:.2f} of {drafts}")
         loops = {"ar": "AR", "orthrus": "Orthrus"}
         plots.draw_rates(
-            axes[-1], [(name, figures[f"tokens_per_second_{loop}"]) for loop, name in loops.items()]
+            axes[-1],
+            [
+                (name, figures[f"tokens_per_second_{loop}"], plots.COLORS[loop])
+                for loop, name in loops.items()
+            ],
         )
         low, high = figures["speedup_range"]
         axes[-1].set(

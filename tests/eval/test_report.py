@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from eval import records, report
+from eval import plots, records, report
 from eval.metrics import numbers, pass_at, wilson
 from eval.records import read_answers
 from orthrus_jax.errors import UserError
@@ -175,6 +175,30 @@ def test_table_shows_the_numbers():
     assert "| 2.00 (1.50-3.00) |" in apart
 
 
+def test_cycles_that_accept_more_than_a_chain_holds_are_counted():
+    """K = 4: a chain has 3 drafts, a tree or a block drafted ahead may have 4 or 5 accepted."""
+    figures = numbers(recipe(), [both("a", [4, 0, 5]), both("b", [3])])["loops"]["orthrus"]
+    assert figures["cycles"] == 4
+    assert figures["acceptance_length"] == 3.0
+    assert figures["acceptance_length_of_problems"] == 3.0
+    assert figures["acceptance_by_position"] == [0.75, 0.75, 0.75, 0.5, 0.25]
+    assert figures["accepted_distribution"] == [0.25, 0, 0, 0.25, 0.25, 0.25]
+    assert sum(figures["acceptance_by_position"]) == figures["acceptance_length"]
+
+
+def test_long_names_and_dollars_are_drawn_as_text():
+    long = "runs/a-very-long-name-of-a-run-that-would-overlap-its-neighbour"
+    results = {f"{long}-{i}": numbers(recipe(), [both("a", [2])]) for i in range(2)}
+    results["from $5 to $6^_"] = numbers(recipe(), [both("a", [1])])
+    content = report.page(results)
+    svg = content[content.index("<svg") : content.index("</svg>")]
+    texts = [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+    assert "from $5 to $6^_" in texts
+    assert max(map(len, texts)) <= len("orthrus, ") + plots.LONGEST
+    colors = set(re.findall(r"fill: (#\w{6})", svg))
+    assert {"#1f77b4", "#ff7f0e", "#2ca02c"} <= colors, "a colour per run"
+
+
 class Page(html.parser.HTMLParser):
     """Checks that tags match, and collects what a page would fetch."""
 
@@ -278,6 +302,23 @@ def test_several_runs_are_compared(tmp_path, capsys):
     page.feed(out.read_text())
     assert page.count["svg"] == 1
     assert all(run.name in out.read_text() for run in runs)
+
+
+def test_run_without_answers_is_refused_instead_of_a_table_of_zeros(tmp_path):
+    run = save(tmp_path / "run", recipe(), [])
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"holds no answer yet: go on with .* --resume$"):
+            report.main([str(run)])
+        (run / records.ANSWERS).unlink(missing_ok=True)
+    assert sorted(p.name for p in run.iterdir()) == [records.RECIPE]
+
+
+def test_page_in_a_missing_directory_is_refused_and_not_made(tmp_path):
+    run = save(tmp_path / "run", recipe(), [both("a", [1])])
+    with pytest.raises(UserError, match=r"^--html .*nope/x\.html: its directory does not exist"):
+        report.main([str(run), "--html", str(tmp_path / "nope" / "x.html")])
+    assert not (tmp_path / "nope").exists()
+    assert not (run / report.RESULTS).exists()
 
 
 def test_directory_without_a_run_is_refused(tmp_path):
