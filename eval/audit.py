@@ -5,6 +5,7 @@ nor a near-tie is a failure. `Audit` holds the requests, plan and model of one a
 are audit_law.py, the command is lossless.py.
 """
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -121,7 +122,11 @@ class Audit:
         self.bar: Any = tqdm(disable=True)
 
     def requests(self, part: str) -> list[Request]:
-        """The requests of a part, the seeds of a prompt side by side."""
+        """The requests of a part, the seeds of a prompt side by side.
+
+        Equal prompts count as samples of one: with the same noise their texts would be equal, and
+        the tokens no independent evidence of a distribution.
+        """
         n, sampled = self.options.max_new_tokens, part != "greedy"
         common = SamplingParams(
             temperature=self.options.temperature if sampled else 0.0,
@@ -130,7 +135,13 @@ class Audit:
         )
         seeds = range(self.options.seeds if sampled else 1)
         samplings = [dataclasses.replace(common, seed=seed) for seed in seeds]
-        return [Request(*pair) for pair in itertools.product(self.prompts, samplings)]
+        earlier: collections.Counter[tuple[int, ...]] = collections.Counter()
+        requests = []
+        for prompt in self.prompts:
+            sample = earlier[tuple(prompt)]
+            requests += [Request(prompt, sampling, sample) for sampling in samplings]
+            earlier[tuple(prompt)] += 1
+        return requests
 
     def decode(
         self, requests: Sequence[Request], accept: str, batch_size: int = 0
@@ -161,6 +172,13 @@ class Audit:
         """Have `reference` (one_row or no_cache) read every answer of n tokens: arrays [n].
 
         One compiled program serves the whole part: the last batch is filled up.
+
+        Args:
+          reference: the program.
+          requests, answers: what it reads.
+          rivals: other answers to the same requests.
+          static: its static arguments. With `block` the drafts are made again, which is for
+            answers of the paper's cycle.
         """
         name = "one row" if reference is one_row else "no cache"
         self.bar.set_description(f"reference: {name}")
@@ -168,7 +186,8 @@ class Audit:
         batch = self.options.batch_size if reference is one_row else 1
         checks = []
         for some in _batches(list(zip(requests, answers, rivals, strict=True)), batch):
-            texts = self._texts([*some, *[None] * (batch - len(some))])
+            filled = [*some, *[None] * (batch - len(some))]
+            texts = self._texts(filled, anchored="block" in static)
             engine = self.model.engine
             arrays = reference(engine.model, engine.params, texts, padded=self.padded, **static)
             arrays = jax.device_get(arrays)
@@ -177,8 +196,10 @@ class Audit:
             self.bar.update(len(some))
         return checks
 
-    def _texts(self, some: Sequence[tuple[Request, Completion, Completion] | None]) -> Texts:
-        """Lay texts out for a reference; None fills a row."""
+    def _texts(
+        self, some: Sequence[tuple[Request, Completion, Completion] | None], *, anchored: bool
+    ) -> Texts:
+        """Lay texts out for a reference, with their cycles' anchors or none; None fills a row."""
         rows = np.zeros((len(some), self.padded + self.width), np.int32)
         rivals, anchors = np.zeros((2, len(some), self.width), np.int32)
         lengths, counts = np.ones(len(some), np.int32), np.zeros(len(some), np.int32)
@@ -188,7 +209,8 @@ class Audit:
             whole = [*request.prompt, *answer.tokens]
             rows[i, : len(whole)] = whole
             rivals[i, : len(rival.tokens)] = rival.tokens
-            anchors[i, : len(answer.tokens)] = _anchors(len(request.prompt), answer)
+            if anchored:
+                anchors[i, : len(answer.tokens)] = _anchors(len(request.prompt), answer)
             lengths[i], counts[i] = len(request.prompt), len(answer.tokens)
             keys[:, i] = request.sampling.seed, request.noise_id
             sampled = request.sampling.temperature > 0
@@ -209,8 +231,8 @@ class Audit:
 def _anchors(prompt: int, answer: Completion) -> list[int]:
     """The index, in prompt and answer, of the anchor from which each answer token was drafted.
 
-    A cycle that accepts n drafts emits n + 1 tokens after its anchor, if there is room. The first
-    token of all was not drafted: the prompt's last token counts as its anchor.
+    A cycle of the paper's that accepts n drafts emits n + 1 tokens after its anchor, if there is
+    room. The first token of all was not drafted: the prompt's last token counts as its anchor.
     """
     runs = [1, *(n + 1 for n in answer.accepted)]
     firsts = itertools.accumulate(runs, initial=prompt)

@@ -13,6 +13,7 @@ commands find them; `--only` measures one of them.
 """
 
 import argparse
+import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -29,17 +30,19 @@ import numpy as np
 from tqdm import tqdm
 
 from eval import plots
-from eval.arguments import check_output, positive, positive_list
+from eval.arguments import check_contexts, check_output, positive, positive_list
 from eval.replay import Recording, ReplayResult, record, simulate
 from eval.speed import standing_at
 from orthrus_jax import cli
+from orthrus_jax.checkpoint import read_config
 from orthrus_jax.decoding import CYCLES, Strategy
 from orthrus_jax.decoding.sampling import greedy
-from orthrus_jax.engine import bucket, planner
+from orthrus_jax.engine import Plan, Request, SamplingParams, bucket, planner
 from orthrus_jax.engine.planner import Calibration, LengthRates, Measurement
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.files import read_prompts
 from orthrus_jax.llm import LLM, load
+from orthrus_jax.memory import check_memory, decoding_bytes, weight_bytes
 from orthrus_jax.metrics import tokens_per_forward
 from orthrus_jax.model import Model, ar_segment
 from orthrus_jax.tokenizer import encode
@@ -52,6 +55,7 @@ LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 LENGTH_PROMPTS = 16  # at most: each is decoded at every draft length, several times
 FORWARDS = 8  # per timed call
 SEED = 0  # of the intervals
+INTERVAL_PROMPTS = 10  # a bootstrap over fewer shows too narrow an interval
 
 
 def strategies(block: int, budgets: Sequence[int] = BUDGETS) -> list[Strategy]:
@@ -200,13 +204,26 @@ def table(calibration: Calibration, budgets: Sequence[int], block_size: int) -> 
     return "\n\n".join("\n".join(lines) for lines in parts)
 
 
+def _about(calibration: Calibration) -> str:
+    """How acceptance was measured, for people."""
+    about = calibration.about
+    counts = [
+        f"{about[name]} {what}"
+        for name, what in {"prompts": "prompts", "max_new_tokens": "new tokens at most"}.items()
+        if name in about
+    ]
+    return ", ".join(counts) or "their number is unknown"
+
+
 def _strategy_lines(calibration: Calibration, budgets: Sequence[int], block_size: int) -> list[str]:
+    many = calibration.about.get("prompts", 0) >= INTERVAL_PROMPTS
     paper = next(
         e
         for e in calibration.measurements
         if e.strategy == Strategy("orthrus", block_size, early_blocks=0)
     ).tokens_per_forward
     lines = [
+        f"acceptance: {_about(calibration)}{'' if many else ': too few prompts for an interval'}; "
         f"draft temperature {calibration.draft_temperature:g}",
         "",
         "| rows | cycle | K | tree | early | fresh | accepted | hits | tokens per forward | pooled "
@@ -220,11 +237,12 @@ def _strategy_lines(calibration: Calibration, budgets: Sequence[int], block_size
             if fitting := [e for e in of_cycle if e.strategy.rows <= rows]:
                 best.append(max(fitting, key=lambda e: e.tokens_per_forward))
     for e in dict.fromkeys(best):
-        s, half = e.strategy, (e.interval[1] - e.interval[0]) / 2
+        s = e.strategy
+        spread = f" ± {(e.interval[1] - e.interval[0]) / 2:.2f}" if many else ""
         lines.append(
             f"| {s.rows} | {s.flags()['cycle']} | {s.draft_length} | {s.tree_nodes or 'chain'} "
             f"| {s.early_blocks} | {s.fresh_blocks} | {e.accepted:.2f} | {e.hit_rate:.2f} "
-            f"| {e.tokens_per_forward:.2f} ± {half:.2f} | {e.pooled:.2f} "
+            f"| {e.tokens_per_forward:.2f}{spread} | {e.pooled:.2f} "
             f"| {e.tokens_per_forward / paper:.2f} |"
         )
     return lines
@@ -290,9 +308,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.overwrite:
             raise UserError(
                 f"{directory / planner.FILE} holds acceptance on other prompts "
-                f"({calibration.about}): --overwrite to measure it again"
+                f"({_about(calibration)}): --overwrite to measure it again"
             )
         measured_before = False
+    _check_costs(args, parts)
     model = load(args.model, **cli.runtime_options(args))
     if "acceptance" in parts and not model.trained:
         raise UserError(
@@ -300,6 +319,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "measure"
         )
     ids = [encode(model.tokenizer, text, chat=True) for text in texts]
+    sampling = SamplingParams(max_new_tokens=args.max_new_tokens)
+    plan = Plan(Strategy(), batch_size=args.batch_size or 1)
+    model.engine.check([Request(prompt, sampling) for prompt in ids], plan)
     if "acceptance" in parts and not measured_before:
         measured, temperature = _measure_acceptance(model, ids, args)
         calibration = replace(
@@ -327,6 +349,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.plot:
         draw(calibration, args.plot)
     print(f"kept in {directory / planner.FILE}", file=sys.stderr)
+
+
+def _check_costs(args: argparse.Namespace, parts: Sequence[str]) -> None:
+    """Refuse a --context beyond the model's positions or the memory, before the model is loaded."""
+    config = read_config(args.model).config
+    if "costs" not in parts:
+        return
+    check_contexts("--context", [args.context], config)
+    rows, most = max(BUDGETS), max(args.batches)
+    model = Model(dataclasses.replace(config, dtype=args.dtype or config.dtype))
+    check_memory(
+        weight_bytes(model.config) + decoding_bytes(model, most, bucket(args.context + rows), rows),
+        f"--batches {most} with --context {args.context}",
+        "lower one of them",
+    )
 
 
 def _measure_acceptance(

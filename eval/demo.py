@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,12 +18,14 @@ from typing import Any
 import jax
 
 import orthrus_jax
-from eval import calibrate, harness, metrics, plots, report
+from eval import calibrate, harness, plots, report, run_directory
 from eval.arguments import positive
 from eval.benchmarks import BENCHMARKS
-from eval.metrics import Row
+from eval.records import LOOPS, Row
+from eval.run_directory import RunDirectory
 from eval.speed import time_forwards
 from orthrus_jax import cli
+from orthrus_jax.cli import strategy_of
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import planner
 from orthrus_jax.errors import UserError, run_command
@@ -85,8 +86,8 @@ def summarize(results: Sequence[Row]) -> dict[str, Any]:
         **{name: orthrus[name] for name in names},
         "speedup": statistics.median(ratios),
         "speedup_range": [min(ratios), max(ratios)] if ratios[1:] else first["speedup_range"],
-        **{f"tokens_per_second_{loop}": rate(loop) for loop in metrics.LOOPS},
-        **{f"accuracy_{loop}": first["loops"][loop]["accuracy"] for loop in metrics.LOOPS},
+        **{f"tokens_per_second_{loop}": rate(loop) for loop in LOOPS},
+        **{f"accuracy_{loop}": first["loops"][loop]["accuracy"] for loop in LOOPS},
         "hardware": first["hardware"],
         "dtype": first["loaded"]["dtype"],
     }
@@ -98,12 +99,16 @@ def draw(path: pathlib.Path, figures: Row, training: Sequence[Row]) -> None:
     with plots.figure(path, columns, (4.4 * columns, 3.8)) as axes:
         if training:
             _draw_training(axes[0], training)
-        plots.draw_acceptance(axes[-2], {"": figures})
+        plots.draw_acceptance(axes[-2], [("", figures, plots.COLORS["orthrus"])])
         drafts = len(figures["acceptance_by_position"])
         axes[-2].set(title=f"Acceptance, mean {figures['acceptance_length']:.2f} of {drafts}")
         loops = {"ar": "AR", "orthrus": "Orthrus"}
         plots.draw_rates(
-            axes[-1], [(name, figures[f"tokens_per_second_{loop}"]) for loop, name in loops.items()]
+            axes[-1],
+            [
+                (name, figures[f"tokens_per_second_{loop}"], plots.COLORS[loop])
+                for loop, name in loops.items()
+            ],
         )
         low, high = figures["speedup_range"]
         axes[-1].set(
@@ -154,13 +159,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     run, finished = pathlib.Path(args.run), args.model is None
     if finished and not (run / "train.json").exists():
         raise UserError(f"{run} holds no finished training: run train.main first")
-    if args.out is None and not args.resume:
-        shutil.rmtree(run / "benchmark", ignore_errors=True)
     out = pathlib.Path(args.out or run / "benchmark")
-    harness.Run(out, resume=args.resume)  # refused before anything is measured
+    replaced = args.out is None and not args.resume
+    if not replaced:
+        RunDirectory(out, resume=args.resume)  # refused before anything is measured
     begin = time.perf_counter()
     args.model = args.model or str(run / "model")
     model = orthrus_jax.load(args.model, **cli.runtime_options(args))
+    model.strategy(strategy_of(args)).resolve(model.config)
+    if replaced:
+        run_directory.remove(out)
     rates = _tune(model, args) if finished else None
 
     results = []

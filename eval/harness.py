@@ -3,19 +3,17 @@
 Problems go in chunks, each first through AR and then through Orthrus, so that a slow spell of the
 machine hits both. A chunk's lines are appended to OUT/answers.jsonl once it is graded; `--resume`
 goes on with the problems that are missing there. Problems and graders are benchmarks.py, figures
-metrics.py and report.py, decoding runner.py.
+metrics.py and report.py, decoding runner.py, the directory run_directory.py.
 """
 
 import argparse
-import contextlib
-import json
 import os
 import pathlib
 import platform
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +21,18 @@ import numpy as np
 from tqdm import tqdm
 
 import orthrus_jax
-from eval import metrics, report
+from eval import report
 from eval.arguments import positive
 from eval.benchmarks import BENCHMARKS, Benchmark, Problem, digest, final_part, load
 from eval.grading import Grade
+from eval.records import LOOPS
+from eval.run_directory import Answers, RunDirectory
 from eval.runner import Dialogue, Runner, checksum
 from orthrus_jax import cli
 from orthrus_jax.cli import add_cycle, add_rows, chosen_strategy, strategy_of
 from orthrus_jax.decoding import AcceptRule, Strategy
 from orthrus_jax.engine import Plan, Request, SamplingParams
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.files import write_atomic
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import Params
 
@@ -68,65 +67,11 @@ def grade(benchmark: Benchmark, pool: Executor, dialogues: Sequence[Dialogue]) -
         answer |= {"correct": verdict.correct, "answer": verdict.answer, "note": verdict.note}
 
 
-class Run:
-    """An --out directory: its recipe, and the answers it holds so far."""
-
-    def __init__(self, directory: pathlib.Path, *, resume: bool) -> None:
-        """Read the directory; change nothing.
-
-        Raises:
-          UserError: for one that exists without --resume, or holds something else.
-        """
-        self.directory = directory
-        self.recipe: dict[str, Any] = {}
-        if not directory.exists():
-            return
-        if not resume:
-            raise UserError(
-                f"--out {directory} exists: give another one, or --resume to go on with that run"
-            )
-        begun = any(path.suffix != ".tmp" for path in directory.iterdir())
-        if begun:  # else it was killed before its recipe was written
-            self.recipe = metrics.read_run(directory)[0]
-
-    def check(self, part: str, recipe: dict[str, Any]) -> None:
-        """Refuse a recipe other than that of the run's first start, naming the difference."""
-        for name, now in recipe.items() if self.recipe else ():
-            before = self.recipe[part].get(name)
-            if before != now:
-                raise UserError(
-                    f"--resume {self.directory}: {name} was {before} and is now {now}; "
-                    "resume with what the run was begun with, or give another --out"
-                )
-
-    @contextlib.contextmanager
-    def open(self, recipe: dict[str, Any]) -> Iterator[tuple[BinaryIO, set[str]]]:
-        """Open answers.jsonl for this process alone; yield it and the ids that are in it."""
-        if not self.recipe:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.directory / metrics.RECIPE, json.dumps(recipe, indent=2) + "\n")
-        path = self.directory / metrics.ANSWERS
-        with path.open("ab") as file:
-            _lock(file, path)
-            rows, size = metrics.read_answers(path)
-            file.truncate(size)  # the torn end of a killed run
-            yield file, {row["id"] for row in rows}
-
-
-def _lock(file: BinaryIO, path: pathlib.Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    with contextlib.suppress(OSError):  # a file system without locks
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path} is being written by another process") from None
-
-
-def _line(problem: Problem, dialogues: Sequence[Dialogue], seconds: dict[str, float]) -> bytes:
-    row = {
+def _row(
+    problem: Problem, dialogues: Sequence[Dialogue], seconds: dict[str, float]
+) -> dict[str, Any]:
+    """A problem's line of answers.jsonl."""
+    return {
         "id": problem.id,
         "groups": dict(problem.groups),
         "turns": problem.turns,
@@ -134,18 +79,18 @@ def _line(problem: Problem, dialogues: Sequence[Dialogue], seconds: dict[str, fl
         "seconds": seconds,
         "answers": [answer for d in dialogues for answer in d.answers],
     }
-    return json.dumps(row).encode() + b"\n"
 
 
 def answer_all(
-    runner: Runner, problems: Sequence[Problem], benchmark: Benchmark, file: BinaryIO
+    runner: Runner, problems: Sequence[Problem], benchmark: Benchmark, answers: Answers
 ) -> Iterator[int]:
     """Answer and grade the problems chunk by chunk; append their lines; yield each chunk's size.
 
     The seconds of a chunk are divided evenly among its problems: their sum is the run's wall-clock,
     however many of the lines a killed process wrote.
     """
-    with ThreadPoolExecutor(min(GRADERS, os.cpu_count() or 1)) as pool:
+    pool = ThreadPoolExecutor(min(GRADERS, os.cpu_count() or 1))
+    try:
         size = max(1, ROUNDS * runner.plan.batch_size // runner.sampling.n)
         for begin in range(0, len(problems), size):
             chunk = problems[begin : begin + size]
@@ -158,11 +103,12 @@ def answer_all(
                 every += dialogues
                 seconds[loop] = loop_seconds / len(chunk)
             grade(benchmark, pool, every)
-            lines = [_line(p, [d for d in every if d.problem is p], seconds) for p in chunk]
-            file.write(b"".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
+            answers.append(
+                {p.id: _row(p, [d for d in every if d.problem is p], seconds) for p in chunk}
+            )
             yield len(chunk)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # of a run that is stopped
 
 
 def fingerprint(params: Params) -> str:
@@ -238,7 +184,7 @@ def _runner(
     args: argparse.Namespace, model: LLM, sampling: SamplingParams, strategy: Strategy
 ) -> Runner:
     """The runner of the chosen loops, checked against the model."""
-    names = metrics.LOOPS if args.mode == "both" else (args.mode,)
+    names = LOOPS if args.mode == "both" else (args.mode,)
     plan = Plan(strategy, batch_size=args.batch_size, time_to_first_token=True)
     runner = Runner(model, sampling, names, plan, args.thinking)
     for name in names:
@@ -294,7 +240,7 @@ def measure(
         )
     strategy_of(args)  # flags that do not fit each other are refused before a model is loaded
     sampling = _sampling(args)
-    run_directory = Run(pathlib.Path(args.out), resume=args.resume)
+    run_directory = RunDirectory(pathlib.Path(args.out), resume=args.resume)
     problems = load(benchmark, args.data)
     settings = {name: getattr(args, name) for name in RECIPE_FIELDS} | {
         "benchmark": benchmark.name,
@@ -324,10 +270,10 @@ def measure(
         "asked": settings,
         "loaded": loaded,
     }
-    with run_directory.open(recipe) as (file, done):
-        left = [problem for problem in problems if problem.id not in done]
-        with tqdm(total=len(problems), initial=len(done), desc=benchmark.name) as bar:
-            for count in answer_all(runner, left, benchmark, file):
+    with run_directory.open(recipe) as answers:
+        left = [problem for problem in problems if problem.id not in answers.done]
+        with tqdm(total=len(problems), initial=len(answers.done), desc=benchmark.name) as bar:
+            for count in answer_all(runner, left, benchmark, answers):
                 bar.update(count)
     return report.finish(run_directory.directory)
 

@@ -6,7 +6,7 @@ token, not only the first that differs. Three parts:
 
   greedy     each token is the AR view's argmax, or a near-tie
   coupled    the same with the temperature's noise added to the logits: AR's text for the seed
-  rejection  the tokens are distributed as the AR view's p: four statistics, each within +-4
+  rejection  the tokens are distributed as the AR view's p: four statistics
 
 The references and near-ties are defined in reference.py, the checks in audit.py and audit_law.py.
 `--near-tie` sets the gap that is allowed.
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import orthrus_jax
 from eval.arguments import check_output
 from eval.audit import PARTS, Audit, Failure, Options, audit_choices
-from eval.audit_law import Z_LIMIT, audit_law
+from eval.audit_law import Z_LIMIT, audit_law, check_enough
 from orthrus_jax import cli
 from orthrus_jax.cli import add_cycle, strategy_of
 from orthrus_jax.errors import UserError, run_command
@@ -47,14 +47,16 @@ def audit(model: LLM, prompts: Sequence[Sequence[int]], options: Options) -> dic
       Failure: an empty one is a pass.
 
     Raises:
-      UserError: for prompts that cannot be decoded, or too few tokens for a verdict.
+      UserError: for prompts that cannot be decoded, or budgets too small for a verdict.
     """
     if not prompts:
         raise UserError("there is no prompt to audit")
     run = Audit(model, prompts, options)
     requests_by_part = {part: run.requests(part) for part in PARTS if part in options.parts}
-    for requests in requests_by_part.values():
+    for part, requests in requests_by_part.items():
         model.engine.check(requests, run.plan)
+        if part == "rejection":
+            check_enough(requests)
     total = sum(PASSES[part] * len(requests) for part, requests in requests_by_part.items())
     parts, failures = {}, []
     with tqdm(total=total, unit="text", file=sys.stderr, disable=not options.progress) as run.bar:
@@ -108,7 +110,7 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"{part}: {figures['acceptance_length']:.2f} drafts accepted per cycle")
         if not figures["acceptance_length"]:
             lines[-1] += ": only corrections were audited, no accepted draft"
-    return "\n".join([*lines, "", *_verdict(result["failures"])])
+    return "\n".join([*lines, "", *_verdict(result)])
 
 
 def _divergence_lines(part: str, divergences: list[dict[str, Any]]) -> list[str]:
@@ -133,7 +135,7 @@ def _law_lines(figures: dict[str, Any]) -> list[str]:
     lines = [
         "",
         f"| rejection: {figures['texts']} texts, {figures['tokens']} tokens "
-        f"| z (within +-{Z_LIMIT:g}) | shift of the mean | would show |",
+        f"| z (within +-{Z_LIMIT:.3g}) | shift of the mean | would show |",
         "|---|---|---|---|",
     ]
     for name, z in figures["z"].items():
@@ -143,8 +145,17 @@ def _law_lines(figures: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _verdict(failures: list[Failure]) -> list[str]:
+def undecided(result: dict[str, Any]) -> str:
+    """Why the distribution has no verdict; empty if it has one, or was not audited."""
+    return result["parts"].get("rejection", {}).get("undecided", "")
+
+
+def _verdict(result: dict[str, Any]) -> list[str]:
+    failures: list[Failure] = result["failures"]
     if not failures:
+        others = [part for part in result["parts"] if part != "rejection"]
+        if undecided(result):
+            return [f"PASS of {', '.join(others)}; no verdict on rejection"] if others else []
         return ["PASS"]
     shown: list[Failure] = []
     for part in PARTS:  # some of each part that fails
@@ -207,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command; exits with status 1 where the audit fails."""
+    """Run the command; exits with status 1 where the audit fails, with 2 without a verdict."""
     args = _parser().parse_args(argv)
     strategy = strategy_of(args)
     names = ("max_new_tokens", "batch_size", "temperature", "seeds", "near_tie")
@@ -228,6 +239,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_atomic(args.json, json.dumps(plain, indent=2) + "\n")
     if result["failures"]:
         sys.exit(1)
+    if why := undecided(result):
+        raise UserError(why)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,21 @@
 """Metrics of a benchmark run: accuracy, acceptance, speed, equal texts.
 
 Every number is computed from RUN/recipe.json and RUN/answers.jsonl alone, with the definitions of
-docs/metrics.md. report.py shows them. Knows no model and no clock.
+docs/metrics.md. records.py reads those files, report.py shows the figures. Knows no model and no
+clock.
 """
 
 import collections
 import itertools
-import json
 import math
-import pathlib
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from orthrus_jax.errors import UserError
+from eval.records import LOOPS, Row
 from orthrus_jax.metrics import acceptance_length, tokens_per_forward
 
-RECIPE, ANSWERS = "recipe.json", "answers.jsonl"
-LOOPS = ("ar", "orthrus")  # in the order they take turns
 Z95 = 1.959964  # of the normal distribution, two-sided 95 %
-Row = Mapping[str, Any]
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -38,56 +34,6 @@ def pass_at(k: int, right: int, count: int) -> float:
     Source: arXiv 2107.03374.
     """
     return 1.0 - math.comb(count - right, k) / math.comb(count, k)
-
-
-def read_answers(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of answers.jsonl, and their size in bytes.
-
-    The torn end that a killed run may leave after them is left out.
-
-    Raises:
-      UserError: for a damaged line that is not the last, or a problem that comes twice.
-    """
-    if not path.exists():
-        return [], 0
-    *lines, torn = path.read_bytes().split(b"\n")
-    if torn:
-        lines.append(torn)
-    rows: dict[str, dict[str, Any]] = {}
-    size = 0
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            key = row["id"]
-        except (ValueError, TypeError, KeyError):
-            if number == len(lines):
-                break
-            raise UserError(f"{path}:{number} is damaged: delete the line, then --resume") from None
-        if number == len(lines) and torn:  # whole, but for its newline
-            break
-        if key in rows:
-            raise UserError(f"{path}:{number} answers {key} once more: delete one of the lines")
-        rows[key] = row
-        size += len(line) + 1
-    return list(rows.values()), size
-
-
-def read_run(directory: str | pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The recipe and the answered problems of a run.
-
-    Raises:
-      UserError: naming a directory that holds no run.
-    """
-    directory = pathlib.Path(directory)
-    try:
-        recipe = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
-        recipe["asked"], recipe["problems"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{directory} holds no run: expected the --out directory of an eval command, with "
-            f"{RECIPE} and {ANSWERS} in it"
-        ) from None
-    return recipe, read_answers(directory / ANSWERS)[0]
 
 
 def numbers(recipe: Row, rows: Sequence[Row]) -> dict[str, Any]:

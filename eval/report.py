@@ -14,10 +14,11 @@ from typing import Any
 
 from eval import plots
 from eval.arguments import check_output
-from eval.metrics import Row, across, numbers, read_run
+from eval.metrics import across, numbers
+from eval.records import Row, read_run
 from orthrus_jax.decoding.strategy import SPENT_BY
-from orthrus_jax.errors import run_command
-from orthrus_jax.files import write_atomic
+from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.files import first_line, write_atomic
 
 RESULTS, PAGE = "results.json", "report.html"
 
@@ -204,26 +205,32 @@ def _html_table(table: Table) -> str:
 
 def _plots(results: Mapping[str, Row]) -> list[str]:
     """Inline SVG: acceptance by position and by count, tokens/s, and the groups of a single run."""
-    drafted = {run: r["loops"]["orthrus"] for run, r in results.items() if "orthrus" in r["loops"]}
-    drafted = {run: figures for run, figures in drafted.items() if figures["cycles"]}
+    drafted = [
+        (run, r["loops"]["orthrus"], plots.color(place))
+        for place, (run, r) in enumerate(results.items())
+        if r["loops"].get("orthrus", {}).get("cycles")
+    ]
+    bars: list[tuple[str, float, Any]] = []
+    for place, (run, r) in enumerate(results.items()):
+        for loop, figures in r["loops"].items():
+            name = loop if len(results) == 1 else f"{plots.short(run)}, {loop}"
+            color = plots.COLORS[loop]
+            if len(results) > 1:
+                color = plots.color(place, 0.45 if loop == "ar" else 1.0)
+            bars.append((name, figures["tokens_per_second"], color))
 
     def acceptance(left: Any, middle: Any, right: Any) -> None:
         plots.draw_acceptance(left, drafted)
-        for run, figures in drafted.items():
+        for _, figures, color in drafted:
             shares = figures["accepted_distribution"]
-            middle.plot(range(len(shares)), shares, "o-", label=run)
+            middle.plot(range(len(shares)), shares, "o-", color=color)
         middle.set(xlabel="drafts accepted in a cycle", ylabel="share of cycles", ylim=(0, None))
         middle.xaxis.get_major_locator().set_params(integer=True)
         if len(drafted) > 1:
-            left.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
-        rates = [
-            (loop if len(results) == 1 else f"{run}\n{loop}", figures["tokens_per_second"])
-            for run, r in results.items()
-            for loop, figures in r["loops"].items()
-        ]
-        plots.draw_rates(right, rates)
+            left.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1))
+        plots.draw_rates(right, bars)
 
-    images = [_svg("acceptance", 3, acceptance)]
+    images = [_svg("acceptance", 3, acceptance, height=3.4 + 0.2 * len(results))]
     if len(results) == 1:
         (result,) = results.values()
         images += [_group_plot(kind, groups) for kind, groups in result["groups"].items()]
@@ -239,7 +246,9 @@ def _group_plot(kind: str, groups: Mapping[str, Row]) -> str:
         for i, loop in enumerate(loops):
             figures = [group["loops"][loop] for group in groups.values()]
             at = [place + (i - (len(loops) - 1) / 2) * 0.35 for place in range(len(figures))]
-            axes[-1].barh(at, [f["tokens_per_forward"] for f in figures], 0.33, label=loop)
+            color = plots.COLORS[loop]
+            rates = [f["tokens_per_forward"] for f in figures]
+            axes[-1].barh(at, rates, 0.33, label=loop, color=color)
             if graded:
                 shares = [f["accuracy"] for f in figures]
                 ends = [f["accuracy_interval"] for f in figures]
@@ -247,9 +256,11 @@ def _group_plot(kind: str, groups: Mapping[str, Row]) -> str:
                     [max(0.0, s - low) for s, (low, _) in zip(shares, ends, strict=True)],
                     [max(0.0, high - s) for s, (_, high) in zip(shares, ends, strict=True)],
                 ]
-                axes[0].errorbar(shares, at, xerr=errors, fmt="o", capsize=2, label=loop)
+                axes[0].errorbar(
+                    shares, at, xerr=errors, fmt="o", capsize=2, label=loop, color=color
+                )
         for axis in axes:
-            axis.set_yticks(range(len(groups)), list(groups), fontsize=8)
+            axis.set_yticks(range(len(groups)), map(plots.short, groups), fontsize=8)
             axis.invert_yaxis()
             axis.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         axes[-1].set(xlabel="tokens per forward")
@@ -277,10 +288,19 @@ def _svg(name: str, columns: int, draw: Callable[..., None], height: float = 3.4
 
 
 def finish(directory: pathlib.Path) -> dict[str, Any]:
-    """Compute a run's numbers and write its results.json and report.html."""
+    """Compute a run's numbers and write its results.json and report.html.
+
+    Raises:
+      UserError: for a directory that holds no answers, or cannot be written.
+    """
     result = numbers(*read_run(directory))
-    write_atomic(directory / RESULTS, json.dumps(result, indent=2) + "\n")
-    write_atomic(directory / PAGE, page({directory.name: result}))
+    try:
+        write_atomic(directory / RESULTS, json.dumps(result, indent=2) + "\n")
+        write_atomic(directory / PAGE, page({directory.name: result}))
+    except OSError as error:
+        raise UserError(
+            f"{directory}: {RESULTS} and {PAGE} cannot be written ({first_line(error)})"
+        ) from None
     return result
 
 
@@ -295,12 +315,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--html", metavar="FILE", help="default: RUN/report.html, for several runs compare.html"
     )
     args = parser.parse_args(argv)
-    check_output("--html", args.html)
+    usual = pathlib.Path(args.runs[0], PAGE) if len(set(args.runs)) == 1 else "compare.html"
+    out = pathlib.Path(args.html or usual)
+    if args.html or len(set(args.runs)) > 1:
+        check_output("--html", str(out))
     results = {run: finish(pathlib.Path(run)) for run in dict.fromkeys(args.runs)}
     lines = across({run: read_run(run) for run in results})
     print("\n".join([text(results), *lines]))
-    usual = pathlib.Path(args.runs[0], PAGE) if len(results) == 1 else "compare.html"
-    out = pathlib.Path(args.html or usual)
     write_atomic(out, page(results, lines))
     print(f"\nwritten: {out}")
 

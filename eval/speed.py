@@ -28,17 +28,19 @@ from tqdm import tqdm
 
 import orthrus_jax
 from eval import plots
-from eval.arguments import check_output, positive, positive_list
+from eval.arguments import check_contexts, check_output, positive, positive_list
 from eval.hf import HF, check_torch
 from orthrus_jax import cli, decoding, sharding
+from orthrus_jax.checkpoint import read_config, resolve
 from orthrus_jax.cli import SPENT_BY, add_blocks
-from orthrus_jax.config import PRESETS
+from orthrus_jax.config import PRESETS, ModelConfig
 from orthrus_jax.decoding import CYCLES, Strategy
 from orthrus_jax.drafters import DiffusionDrafter
-from orthrus_jax.engine import bucket
+from orthrus_jax.engine import Plan, Request, SamplingParams, bucket
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.files import read_prompts, write_atomic
 from orthrus_jax.llm import LLM
+from orthrus_jax.memory import check_memory, decoding_bytes, weight_bytes
 from orthrus_jax.model import Model, params
 from orthrus_jax.tokenizer import encode
 
@@ -237,13 +239,16 @@ def draw(path: pathlib.Path, result: dict[str, Any]) -> None:
                     continue
                 label = f"{name.replace('_', ' ')}, batch {batch}"
                 left.plot(contexts, [f[f"{name}_ms"] for f in forwards], style, label=label)
-        left.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="ms", title="Time")
+        left.set(xlabel="context (tokens)", ylabel="ms", title="Time")
+        plots.mark_values(left, [f["context"] for f in result["forwards"]])
+        plots.fit_height(left)
         left.legend(fontsize=8)
         for name, points in rates.items():
             axes[1].plot(*zip(*points, strict=True), "o-", label=name)
         if rates:
-            labels = {"xlabel": "batch", "ylabel": "tokens/s", "title": "Text"}
-            axes[1].set(xscale="log", yscale="log", **labels)
+            axes[1].set(xlabel="batch", ylabel="tokens/s", title="Text")
+            plots.mark_values(axes[1], [text["batch"] for text in result["text"]])
+            plots.fit_height(axes[1])
             axes[1].legend(fontsize=8)
 
 
@@ -269,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-sizes", type=positive_list, default=[1], help="default: 1")
     add("--contexts", type=positive_list, default=[128, 1024], help="default: 128,1024")
     add("--max-new-tokens", type=positive, default=256, help="default: %(default)s")
-    add("--draft-length", type=int, metavar="K", help="default: the trained K")
+    add("--draft-length", type=positive, metavar="K", help="default: the trained K")
     cli.add_runtime(parser)
     add("--repeats", type=positive, default=5, help="default: %(default)s")
     add("--refill", action="store_true", help="also time batches without refill")
@@ -278,21 +283,62 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _loaded(args: argparse.Namespace) -> LLM:
+def _config(args: argparse.Namespace) -> ModelConfig:
+    """The model's config, before its weights are loaded or made."""
+    if args.model:
+        config = read_config(resolve(args.model)).config
+        return dataclasses.replace(config, dtype=args.dtype or config.dtype)
+    return dataclasses.replace(PRESETS[args.random_weights], dtype=args.dtype or "bfloat16")
+
+
+def _check(args: argparse.Namespace, config: ModelConfig) -> None:
+    """Refuse what this model cannot decode, or this machine not hold.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    for mode in sorted({"orthrus", *args.modes} - {"hf"}):
+        strategy_of_mode(mode, args).resolve(config)
+    check_contexts("--contexts", args.contexts, config)
+    mesh = cli.parse_mesh(args.mesh)
+    devices = None if mesh is None else list(mesh.devices.flat)
+    weights = weight_bytes(config)
+    if args.random_weights:
+        purpose, remedy = f"--random-weights {args.random_weights}", "choose a smaller preset"
+        check_memory(weights, purpose, remedy, devices)
+    batch, context = max(args.batch_sizes), max(args.contexts)
+    block = args.draft_length or config.block_size
+    slots = bucket(context + (TIMED_CYCLES + 1) * block)
+    check_memory(
+        weights + decoding_bytes(Model(config), batch, slots, block),
+        f"--batch-sizes {batch} with --contexts {context}",
+        "lower one of them",
+        devices,
+    )
+
+
+def _loaded(args: argparse.Namespace, config: ModelConfig) -> LLM:
     options = cli.runtime_options(args)
     if args.model:
         return orthrus_jax.load(args.model, **options)
-    sizes = dataclasses.replace(PRESETS[args.random_weights], dtype=args.dtype or "bfloat16")
-    make = lambda key: jax.tree.map(lambda x: x.astype(sizes.dtype), params.init(Model(sizes), key))
+    make = lambda key: jax.tree.map(
+        lambda x: x.astype(config.dtype), params.init(Model(config), key)
+    )
     key, mesh = jax.random.key(0), options["mesh"]
     where = mesh and sharding.tree_shardings(jax.eval_shape(make, key), mesh)
-    return LLM(sizes, jax.jit(make, out_shardings=where)(key), mesh=mesh)
+    return LLM(config, jax.jit(make, out_shardings=where)(key), mesh=mesh)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command."""
-    args = _parser().parse_args(argv)
-    args.modes = args.modes.split(",")
+def _prompt_ids(args: argparse.Namespace, model: LLM, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of the prompts, all of which can be answered."""
+    ids = [encode(model.tokenizer, text, chat=True) for text in texts]
+    sampling = SamplingParams(max_new_tokens=args.max_new_tokens)
+    model.engine.check([Request(prompt, sampling) for prompt in ids], Plan(Strategy("ar")))
+    return ids
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that do not fit each other, or places that cannot be written."""
     if unknown := sorted(set(args.modes) - set(MODES)):
         raise UserError(f"--modes names {', '.join(unknown)}: expected some of {', '.join(MODES)}")
     for name, methods in SPENT_BY.items():
@@ -308,7 +354,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--prompts needs --model: the texts of random weights are not worth timing")
     if "hf" in args.modes:
         check_torch()
-    model = _loaded(args)
+
+
+def measure(model: LLM, ids: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
+    """All figures, as --json has them.
+
+    Args:
+      model: the one of args.
+      ids: of the prompts; none leaves the texts out.
+      args: of the command.
+    """
     inner, weights = model.engine.model, model.params
     block_size = args.draft_length or model.config.block_size
     theirs = HF(model.config, weights) if "hf" in args.modes else None
@@ -330,12 +385,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         if theirs is not None:
             times |= time_hf(theirs, batch, context, args.repeats)
         result["forwards"].append(times)
-    if args.prompts:
-        texts = read_prompts(args.prompts)[: args.limit]
-        ids = [encode(model.tokenizer, text, chat=True) for text in texts]
+    if ids:
         for batch in tqdm(args.batch_sizes, desc="text", file=sys.stderr):
             variants = text_variants(model, theirs, args, batch)
             result["text"].append({"batch": batch, **time_text(ids, args.repeats, variants)})
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    args = _parser().parse_args(argv)
+    args.modes = args.modes.split(",")
+    _check_flags(args)
+    texts = read_prompts(args.prompts)[: args.limit] if args.prompts else []
+    config = _config(args)
+    _check(args, config)
+    model = _loaded(args, config)
+    ids = _prompt_ids(args, model, texts)
+    result = measure(model, ids, args)
     print(table(result))
     if args.json:
         write_atomic(args.json, json.dumps(result, indent=2) + "\n")

@@ -15,7 +15,7 @@ from orthrus_jax import generate
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import planner
-from orthrus_jax.engine.planner import Calibration, LengthRates
+from orthrus_jax.engine.planner import Calibration, LengthRates, Measurement
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import params
@@ -150,6 +150,8 @@ def test_command_keeps_all_parts_beside_the_model(directory, command, capsys, mo
     assert plot.stat().st_size > 1000
     out = capsys.readouterr().out
     assert "| 12 | one-forward | 6 | 5 | 1 | 0 |" in out
+    assert out.startswith("acceptance: 2 prompts, 12 new tokens at most: too few prompts for an ")
+    assert "±" not in out
     kept = planner.load(directory)
     assert [m.strategy for m in kept.measurements] == calibrate.strategies(6, ())
     assert kept.draft_temperature == 0.8
@@ -168,14 +170,37 @@ def test_command_keeps_all_parts_beside_the_model(directory, command, capsys, mo
     again = planner.load(directory)
     assert again.measurements == kept.measurements
     assert again.draft_length == kept.draft_length
-    with pytest.raises(UserError, match=r"acceptance on other prompts .*--overwrite"):
+    with pytest.raises(
+        UserError, match=r"on other prompts \(2 prompts, 12 new tokens at most\): --overwrite"
+    ):
         command("--limit", "1")
 
-    capsys.readouterr()
+
+@pytest.mark.parametrize(("dear", "cycle"), [(1.0, "one-forward"), (100.0, "")])
+def test_rows_option_decodes_as_the_calibration_says(dear, cycle, directory, capsys) -> None:
+    """The strategy with most tokens where rows are free; none where they are dear."""
+    strategies = (
+        Strategy("orthrus", 6, early_blocks=0),
+        Strategy("orthrus-2f", 6, 9, 0),
+        Strategy("orthrus-1f", 6, 5, 1),
+    )
+    kind = jax.devices()[0].device_kind
+    Calibration(
+        tuple(
+            Measurement(s, tokens, (tokens, tokens), tokens, 1.0, 1.0)
+            for s, tokens in zip(strategies, (1.5, 1.7, 2.5), strict=True)
+        ),
+        cost={kind: {1: [(1, 1.0), (16, dear)]}},
+    ).save(directory)
     generate.main(
         ["--model", str(directory), "--prompt", "Hi", "--max-new-tokens", "5", "--rows", "16"]
     )
-    assert "--rows 16: --mode" in capsys.readouterr().err
+    chosen = capsys.readouterr().err
+    if cycle:
+        assert f"--rows 16: --mode orthrus --cycle {cycle} --draft-length 6" in chosen
+        assert "2.50 tokens per forward at 1.00 times the cost of one row" in chosen
+    else:
+        assert "--rows 16: --mode ar\n" in chosen
 
 
 @pytest.mark.parametrize("part", ["costs", "draft-length"])
@@ -221,6 +246,16 @@ def test_draft_lengths_take_turns_and_the_first_turn_is_not_timed(monkeypatch) -
     assert rates == LengthRates(5, {k: 8.0 * k for k in (2, 3, 4, 5)})
 
 
+def test_interval_is_shown_where_there_are_prompts_enough() -> None:
+    paper = Strategy("orthrus", 6, early_blocks=0)
+    measured = (Measurement(paper, 2.0, (1.9, 2.1), 2.0, 1.0, 1.0),)
+    tables = [
+        calibrate.table(Calibration(measured, about={"prompts": n}), (16,), 6) for n in (9, 10)
+    ]
+    assert "| 2.00 |" in tables[0]
+    assert "| 2.00 ± 0.10 |" in tables[1]
+
+
 def test_unwritable_model_is_refused_before_anything_is_measured(command, monkeypatch) -> None:
     def refuse(directory):
         raise UserError("calibration.json cannot be written")
@@ -239,6 +274,11 @@ def test_bad_input_is_refused_by_name(directory, command, monkeypatch, capsys) -
             command(flag, value)
         assert end.value.code == 2
         assert f"argument {flag}: {value!r} is not a " in capsys.readouterr().err
+    positions = CONFIG.max_position_embeddings
+    with pytest.raises(UserError, match=f"--context 9999999: the model has {positions} positions"):
+        command("--context", "9999999")
+    with pytest.raises(UserError, match=r"--batches 100000000 with --context 64 needs about .* GB"):
+        command("--context", "64", "--batches", "1,100000000")
     with pytest.raises(UserError, match=r"--prompts FILE\.jsonl is needed, except with"):
         calibrate.main(["--model", str(directory)])
     with pytest.raises(UserError, match=r"--model absent is no directory: calibration\.json"):

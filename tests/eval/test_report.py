@@ -1,4 +1,4 @@
-"""The numbers of a run against hand-content rows, and their tables and page."""
+"""The numbers of a run against rows made by hand, and their tables and page."""
 
 import html.parser
 import json
@@ -6,83 +6,11 @@ import re
 
 import pytest
 
-from eval import metrics, report
-from eval.metrics import numbers, pass_at, read_answers, wilson
+from eval import plots, records, report
+from eval.metrics import numbers, pass_at, wilson
+from eval.records import read_answers
 from orthrus_jax.errors import UserError
-
-
-def recipe(**changes):
-    """A recipe of both loops, greedy, K = 4, batch 1."""
-    settings = {
-        "benchmark": "math500",
-        "data": "d",
-        "mode": "both",
-        "batch_size": 1,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "top_k": 0,
-        "seed": 0,
-        "n": 1,
-        "accept": "rejection",
-        "thinking": False,
-        "max_new_tokens": 100,
-    }
-    return {
-        "title": "MATH-500",
-        "model": "some/<model>",
-        "problems": 4,
-        "graded": True,
-        "trained": True,
-        "hardware": "cpu",
-        "asked": settings | changes,
-        "loaded": {"draft_length": 4, "dtype": "float32"},
-    }
-
-
-def answer(loop, accepted, tokens=None, *, sample=0, turn=0, correct=True, **changes):
-    """An answer whose every cycle emits its drafts and one more token."""
-    tokens = 1 + sum(accepted) + len(accepted) if tokens is None else tokens
-    orthrus = loop == "orthrus"
-    cycles = len(accepted) if orthrus else tokens - 1
-    line = {
-        "loop": loop,
-        "sample": sample,
-        "turn": turn,
-        "text": "x",
-        "tokens": tokens,
-        "digest": "same",
-        "finish_reason": "stop",
-        "cycles": cycles,
-        "accepted": list(accepted) if orthrus else [],
-        "forwards": 1 + (2 if orthrus else 1) * cycles,
-        "seconds": 1.0,
-        "first_seconds": 0.25,
-        "correct": correct,
-        "note": "",
-    }
-    return line | changes
-
-
-def row(name, answers, seconds=None, **groups):
-    seconds = {"ar": 1.0, "orthrus": 0.5} if seconds is None else seconds
-    return {"id": name, "groups": groups, "seconds": seconds, "answers": answers}
-
-
-def both(name, accepted, seconds=None, *, correct=True, digest="same", **groups):
-    tokens = 1 + sum(accepted) + len(accepted)
-    answers = [
-        answer("ar", accepted, correct=correct),
-        answer("orthrus", accepted, tokens, correct=correct, digest=digest),
-    ]
-    return row(name, answers, seconds, **groups)
-
-
-def save(directory, recipe, rows):
-    directory.mkdir()
-    (directory / metrics.RECIPE).write_text(json.dumps(recipe))
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (directory / metrics.ANSWERS).write_text(lines)
-    return directory
+from tests.support.run_files import answer, both, recipe, row, save
 
 
 def test_wilson_matches_the_textbook():
@@ -202,7 +130,7 @@ def test_same_text_is_counted_where_exactness_promises_it():
 
 def test_prompt_that_did_not_fit_is_wrong_and_not_timed():
     skipped = {"sample": 0, "turn": 0, "skipped": "long", "correct": False, "note": "skipped"}
-    lines = [{"loop": loop} | skipped for loop in metrics.LOOPS]
+    lines = [{"loop": loop} | skipped for loop in records.LOOPS]
     nothing = numbers(recipe(), [row("a", lines, {"ar": 0.0, "orthrus": 0.0}, level="1")])
     assert nothing["loops"]["orthrus"]["skipped"] == 1
     assert nothing["loops"]["orthrus"]["tokens_per_forward"] == 0.0
@@ -247,6 +175,30 @@ def test_table_shows_the_numbers():
     assert "| 2.00 (1.50-3.00) |" in apart
 
 
+def test_cycles_that_accept_more_than_a_chain_holds_are_counted():
+    """K = 4: a chain has 3 drafts, a tree or a block drafted ahead may have 4 or 5 accepted."""
+    figures = numbers(recipe(), [both("a", [4, 0, 5]), both("b", [3])])["loops"]["orthrus"]
+    assert figures["cycles"] == 4
+    assert figures["acceptance_length"] == 3.0
+    assert figures["acceptance_length_of_problems"] == 3.0
+    assert figures["acceptance_by_position"] == [0.75, 0.75, 0.75, 0.5, 0.25]
+    assert figures["accepted_distribution"] == [0.25, 0, 0, 0.25, 0.25, 0.25]
+    assert sum(figures["acceptance_by_position"]) == figures["acceptance_length"]
+
+
+def test_long_names_and_dollars_are_drawn_as_text():
+    long = "runs/a-very-long-name-of-a-run-that-would-overlap-its-neighbour"
+    results = {f"{long}-{i}": numbers(recipe(), [both("a", [2])]) for i in range(2)}
+    results["from $5 to $6^_"] = numbers(recipe(), [both("a", [1])])
+    content = report.page(results)
+    svg = content[content.index("<svg") : content.index("</svg>")]
+    texts = [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", svg)]
+    assert "from $5 to $6^_" in texts
+    assert max(map(len, texts)) <= len("orthrus, ") + plots.LONGEST
+    colors = set(re.findall(r"fill: (#\w{6})", svg))
+    assert {"#1f77b4", "#ff7f0e", "#2ca02c"} <= colors, "a colour per run"
+
+
 class Page(html.parser.HTMLParser):
     """Checks that tags match, and collects what a page would fetch."""
 
@@ -285,32 +237,32 @@ def test_page_is_well_formed_and_needs_no_network():
 
 
 def test_torn_or_damaged_last_line_is_left_out(tmp_path):
-    path = tmp_path / metrics.ANSWERS
+    path = tmp_path / records.ANSWERS
     whole = [json.dumps(both(name, [1])).encode() for name in "abc"]
     begin = b"\n".join(whole[:2]) + b"\n"
     for end in range(len(whole[2]) + 1):
         path.write_bytes(begin + whole[2][:end])
-        rows, size = read_answers(path)
+        rows, size = read_answers(path, recipe())
         assert [row["id"] for row in rows] == ["a", "b"]
         assert size == len(begin)
     path.write_bytes(begin + whole[2] + b"\n")
-    assert [row["id"] for row in read_answers(path)[0]] == ["a", "b", "c"]
+    assert [row["id"] for row in read_answers(path, recipe())[0]] == ["a", "b", "c"]
     path.write_bytes(begin + whole[2][:30] + b"\n")
-    assert read_answers(path)[1] == len(begin)
+    assert read_answers(path, recipe())[1] == len(begin)
     path.write_bytes(begin + b"\0" * 300)
-    assert read_answers(path)[1] == len(begin)
-    assert read_answers(tmp_path / "absent") == ([], 0)
+    assert read_answers(path, recipe())[1] == len(begin)
+    assert read_answers(tmp_path / "absent", recipe()) == ([], 0)
 
 
 def test_other_damage_is_named_by_line(tmp_path):
-    path = tmp_path / metrics.ANSWERS
+    path = tmp_path / records.ANSWERS
     line = json.dumps(both("a", [1])) + "\n"
     path.write_text(line[:20] + "\n" + line)
     with pytest.raises(UserError, match=r"answers\.jsonl:1 is damaged"):
-        read_answers(path)
+        read_answers(path, recipe())
     path.write_text(line + line + "{")
     with pytest.raises(UserError, match=r"answers\.jsonl:2 answers a once more"):
-        read_answers(path)
+        read_answers(path, recipe())
 
 
 def test_command_writes_the_figures_it_prints(tmp_path, capsys):
@@ -352,11 +304,28 @@ def test_several_runs_are_compared(tmp_path, capsys):
     assert all(run.name in out.read_text() for run in runs)
 
 
+def test_run_without_answers_is_refused_instead_of_a_table_of_zeros(tmp_path):
+    run = save(tmp_path / "run", recipe(), [])
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"holds no answer yet: go on with .* --resume$"):
+            report.main([str(run)])
+        (run / records.ANSWERS).unlink(missing_ok=True)
+    assert sorted(p.name for p in run.iterdir()) == [records.RECIPE]
+
+
+def test_page_in_a_missing_directory_is_refused_and_not_made(tmp_path):
+    run = save(tmp_path / "run", recipe(), [both("a", [1])])
+    with pytest.raises(UserError, match=r"^--html .*nope/x\.html: its directory does not exist"):
+        report.main([str(run), "--html", str(tmp_path / "nope" / "x.html")])
+    assert not (tmp_path / "nope").exists()
+    assert not (run / report.RESULTS).exists()
+
+
 def test_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         report.main([str(tmp_path)])
-    (tmp_path / metrics.RECIPE).write_text("{}")
-    with pytest.raises(UserError, match="holds no run"):
+    (tmp_path / records.RECIPE).write_text("{}")
+    with pytest.raises(UserError, match=r'json is damaged \(there is no "title"\): .* no run'):
         report.main([str(tmp_path)])
     with pytest.raises(UserError, match="absent holds no run"):
         report.main([str(tmp_path / "absent")])

@@ -1,13 +1,16 @@
 """The speed bench: its refusals, and transformers decoding the very same model."""
 
+import contextlib
 import importlib.util
 import json
+import types
 
 import numpy as np
 import pytest
 
-from eval import speed
+from eval import plots, speed
 from eval.hf import HF
+from orthrus_jax import memory
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.decoding import Strategy
 from orthrus_jax.errors import UserError
@@ -94,11 +97,113 @@ def test_all_modes_are_timed_in_one_run(directory, prompts, tmp_path, capsys, on
         assert text[name]["tokens_per_second"] > 0
         assert f"| 1 | {name} | " in output
     (forward,) = result["forwards"]
-    low, high = forward["hf_step_ms_range"]
-    assert 0 < low <= forward["hf_step_ms"] <= high
+    assert forward["hf_step_ms"] > 0
     assert "hf: transformers " in output
     assert "| hf step ms |" in output
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+class Clock:
+    """Seconds that pass only when a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(speed.time, "perf_counter", lambda: self.now)
+
+    def call(self, *seconds, returning=None):
+        """A function whose calls take these seconds in turn."""
+        left = list(seconds)
+
+        def timed(*_):
+            self.now += left.pop(0)
+            return returning
+
+        return timed
+
+
+def test_transformers_steps_are_timed_without_their_context(monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    run = clock.call(900.0, 0.16, 0.80, 0.32)  # the first is a warm-up
+
+    def steps(batch, context, count):
+        assert (batch, context, count) == (2, 64, 16)
+        clock.now += 50.0  # reading the context
+        return run
+
+    times = speed.time_hf(types.SimpleNamespace(steps=steps), 2, 64, 3)
+    assert times["hf_step_ms"] == pytest.approx(20.0)
+    assert times["hf_step_ms_range"] == pytest.approx([10.0, 50.0])
+
+
+def test_texts_are_timed_in_turn_and_compared_with_the_first(monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    variants = {
+        "ar": clock.call(99.0, 10.0, 20.0, 40.0, returning=[[1, 2], [3, 4]]),
+        "orthrus": clock.call(99.0, 5.0, 4.0, 10.0, returning=[[1, 2], [3, 5]]),
+    }
+    timed = speed.time_text([[7], [8]], 3, variants)
+    ar, orthrus = timed["ar"], timed["orthrus"]
+    assert timed["prompts"] == 2
+    assert ar["tokens_per_second"] == pytest.approx(0.2)
+    assert ar["range"] == pytest.approx([0.1, 0.4])
+    assert (ar["speedup"], ar["same_text"]) == (1.0, 1.0)
+    assert orthrus["tokens_per_second"] == pytest.approx(0.8)
+    assert orthrus["range"] == pytest.approx([0.4, 1.0])
+    assert orthrus["speedup"] == pytest.approx(4.0)  # of the pairs 2, 5 and 4
+    assert orthrus["same_text"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--contexts", "64,99999"), r"--contexts 99999: the model has \d+ positions"),
+        (("--draft-length", "99"), "draft_length=99 must be from 2 to 4"),
+        (("--max-new-tokens", "99999"), r"with max_new_tokens=99999 that is over the model's"),
+        (
+            ("--batch-sizes", "1,100000000"),
+            r"--batch-sizes 100000000 with --contexts 128 needs about .* GB .*: lower one of them",
+        ),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_timed(
+    directory, prompts, monkeypatch, options, message
+) -> None:
+    monkeypatch.setattr(speed, "copy_bandwidth", None)
+    with pytest.raises(UserError, match=message):
+        speed.main(["--model", directory, "--prompts", prompts, "--contexts", "128", *options])
+
+
+def test_preset_larger_than_the_memory_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda devices: 24 * 10**9)
+    message = (
+        r"^--random-weights qwen3-32b needs about [67]\d(\.\d)? GB of memory, 24 GB are free: "
+    )
+    with pytest.raises(UserError, match=message):
+        speed.main(["--random-weights", "qwen3-32b"])
+
+
+def test_single_point_is_drawn_on_plain_axes(tmp_path, monkeypatch) -> None:
+    axes = []
+    figure = plots.figure
+
+    @contextlib.contextmanager
+    def kept(*given):
+        with figure(*given) as row:
+            axes.extend(row)
+            yield row
+
+    monkeypatch.setattr(plots, "figure", kept)
+    forward = {"batch": 1, "context": 128, "ar_step_ms": 1.0, "cycle_ms": 1.7}
+    rate = {"tokens_per_second": 100.0}
+    text = {"batch": 1, "prompts": 3, "ar": rate, "orthrus": rate}
+    speed.draw(tmp_path / "one.png", {"forwards": [forward], "text": [text]})
+    for axis in axes:
+        assert axis.get_xscale() == axis.get_yscale() == "linear"
+        assert axis.get_ylim()[0] == 0
+    longer = forward | {"context": 4096, "cycle_ms": 20.0}
+    speed.draw(tmp_path / "two.png", {"forwards": [forward, longer], "text": []})
+    assert axes[-1].get_xscale() == axes[-1].get_yscale() == "log"
+    assert [label.get_text() for label in axes[-1].get_xticklabels()] == ["128", "4096"]
 
 
 def test_report_without_hf_has_no_column_for_it(directory, capsys) -> None:
