@@ -82,7 +82,8 @@ class Checkpoints:
                 continue
             for torn in (s for s in steps if s > step):
                 self.last.delete(torn)
-            return TrainState(**restored["state"]), meta["data"]
+            state = TrainState(**restored["state"], broken_at=like.broken_at)
+            return state, meta["data"]
         if steps:
             raise UserError(
                 f"no checkpoint in {self.last.directory} can be read: delete the directory to "
@@ -118,8 +119,13 @@ def _manager(directory: pathlib.Path, keep: int) -> ocp.CheckpointManager:
 
 def _args(state: TrainState, meta: dict[str, Any]) -> Any:
     return ocp.args.Composite(
-        state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta)
+        state=ocp.args.StandardSave(_saved(state)), meta=ocp.args.JsonSave(meta)
     )
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state: all but `broken_at`, which is 0 whenever one is saved."""
+    return {name: part for name, part in state._asdict().items() if name != "broken_at"}
 
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -128,4 +134,4 @@ def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 def _abstract(like: TrainState) -> dict[str, Any]:
     describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    return jax.tree.map(describe, like._asdict())
+    return jax.tree.map(describe, _saved(like))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from orthrus_jax import checkpoint
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.decoding.sampling import NOISE
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View, params
 from orthrus_jax.tokenizer import Tokenizer, encode
@@ -107,7 +108,7 @@ def fit(config: Any, model: Model, rows: Any) -> params.Params:
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01)
     )
-    frozen, _ = params.split(params.init(model, jax.random.key(config.seed)))
+    frozen, _ = params.split(params.init(model, jax.random.key(config.seed, impl=NOISE)))
     state = optimizer.init(frozen)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
