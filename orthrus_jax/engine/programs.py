@@ -7,11 +7,15 @@ import time
 from typing import Any
 
 import jax
+import jax.experimental
 from jax.sharding import Mesh
 
 from orthrus_jax import decoding
 from orthrus_jax.attention.cache import KVCache
 from orthrus_jax.sharding import batch_sharding
+
+# Until jax 0.8 it lay in jax.experimental.
+_enable_x64: Any = (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64
 
 
 def bucket(n: int) -> int:
@@ -53,6 +57,9 @@ class Programs:
           arguments, named: arrays and trees of arrays.
           model: the model (static) and its parameters, as first arguments of `function`.
           static: the other static arguments.
+
+        Programs are of 32 bits even under JAX_ENABLE_X64: with 64 a loop's counts would change
+        their type, and a seed its noise.
         """
         static = static or {}
         arguments, named = self._on_mesh((arguments, named))
@@ -60,8 +67,9 @@ class Programs:
         key = (function, tree, tuple((x.shape, x.dtype) for x in leaves), *static.items())
         if key not in self.compiled:
             begin = time.perf_counter()
-            lowered = function.lower(*(model or ()), *arguments, **named, **static)
-            self.compiled[key] = lowered.compile()
+            with _enable_x64(False):
+                lowered = function.lower(*(model or ()), *arguments, **named, **static)
+                self.compiled[key] = lowered.compile()
             self.compile_seconds += time.perf_counter() - begin
         weights = () if model is None else model[1:]
         return self.compiled[key](*weights, *arguments, **named)

@@ -153,6 +153,35 @@ def test_bad_sampling_arguments_are_refused(model):
         model.generate([{"role": "user", "content": "x"}], chat=False)
 
 
+CYCLES = (
+    Strategy("ar"),
+    Strategy("orthrus"),
+    Strategy("orthrus-2f", tree_nodes=5),
+    Strategy("orthrus-1f", tree_nodes=5, early_blocks=1, fresh_blocks=1),
+)
+
+
+@pytest.mark.parametrize("strategy", CYCLES, ids=lambda s: s.method)
+def test_text_is_the_same_under_jax_enable_x64(model, strategy):
+    options = {"temperature": 0.8, "top_k": 20, "min_new_tokens": 2, "logprobs": True}
+    answers = []
+    try:
+        for wide in (False, True):
+            jax.config.update("jax_enable_x64", wide)
+            fresh = LLM(model.config, model.params, model.tokenizer)
+            texts = fresh.generate(
+                ["How many?", "12 and 30", "The"],
+                max_new_tokens=9,
+                batch_size=2,
+                strategy=strategy,
+                **options,
+            )
+            answers.append([completion.tokens for completion in texts])
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    assert answers[0] == answers[1]
+
+
 def test_fifty_prompt_lengths_compile_once_per_bucket(model):
     fresh = LLM(model.config, model.params, model.tokenizer)
     for length in range(1, 51):
