@@ -8,6 +8,8 @@ print(model.generate(["What is 2+2?"])[0].text)
 import importlib
 from typing import TYPE_CHECKING
 
+from orthrus_jax.errors import interrupt_quietly
+
 if TYPE_CHECKING:
     from orthrus_jax.decoding import Strategy
     from orthrus_jax.engine import Completion, SamplingParams
@@ -32,6 +34,9 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+
+interrupt_quietly()
 
 
 def __getattr__(name: str) -> object:

@@ -20,9 +20,10 @@ def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
       SystemExit: for --help and for flags that do not parse.
     """
     args = _parse(argv)
-    from orthrus_jax import checkpoint
+    from orthrus_jax import checkpoint, runtime
     from orthrus_jax.model import params  # jax takes seconds: --help does not wait for it
 
+    runtime.check_devices()
     checkpoint.check_target(args.target, overwrite=args.overwrite)
     loaded = checkpoint.load_checkpoint(args.source, dtype=args.dtype, progress=progress)
     checkpoint.save_checkpoint(

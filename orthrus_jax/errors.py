@@ -4,10 +4,15 @@ Anything a person can put right (a missing file, a bad flag, a prompt that does 
 as `UserError` with the actual value, the expected one and the remedy. A bug is never a `UserError`.
 """
 
+import contextlib
 import importlib.util
+import os
 import pathlib
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 # The packages that each extra of pyproject.toml adds, by their import names.
 EXTRAS = {
@@ -27,16 +32,87 @@ class PromptLengthError(UserError):
     """A prompt that, with the tokens of its answer, does not fit the model's positions."""
 
 
+class Terminated(BaseException):
+    """SIGTERM. No `Exception` and no KeyboardInterrupt: nothing goes on after it."""
+
+
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`; a `UserError` or Ctrl-C ends it in one line, never in a traceback."""
+    """Run a command's `main`; what ends it early is one line, never a traceback.
+
+    Exit statuses: 2 for a `UserError`, for a file that the system refuses and for output that
+    cannot be written; 130 for Ctrl-C and 143 for SIGTERM, each after cleaning up; 141, without a
+    word, where the reader of the output has gone.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed: what is printed to None goes to the other one
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
     try:
-        main()
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            raise UserError("the working directory was deleted: change to another") from None
+        with _sigterm_raises():
+            main()
+        sys.stdout.flush()  # here it can still be reported
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end("interrupted", 130)
+    except Terminated:
+        _end("terminated", 143)
+    except BrokenPipeError:
+        _end("", 141)
+    except OSError as error:
+        place = "the output" if error.filename is None else error.filename
+        _end(f"error: {place}: {error.strerror or error}", 2)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    """Print the last line and exit, whatever has become of the streams."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):  # Python flushes once more, and would complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if line:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr)
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise `Terminated`, where nothing else handles it."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    is_ours = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if not is_ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def interrupt_quietly() -> None:
+    """Let Ctrl-C end `python -m NAME` in one line while its modules are still being imported.
+
+    For the packages' `__init__`: `run_command` has not begun. Does nothing elsewhere.
+    """
+    if sys.argv[:1] != ["-m"]:  # set by Python while it looks for the module to run
+        return
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        else:
+            usual(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def program_name(command: str | None = None) -> str:

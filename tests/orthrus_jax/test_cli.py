@@ -40,3 +40,10 @@ def test_runtime_options_are_those_of_load(monkeypatch):
     told = cli.runtime_options(parser.parse_args(["--dtype", "float32", "--compile-cache", "off"]))
     assert told == {"dtype": "float32", "mesh": None}
     assert kept == ["off"]
+
+
+def test_both_spellings_of_the_cache_flag_are_taken():
+    parser = argparse.ArgumentParser()
+    cli.add_compile_cache(parser)
+    for flag in ("--compile-cache", "--compile_cache"):
+        assert parser.parse_args([flag, "off"]).compile_cache == "off"
