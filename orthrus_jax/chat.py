@@ -51,8 +51,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
     strategy_of(args)  # flags that do not fit each other are refused before a model is loaded
+    sampling = sampling_options(args)
+    if sys.stdin is None:
+        raise UserError("standard input is closed: chat reads its questions there")
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no UTF-8 are then refused by line
+        sys.stdin.reconfigure(errors="surrogateescape")
     model = load(args.model, **runtime_options(args))
-    options = sampling_options(args) | {"strategy": chosen_strategy(args, model, 1)}
+    options = sampling | {"strategy": chosen_strategy(args, model, 1)}
     conversation = Conversation(model, system=args.system, thinking=args.thinking)
     print(HELP, file=sys.stderr)
     while True:

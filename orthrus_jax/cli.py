@@ -15,7 +15,8 @@ from orthrus_jax.decoding.strategy import LENGTH_BLOCKS, SPENT_BY
 from orthrus_jax.engine import Completion, SamplingParams, planner
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import LLM, Pieces
-from orthrus_jax.runtime import enable_compilation_cache
+from orthrus_jax.runtime import check_devices, enable_compilation_cache
+from orthrus_jax.values import check_whole
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="N" if kind is int else "X",
         help=f"{text}; default: %(default)s",
     )
-    number("--max-new-tokens", int, "most tokens per answer")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"most tokens per answer; default: {SamplingParams.max_new_tokens}, or what the "
+        "model's positions leave",
+    )
     number("--min-new-tokens", int, "fewest tokens before an end token")
     number("--temperature", float, "0 is greedy")
     number("--top-k", int, "keep the k likeliest tokens, 0 is off")
@@ -131,6 +138,8 @@ def strategy_of(
     names = ("cycle", "draft_length", *SPENT_BY)
     given = {name: value for name in names if (value := get(name, None)) is not None}
     rows = get("rows", None)
+    if rows is not None:
+        check_whole("rows", rows, 1)
     if rows is not None and method == "ar":
         raise UserError(f"--rows {rows}: decoding one token per forward (ar) spends one row")
     for name, value in given.items():
@@ -161,10 +170,18 @@ def chosen_strategy(args: argparse.Namespace, model: LLM, batch: int) -> Strateg
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of SamplingParams that `add_sampling` parsed."""
-    names = ["max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed"]
+    """The fields of SamplingParams that `add_sampling` parsed.
+
+    Raises:
+      UserError: for a value that no model could follow.
+    """
+    names = ["min_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed"]
     options = {name: getattr(args, name) for name in names}
-    return options | {"stop": tuple(args.stop), "stop_token_ids": tuple(args.stop_token_id)}
+    options |= {"stop": tuple(args.stop), "stop_token_ids": tuple(args.stop_token_id)}
+    if args.max_new_tokens is not None:
+        options["max_new_tokens"] = args.max_new_tokens
+    SamplingParams(**options)
+    return options
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
@@ -183,6 +200,7 @@ def add_compile_cache(parser: argparse.ArgumentParser) -> None:
     """Add --compile-cache."""
     parser.add_argument(
         "--compile-cache",
+        "--compile_cache",  # as the configured commands of train/ spell it
         metavar="DIR",
         help="where compiled programs are kept, or off; "
         "default: JAX_COMPILATION_CACHE_DIR, or a directory of yours",
@@ -190,7 +208,12 @@ def add_compile_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Set up the compilation cache; return dtype and mesh as `llm.load` takes them."""
+    """Set up devices and compilation cache; return dtype and mesh as `llm.load` takes them.
+
+    Raises:
+      UserError: for a device or a directory that is not there.
+    """
+    check_devices()
     enable_compilation_cache(args.compile_cache)
     return {"dtype": args.dtype, "mesh": parse_mesh(args.mesh)}
 
@@ -210,6 +233,20 @@ def parse_mesh(text: str | None) -> jax.sharding.Mesh | None:
             raise UserError(f"--mesh {text!r}: expected something like data=2,tensor=4")
         sizes[axis] = int(size)
     return sharding.make_mesh(data=sizes[sharding.DATA], tensor=sizes[sharding.TENSOR])
+
+
+def read_stdin() -> str:
+    """All of standard input, UTF-8 whatever the locale.
+
+    Raises:
+      UserError: when it is closed or is not UTF-8.
+    """
+    if sys.stdin is None:
+        raise UserError("standard input is closed: give the prompt as --prompt TEXT")
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 ({error})") from None
 
 
 def print_pieces(pieces: Pieces) -> Completion:

@@ -10,6 +10,8 @@ import math
 from orthrus_jax.errors import UserError
 
 QWEN3_MASK_TOKEN_ID = 151_669  # the first id past Qwen3's tokenizer: a row no text ever uses
+INT32 = 2**31 - 1  # sizes and ids are int32 on a device
+LAYERS_LIMIT = 1024  # a program names every layer's weights: more would take minutes to trace
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -51,6 +53,7 @@ class ModelConfig:
         Raises:
           UserError: naming the field, its value and what it must satisfy.
         """
+        _check_types(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -60,6 +63,11 @@ class ModelConfig:
             raise UserError(f"head_dim={self.head_dim} must be even for rotary embeddings")
         if self.block_size < 2:
             raise UserError(f"block_size={self.block_size}: a block needs an anchor and one mask")
+        if self.block_size > self.max_position_embeddings:
+            raise UserError(
+                f"block_size={self.block_size} is over max_position_embeddings="
+                f"{self.max_position_embeddings}: a block lies within the positions"
+            )
         if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
             raise UserError(
                 f"mask_token_id={self.mask_token_id} has no row in an embedding of "
@@ -85,6 +93,28 @@ class ModelConfig:
                 "(strategy='ar')"
             )
         return self.mask_token_id
+
+
+def _check_types(config: ModelConfig) -> None:
+    """Refuse fields of a wrong type, and sizes that no program can have."""
+    is_whole = lambda value: type(value) is int and 0 <= value <= INT32
+    names = {int: f"a whole number from 0 to {INT32}", bool: "True or False", str: "a string"}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in names:
+            holds = is_whole(value) if field.type is int else isinstance(value, field.type)
+            if not holds:
+                raise UserError(f"{field.name}={value!r:.60}: expected {names[field.type]}")
+    mask, ends = config.mask_token_id, config.eos_token_ids
+    if mask is not None and type(mask) is not int:
+        raise UserError(f"mask_token_id={mask!r:.60}: expected a whole number or None")
+    if not isinstance(ends, tuple) or not all(map(is_whole, ends)):
+        raise UserError(f"eos_token_ids={ends!r:.60}: expected a tuple of token ids")
+    if config.num_hidden_layers > LAYERS_LIMIT:
+        raise UserError(f"num_hidden_layers={config.num_hidden_layers} is over {LAYERS_LIMIT}")
+    for name in ("num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
+        if not getattr(config, name):
+            raise UserError(f"{name}=0 must be at least 1")
 
 
 def _qwen3(width: int, mlp: int, layers: int, heads: int, tied: bool) -> ModelConfig:

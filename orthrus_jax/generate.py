@@ -14,13 +14,16 @@ from orthrus_jax.cli import (
     add_sampling,
     chosen_strategy,
     print_pieces,
+    read_stdin,
     runtime_options,
     sampling_options,
     strategy_of,
 )
+from orthrus_jax.engine import SamplingParams
 from orthrus_jax.errors import UserError, program_name, run_command
 from orthrus_jax.files import read_prompts
 from orthrus_jax.llm import load
+from orthrus_jax.values import check_whole
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,7 +53,11 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, metavar="N", help="answers decoded together; default: n"
     )
     parser.add_argument("--stream", action="store_true", help="print text as it grows")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per answer")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object per answer; tokens is the number of its token_ids",
+    )
     return parser
 
 
@@ -63,10 +70,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.logprobs and not args.json:
         raise UserError("--logprobs needs --json: the plain output has no place for them")
     strategy_of(args)  # flags that do not fit each other are refused before a model is loaded
+    sampling = sampling_options(args)
+    SamplingParams(**sampling, n=args.n)
+    batch = args.n if args.batch_size is None else args.batch_size
+    check_whole("batch_size", batch, 1)
+    if args.n > batch:
+        raise UserError(f"n={args.n} is over batch_size={batch}")
     if args.prompts is not None:
         prompts = read_prompts(args.prompts)
     else:
-        prompts = [sys.stdin.read() if args.prompt == "-" else args.prompt]
+        prompts = [read_stdin() if args.prompt == "-" else args.prompt]
     model = load(args.model, **runtime_options(args))
     if args.mode == "orthrus" and not model.trained:
         print(
@@ -74,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "faster until train.main has trained it",
             file=sys.stderr,
         )
-    batch = args.n if args.batch_size is None else args.batch_size
-    options = sampling_options(args) | {"strategy": chosen_strategy(args, model, batch)}
+    options = sampling | {"strategy": chosen_strategy(args, model, batch)}
     if args.stream:
         for prompt in prompts:
             pieces = model.stream(prompt, chat=args.chat, thinking=args.thinking, **options)

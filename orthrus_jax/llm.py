@@ -7,9 +7,10 @@ works on ids, and knows no checkpoints and no chat template.
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence, Set, Sized
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -30,6 +31,7 @@ from orthrus_jax.errors import UserError
 from orthrus_jax.model import Params
 from orthrus_jax.tokenizer import Tokenizer, check_vocabulary, encode_messages, load_tokenizer
 from orthrus_jax.tokenizer import encode as encode_text
+from orthrus_jax.values import check_switch, check_type, check_whole, shown
 
 Messages = Sequence[Mapping[str, str]]  # of a dialogue: {"role": "user", "content": "Hi"}, ...
 Prompt = str | Messages
@@ -81,7 +83,8 @@ class LLM:
     def strategy(self, strategy: Strategy | str | None = None) -> Strategy:
         """Complete a strategy, a method's name or None (the default) by this model's length."""
         if strategy is None or isinstance(strategy, str):
-            strategy = Strategy(strategy or "orthrus")
+            strategy = Strategy() if strategy is None else Strategy(strategy)
+        check_type("strategy", strategy, Strategy, "a Strategy, a method's name or None")
         if strategy.draft_length is None and strategy.method != "ar":
             strategy = dataclasses.replace(strategy, draft_length=self.draft_length)
         return strategy
@@ -112,19 +115,26 @@ class LLM:
           UserError: for an empty prompt, one that does not fit, or a bad argument.
         """
         every = [prompts] if isinstance(prompts, str) or _is_dialogue(prompts) else prompts
+        if not isinstance(every, Iterable) or isinstance(every, bytes | Mapping | Set):
+            raise UserError(
+                f"prompts={shown(prompts)} must be a string, a list of chat messages, or a list of "
+                "either"
+            )
         ids = [self._encode(p, i, chat, thinking) for i, p in enumerate(every)]
         return self.complete(ids, sampling, **options)
 
     def _encode(self, prompt: Any, number: int, chat: bool, thinking: bool) -> list[int]:
         """Return the ids of a prompt, which messages call prompt `number`."""
+        check_switch("chat", chat)
+        check_switch("thinking", thinking)
         if self.tokenizer is None:
             raise UserError("this model was loaded without a tokenizer: use complete() with ids")
         if isinstance(prompt, str):
             return encode_text(self.tokenizer, prompt, chat=chat, thinking=thinking)
         if not _is_dialogue(prompt):
             raise UserError(
-                f"prompt {number} is {prompt!r}: expected a string, or a list of chat messages "
-                'like {"role": "user", "content": "Hi"}'
+                f"prompt {number} is {shown(prompt)}: expected a string, or a list of chat "
+                'messages like {"role": "user", "content": "Hi"}'
             )
         if not chat:
             raise UserError(f"prompt {number} is a list of chat messages: chat=False takes strings")
@@ -132,7 +142,7 @@ class LLM:
             for key in ("role", "content"):
                 if not isinstance(value := message.get(key), str):
                     raise UserError(
-                        f"prompt {number}, message {at}: {key}={value!r} must be a string"
+                        f"prompt {number}, message {at}: {key}={shown(value)} must be a string"
                     )
         messages = [dict(message) for message in prompt]
         return encode_messages(self.tokenizer, messages, thinking=thinking)
@@ -159,15 +169,20 @@ class LLM:
           refill: False decodes whole batches one after another.
           progress: show a bar on standard error.
           fields: of SamplingParams, in place of `sampling`'s: max_new_tokens=64, temperature=0.7.
+            Without either, an answer has at most 256 tokens, or those that the positions leave.
 
         Returns:
           One completion per prompt and sample, the samples of a prompt side by side.
         """
-        samplings = _samplings(sampling, fields, len(prompts))
-        for one in samplings:
-            if one.n > max(batch_size, 1):  # a batch_size below 1 is refused by itself
-                raise UserError(f"n={one.n} is over batch_size={batch_size}")
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | np.ndarray):
+            raise UserError(f"prompts={shown(prompts)} must be a list of lists of token ids")
+        check_switch("progress", progress)
         plan = Plan(self.strategy(strategy), batch_size=batch_size, refill=refill)
+        given = _one_each(sampling, len(prompts))
+        samplings = [self._sampling(*pair, fields) for pair in zip(prompts, given, strict=True)]
+        for one in samplings:
+            if one.n > batch_size:
+                raise UserError(f"n={one.n} is over batch_size={batch_size}")
         pairs = [(i, sample) for i, one in enumerate(samplings) for sample in range(one.n)]
         requests = [Request(prompts[i], samplings[i], sample) for i, sample in pairs]
         completions: dict[int, Completion] = {}
@@ -206,13 +221,25 @@ class LLM:
         **fields: Any,
     ) -> Pieces:
         """Answer as `stream` does, but from ids; tokens that the `session` holds are not read."""
-        sampling = _with_fields(sampling, fields)
+        sampling = self._sampling(prompt, sampling, fields)
         if sampling.n > 1:
             raise UserError(f"n={sampling.n}: a stream is of one sample")
         plan = Plan(self.strategy(strategy), stream=True)
         request = Request(prompt, sampling)
         self.engine.check([request], plan)
         return self._pieces(request, plan, session)
+
+    def _sampling(
+        self, prompt: Any, sampling: SamplingParams | None, fields: dict[str, Any]
+    ) -> SamplingParams:
+        """Return a prompt's sampling parameters: `sampling`, or the defaults, with `fields`.
+
+        A budget that nobody gave is at most the positions that the prompt leaves.
+        """
+        if sampling is None and "max_new_tokens" not in fields and isinstance(prompt, Sized):
+            room = self.config.max_position_embeddings - len(prompt)
+            fields = fields | {"max_new_tokens": max(1, min(SamplingParams.max_new_tokens, room))}
+        return _with_fields(sampling, fields)
 
     def _pieces(self, request: Request, plan: Plan, session: Session | None) -> Pieces:
         with contextlib.closing(self.engine.serve([request], plan, session)) as events:
@@ -231,17 +258,17 @@ def _is_dialogue(prompt: Any) -> bool:
     return bool(prompt) and all(isinstance(message, Mapping) for message in prompt)
 
 
-def _samplings(
-    sampling: SamplingParams | Sequence[SamplingParams] | None, fields: dict[str, Any], count: int
-) -> list[SamplingParams]:
-    """Return the sampling parameters of each of `count` prompts."""
+def _one_each(
+    sampling: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams | None]:
+    """Return the sampling parameters given for each of `count` prompts."""
     if sampling is None or isinstance(sampling, SamplingParams):
-        return [_with_fields(sampling, fields)] * count
+        return [sampling] * count
     if not isinstance(sampling, Sequence) or len(sampling) != count:
         raise UserError(
-            f"sampling={sampling!r} must be one SamplingParams, or one per prompt: {count}"
+            f"sampling={shown(sampling)} must be one SamplingParams, or one per prompt: {count}"
         )
-    return [_with_fields(one, fields) for one in sampling]
+    return sampling
 
 
 def _with_fields(sampling: SamplingParams | None, fields: dict[str, Any]) -> SamplingParams:
@@ -252,7 +279,7 @@ def _with_fields(sampling: SamplingParams | None, fields: dict[str, Any]) -> Sam
     if sampling is None:
         return SamplingParams(**fields)
     if not isinstance(sampling, SamplingParams):
-        raise UserError(f"sampling={sampling!r} must be SamplingParams")
+        raise UserError(f"sampling={shown(sampling)} must be SamplingParams")
     return dataclasses.replace(sampling, **fields)
 
 
@@ -271,6 +298,8 @@ def load(source: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh | N
     Raises:
       UserError: naming the file that is missing or broken.
     """
+    if mesh is not None:
+        check_type("mesh", mesh, Mesh, "a Mesh, from sharding.make_mesh")
     checkpoint = load_checkpoint(source, dtype=dtype, mesh=mesh)
     tokenizer = load_tokenizer(checkpoint.directory)
     check_vocabulary(tokenizer, checkpoint.config)
@@ -304,6 +333,10 @@ class Conversation:
           thinking: let the template open a thinking part.
           slots: cache slots to begin with; a dialogue that outgrows them is read again.
         """
+        check_type("model", model, LLM, "a loaded LLM")
+        check_type("system", system, str, "a string")
+        check_switch("thinking", thinking)
+        check_whole("slots", slots, 1)
         if model.tokenizer is None:
             raise UserError("a conversation needs a model with its tokenizer")
         self.model, self.system, self.thinking = model, system, thinking
@@ -324,7 +357,13 @@ class Conversation:
         """Add `text` to the dialogue and return the answer's pieces as they grow; see LLM.stream.
 
         An answer that is abandoned or interrupted stays in the dialogue, as much of it as was read.
+
+        Raises:
+          UserError: before anything is read, for a bad argument or a dialogue that does not fit.
         """
+        check_type("text", text, str, "a string")
+        if not text:
+            raise UserError("text is empty: give at least one character")
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = encode_messages(self.model.tokenizer, messages, thinking=self.thinking)
         pieces = self.model.stream_ids(ids, session=self.session, **options)

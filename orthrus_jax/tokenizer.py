@@ -5,10 +5,10 @@ user opens a turn. Refuses by name a tokenizer of another model and text that is
 ids would be meaningless. Knows no weights.
 """
 
-import itertools
 import os
 import pathlib
 import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from orthrus_jax.config import ModelConfig
@@ -89,16 +89,15 @@ def encode_messages(
             "the tokenizer has no chat template: it takes plain text only (generate --no-chat)"
         )
     special = _special_tokens(tokenizer)
-    typed = "".join(itertools.chain.from_iterable(message.values() for message in messages))
+    typed = "".join(_texts(messages))
     unused = (chr(i) for i in range(0xE000, 0x110000) if chr(i) not in typed)
     # While the template runs, a private character stands for each special token that was typed.
     stand_ins = dict(zip(sorted(set(special.findall(typed))), unused, strict=False))
     hide = lambda text: special.sub(lambda match: stand_ins[match[0]], text)
-    if stand_ins:
-        messages = [{key: hide(text) for key, text in one.items()} for one in messages]
+    hidden = _with_texts(messages, hide) if stand_ins else messages
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            hidden, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
     except Exception as error:  # a template is a program: it can raise anything
         cause = " ".join(str(error).split()) or type(error).__name__
@@ -128,6 +127,24 @@ def _special_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     longest_first = sorted(tokens, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a message: its content, and the arguments of its tool calls."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with each of `_texts` changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _with_texts(part, change) for key, part in value.items()}
+    return [_with_texts(part, change) for part in value] if isinstance(value, list) else value
 
 
 def _ids(tokenizer: Tokenizer, text: str, **options: bool) -> list[int]:

@@ -11,7 +11,7 @@ PACKAGES = ("orthrus_jax", "train", "eval")
 LONGEST = 450  # lines
 # Modules and packages of the library from the ground up: each imports only from before itself.
 ORDER = (
-    *("errors", "files", "metrics", "config", "sharding", "tokenizer", "runtime"),
+    *("errors", "values", "files", "metrics", "config", "sharding", "tokenizer", "runtime"),
     *("attention", "model", "memory", "checkpoint", "decoding", "drafters", "engine", "llm", "cli"),
     *("generate", "chat", "convert", "aot"),
     *("__init__", "__main__"),

@@ -15,6 +15,7 @@ from typing import Any
 
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line
+from orthrus_jax.values import check_type
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,6 +39,9 @@ def resolve(source: str | pathlib.Path, revision: str | None = None) -> pathlib.
       UserError: naming `source`, when it is neither, cannot be fetched, or is a directory and a
         revision was asked for.
     """
+    check_type("source", source, (str, os.PathLike), "a directory or a hub id")
+    if not str(source):
+        raise UserError("the source is empty: give a checkpoint directory or a hub id")
     directory = pathlib.Path(source)
     if directory.is_dir():
         if revision is not None:
@@ -71,8 +75,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(
             f"{path} does not exist: expected a Hugging Face checkpoint there"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError too
+        raise UserError(f"{path} cannot be read as JSON: {first_line(error)}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
@@ -125,6 +129,7 @@ def check_target(directory: str | pathlib.Path, *, overwrite: bool) -> None:
       UserError: when it is a file, holds anything and `overwrite` is not set, or holds something
         other than a checkpoint: overwriting deletes all of it.
     """
+    check_type("directory", directory, (str, os.PathLike), "a path")
     target = pathlib.Path(directory)
     if target.exists() and not target.is_dir():
         raise UserError(f"{directory} is a file: expected a directory to write to")

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from orthrus_jax.checkpoint.directory import read_json
+from orthrus_jax.checkpoint.settings import check_types
 from orthrus_jax.config import QWEN3_MASK_TOKEN_ID, ModelConfig
 from orthrus_jax.errors import UserError
+from orthrus_jax.values import check_type
 
 Raw = dict[str, Any]  # a config.json
 ORTHRUS = "OrthrusLM"  # in `architectures`: the checkpoint holds a diffusion view
@@ -104,6 +106,9 @@ def config_from_hf(raw: Raw, generation: Raw | None = None) -> ModelConfig:
     Raises:
       UserError: naming every unsupported or missing setting at once.
     """
+    check_type("config.json", raw, dict, "an object")
+    check_types(raw)
+    check_types(generation or {}, "generation_config.json: ")
     family = FAMILIES.get(str(raw.get("model_type")))
     refused = _unsupported(raw, family)
     if refused or family is None:

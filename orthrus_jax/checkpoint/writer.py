@@ -5,9 +5,10 @@ Decides the files and their order. Knows no training state.
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,7 @@ from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model.params import DIFFUSION
 from orthrus_jax.model.transformer import Params
+from orthrus_jax.values import check_switch, check_type, check_whole
 
 
 def save_checkpoint(
@@ -75,6 +77,11 @@ def save_checkpoint(
     """
     if tokenizer is not None and tokenizer_from is not None:
         raise ValueError("give tokenizer or tokenizer_from, not both")
+    check_type("config", config, ModelConfig, "a ModelConfig")
+    check_type("params", params, Mapping, "a tree of parameters")
+    check_switch("overwrite", overwrite)
+    check_whole("max_shard_bytes", max_shard_bytes, 1)
+    check_type("directory", directory, (str, os.PathLike), "a path")
     target = pathlib.Path(directory).resolve()  # a link stays, its target is replaced
     check_target(target, overwrite=overwrite)
     leaves = _leaves(config, params)

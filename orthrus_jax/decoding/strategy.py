@@ -5,11 +5,13 @@ speculative.py's and overlapped.py's, and planner.py chooses by measurement.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding.sampling import AcceptRule
 from orthrus_jax.errors import UserError
+from orthrus_jax.values import check_number, check_type, check_whole
 
 FORWARDS = {"ar": 1, "orthrus": 2, "orthrus-2f": 2, "orthrus-1f": 1}  # of each method, per cycle
 METHODS = tuple(FORWARDS)
@@ -40,6 +42,9 @@ class Strategy:
       draft_temperature: the temperature at which the drafter's probabilities are believed where
         they decide between nodes and blocks; None is the model's calibrated one, or 1.
       candidates: tokens kept per guessed position, where more than the likeliest can be of use.
+
+    Raises:
+      UserError: for a value of a wrong type; `resolve` checks it against a model.
     """
 
     method: str = "orthrus"
@@ -50,6 +55,18 @@ class Strategy:
     accept: str = AcceptRule.REJECTION
     draft_temperature: float | None = None
     candidates: int = CANDIDATES
+
+    def __post_init__(self) -> None:
+        check_type("method", self.method, str, f"one of {', '.join(METHODS)}")
+        check_type("accept", self.accept, str, "'rejection' or 'coupled'")
+        for name in ("draft_length", "early_blocks"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
+        for name in ("tree_nodes", "fresh_blocks"):
+            check_whole(name, getattr(self, name))
+        check_whole("candidates", self.candidates, 1)
+        if self.draft_temperature is not None:
+            check_number("draft_temperature", self.draft_temperature)
 
     def resolve(self, config: ModelConfig, draft_temperature: float = 1.0) -> "Strategy":
         """Fill in what is None and cut blocks to what a draft of this size can use.
@@ -87,6 +104,8 @@ class Strategy:
                 raise UserError(f"{name}={value} must be 0 or more")
             if value and self.method not in methods:
                 raise UserError(f"{name}={value} needs method={' or '.join(map(repr, methods))}")
+            if value >= (positions := config.max_position_embeddings):
+                raise UserError(f"{name}={value} must be below the model's {positions} positions")
         if self.method == "ar":
             return
         if config.mask_token_id is None:
@@ -102,8 +121,10 @@ class Strategy:
             raise UserError(
                 "early_blocks=0 and fresh_blocks=0: method='orthrus-1f' drafts by at least one"
             )
-        if self.draft_temperature is not None and not self.draft_temperature > 0:
-            raise UserError(f"draft_temperature={self.draft_temperature} must be above 0")
+        if self.draft_temperature is not None and not 0 < self.draft_temperature < math.inf:
+            raise UserError(
+                f"draft_temperature={self.draft_temperature} must be above 0 and finite"
+            )
 
     # What follows is of a resolved strategy.
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from orthrus_jax.engine.programs import bucket
 from orthrus_jax.engine.request import Request
 from orthrus_jax.errors import UserError
+from orthrus_jax.values import check_switch, check_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,12 @@ class Capacity:
     filtered: bool = False
     min_tokens: bool = False
     logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "max_new_tokens", "ends"):
+            check_whole(name, getattr(self, name), 1)
+        for name in ("sampled", "filtered", "min_tokens", "logprobs"):
+            check_switch(name, getattr(self, name))
 
     @classmethod
     def of(cls, requests: Sequence[Request], slots: int, eos: int) -> "Capacity":

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from orthrus_jax import decoding
-from orthrus_jax.config import ModelConfig
+from orthrus_jax.config import INT32, ModelConfig
 from orthrus_jax.decoding import Filters, Sampler, Strategy
 from orthrus_jax.drafters import first_carry, loop_of
 from orthrus_jax.engine.capacity import Capacity
@@ -24,12 +24,13 @@ from orthrus_jax.engine.request import (
     Plan,
     Request,
     SamplingParams,
-    is_whole,
 )
 from orthrus_jax.engine.session import Session
 from orthrus_jax.errors import PromptLengthError, UserError
+from orthrus_jax.memory import check_memory, decoding_bytes
 from orthrus_jax.model import Model, Params
 from orthrus_jax.tokenizer import Tokenizer
+from orthrus_jax.values import check_type, check_whole, is_whole, shown
 
 
 class Engine:
@@ -64,9 +65,8 @@ class Engine:
         Raises:
           UserError: naming the value and its limit.
         """
+        check_type("plan", plan, Plan, "a Plan")
         plan.strategy.resolve(self.config)
-        if plan.batch_size < 1:
-            raise UserError(f"batch_size={plan.batch_size} must be at least 1")
         if plan.stream and self.tokenizer is None:
             raise UserError("streaming needs a tokenizer: this model was loaded without one")
         for i, request in enumerate(requests):
@@ -79,13 +79,16 @@ class Engine:
           PromptLengthError: when prompt and answer are over the model's positions.
           UserError: naming another value and its limit.
         """
+        check_type(f"request {number}", request, Request, "a Request")
         config, sampling = self.config, request.sampling
+        check_type("sampling", sampling, SamplingParams, "SamplingParams")
+        check_whole("sample", request.sample, 0, INT32)
         self._check_prompt(request.prompt, number)
         length, new = len(request.prompt), sampling.max_new_tokens
         if length + new > config.max_position_embeddings:
             raise PromptLengthError(
-                f"prompt {number} has {length} tokens; with max_new_tokens={new} "
-                f"that is over the model's {config.max_position_embeddings} positions"
+                f"prompt {number} has {length} tokens; with max_new_tokens={shown(new)} that is "
+                f"over the model's {config.max_position_embeddings} positions"
             )
         beyond = [t for t in sampling.stop_token_ids if t >= config.vocab_size]
         if beyond:
@@ -96,8 +99,9 @@ class Engine:
             raise UserError("stop strings need a tokenizer: this model was loaded without one")
 
     def _check_prompt(self, prompt: Sequence[int], number: int) -> None:
-        if isinstance(prompt, str) or not hasattr(prompt, "__len__"):
-            raise UserError(f"prompt {number} is {prompt!r}: expected a sequence of token ids")
+        is_array = isinstance(prompt, np.ndarray) and prompt.ndim == 1
+        if isinstance(prompt, str | bytes) or not (isinstance(prompt, Sequence) or is_array):
+            raise UserError(f"prompt {number} is {shown(prompt)}: expected a sequence of token ids")
         if not len(prompt):
             raise UserError(f"prompt {number} is empty: give at least one token")
         vocab = self.config.vocab_size
@@ -106,7 +110,8 @@ class Engine:
         for at, token in enumerate(prompt):
             if not is_whole(token) or not 0 <= token < vocab:
                 raise UserError(
-                    f"prompt {number}, token {at}: {token!r} is not an id from 0 to {vocab - 1}"
+                    f"prompt {number}, token {at}: {shown(token)} is not an id from 0 to "
+                    f"{vocab - 1}"
                 )
 
     def slots(self, prompt: int, new: int, plan: Plan) -> int:
@@ -135,14 +140,30 @@ class Engine:
             While a request runs the session is empty; if a program is interrupted, it stays so.
 
         Raises:
-          UserError: for a plan that this model cannot follow.
+          UserError: for a plan that this model cannot follow, or that the memory has no room for.
         """
         self.check([], plan)
+        check_type("capacity", capacity, Capacity, "a Capacity")
         if session is not None:
+            check_type("session", session, Session, "a Session")
             if plan.batch_size != 1:
                 raise UserError(f"batch_size={plan.batch_size} must be 1 with a session")
             capacity = dataclasses.replace(capacity, slots=session.grow(capacity.slots))
+        if session is None or session.cache is None:
+            self._check_memory(plan, capacity)
         return Queue(self, plan, capacity, session)
+
+    def _check_memory(self, plan: Plan, capacity: Capacity) -> None:
+        """Refuse a queue whose cache and largest forward do not fit the devices."""
+        batch, rows = plan.batch_size, self._resolved(plan.strategy).rows
+        mesh = self.programs.mesh
+        check_memory(
+            decoding_bytes(self.model, batch, capacity.slots, rows),
+            f"decoding batch_size={batch} with {capacity.slots} cache slots and {rows} rows per "
+            "forward",
+            "lower the batch size, max_new_tokens or the strategy's rows",
+            None if mesh is None else list(mesh.devices.flat),
+        )
 
     def serve(
         self, requests: Sequence[Request], plan: Plan, session: Session | None = None
@@ -157,6 +178,8 @@ class Engine:
         Raises:
           UserError: before anything starts, naming the value and its limit.
         """
+        if not requests:
+            raise UserError("requests is empty: give at least one")
         self.check(requests, plan)
         queue = self.open(plan, self.capacity(requests, plan), session)
         try:

@@ -10,7 +10,9 @@ Without measured acceptance a rule chooses. Knows nothing of how the measuring i
 
 import bisect
 import dataclasses
+import itertools
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +22,7 @@ import jax
 from orthrus_jax.decoding.strategy import CYCLES, Strategy
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line, write_atomic
+from orthrus_jax.values import check_whole
 
 FILE = "calibration.json"
 COUNTS = ("draft_length", "tree_nodes", "early_blocks", "fresh_blocks")  # of a strategy, in FILE
@@ -128,26 +131,47 @@ def load(directory: str | pathlib.Path) -> Calibration | None:
         about: dict[str, Any] = {}
         temperature, measurements = 1.0, tuple[Measurement, ...]()
         if "earned" in content:
-            about, temperature = dict(content["about"]), float(content["trust"])
+            about, temperature = dict(content["about"]), _positive(content["trust"])
             measurements = tuple(map(_from_json, content["earned"]))
         cost = {
-            kind: {
-                int(b): [(int(r), float(ms)) for r, ms in points] for b, points in curves.items()
-            }
+            kind: {_count(b): _points(points) for b, points in curves.items()}
             for kind, curves in content.get("cost", {}).items()
         }
         lengths = {
             kind: LengthRates(
-                int(entry["draft_length"]),
-                {int(k): float(rate) for k, rate in entry["tokens_per_second"].items()},
+                _count(entry["draft_length"]),
+                {_count(k): _positive(rate) for k, rate in entry["tokens_per_second"].items()},
             )
             for kind, entry in content.get("draft_length", {}).items()
         }
         return Calibration(measurements, cost, about, temperature, lengths)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is damaged ({type(error).__name__}: {error}): delete it or run eval.calibrate"
-        ) from None
+    except (OSError, ArithmeticError, LookupError, ValueError, TypeError, AttributeError) as error:
+        cause = f"{type(error).__name__}: {first_line(error)}"
+    except RecursionError:
+        cause = "nested too deeply"
+    raise UserError(f"{path} is damaged ({cause}): delete it or run eval.calibrate")
+
+
+def _positive(value: Any) -> float:
+    number = float(value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{value!r:.40} is no positive finite number")
+    return number
+
+
+def _count(value: Any, least: int = 1) -> int:
+    number = int(value)
+    if not least <= number < 1 << 31:
+        raise ValueError(f"{value!r:.40} is no whole number from {least}")
+    return number
+
+
+def _points(points: Any) -> list[tuple[int, float]]:
+    """A curve of milliseconds by rows: at least one point, rows ascending."""
+    curve = [(_count(rows), _positive(ms)) for rows, ms in points]
+    if not curve or any(a >= b for (a, _), (b, _) in itertools.pairwise(curve)):
+        raise ValueError("the rows of a cost curve do not ascend")
+    return curve
 
 
 def _to_json(measured: Measurement) -> dict[str, Any]:
@@ -166,12 +190,13 @@ def _to_json(measured: Measurement) -> dict[str, Any]:
 
 
 def _from_json(entry: dict[str, Any]) -> Measurement:
-    counts: dict[str, Any] = {name: int(entry[name]) for name in COUNTS}
+    counts: dict[str, Any] = {name: _count(entry[name], 0) for name in COUNTS}
+    low, high = map(float, entry["interval"])
     return Measurement(
         strategy=Strategy(CYCLES[entry["cycle"]], **counts),
-        tokens_per_forward=float(entry["tokens_per_forward"]),
-        interval=tuple(entry["interval"]),
-        pooled=float(entry["pooled"]),
+        tokens_per_forward=_positive(entry["tokens_per_forward"]),
+        interval=(low, high),
+        pooled=_positive(entry["pooled"]),
         accepted=float(entry["accepted"]),
         hit_rate=float(entry["hits"]),
     )
@@ -225,9 +250,8 @@ def choose(
     Raises:
       UserError: for a budget or a batch below 1.
     """
-    for name, value in {"rows": rows, "batch_size": batch}.items():
-        if value < 1:
-            raise UserError(f"{name}={value} must be at least 1")
+    check_whole("rows", rows, 1)
+    check_whole("batch_size", batch, 1)
     kind = kind or jax.devices()[0].device_kind
     if calibration is None or not calibration.measurements:
         return default_strategy(rows, batch, block_size, kind)

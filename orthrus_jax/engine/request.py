@@ -5,7 +5,6 @@ Decides which values a user may give and the figures of an answer. Knows no mode
 
 import dataclasses
 import math
-import numbers
 import zlib
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,14 +14,10 @@ import numpy as np
 from orthrus_jax import metrics
 from orthrus_jax.decoding.strategy import Strategy
 from orthrus_jax.errors import UserError
+from orthrus_jax.values import check_number, check_switch, check_type, check_whole, is_whole, shown
 
 SEED_LIMIT = 1 << 32
 TOP_K_LIMIT = int(np.iinfo(np.int32).max)
-
-
-def is_whole(value: Any) -> bool:
-    """Whether `value` is an integer of Python or numpy; True and False are none."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_list(values: Any) -> bool:
@@ -65,15 +60,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("top_k", "seed", "max_new_tokens", "min_new_tokens", "n"):
-            if not is_whole(value := getattr(self, name)):
-                raise UserError(f"{name}={value!r} must be a whole number")
+            check_whole(name, getattr(self, name))
         for name in ("temperature", "top_p", "min_p"):
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Real) or isinstance(value, bool):
-                raise UserError(f"{name}={value!r} must be a number")
+            check_number(name, getattr(self, name))
+        check_switch("logprobs", self.logprobs)
         for name, (holds, expected) in self._limits().items():
             if not holds:
-                raise UserError(f"{name}={getattr(self, name)!r} must be {expected}")
+                raise UserError(f"{name}={shown(getattr(self, name))} must be {expected}")
         if self.n > 1 and self.temperature == 0:
             raise UserError(f"n={self.n} with temperature=0 would give {self.n} equal answers")
 
@@ -135,6 +128,9 @@ class Plan:
         synchronisation per prefill.
       slots: cache slots per row, unless the requests need more. Calls that name the same number
         share their programs, whatever the lengths of their prompts.
+
+    Raises:
+      UserError: naming the field and its value.
     """
 
     strategy: Strategy = dataclasses.field(default_factory=Strategy)
@@ -143,6 +139,13 @@ class Plan:
     stream: bool = False
     time_to_first_token: bool = False
     slots: int = 0
+
+    def __post_init__(self) -> None:
+        check_type("strategy", self.strategy, Strategy, "a Strategy")
+        check_whole("batch_size", self.batch_size, 1)
+        check_whole("slots", self.slots, 0)
+        for name in ("refill", "stream", "time_to_first_token"):
+            check_switch(name, getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)

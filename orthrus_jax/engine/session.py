@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from orthrus_jax.values import check_whole
+
 
 @dataclasses.dataclass
 class Session:
@@ -21,6 +23,9 @@ class Session:
     slots: int
     cache: Any = None
     ids: list[int] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_whole("slots", self.slots, 1)
 
     def shared_prefix(self, prompt: Sequence[int]) -> int:
         """Return how many live slots begin `prompt`; its last token is always read again."""
