@@ -28,7 +28,7 @@ from orthrus_jax.aot import (
 from orthrus_jax.config import ModelConfig, preset_of
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, params
-from train import cli, trainer
+from train import cli, lock, settings, trainer
 from train.data import Rows
 from train.objective import objective_of
 
@@ -88,6 +88,9 @@ def main(
         raise UserError("--topology KIND:SHAPE is required, e.g. --topology v5e:2x4")
     if largest not in (None, "batch"):
         raise UserError(f"--largest {largest}: the only choice is batch, the rows of a micro-batch")
+    settings.check(config, "base", "mesh", "train")
+    if text is not None:
+        lock.check_writable("--text", text)
     sizes, recipe = preset_of(config.base), config.train
     chip = chip_of(topology)
     jax.config.update("jax_platforms", "cpu")  # nothing compiled here is run here

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
+from orthrus_jax import runtime
 from orthrus_jax.config import ModelConfig, preset_of
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import write_atomic
 from orthrus_jax.model import Model, Params, Segment, View, params
-from train import cli, flops, pretrain, trainer
+from train import cli, flops, lock, pretrain, settings, setup, trainer
 from train.data import Rows
 from train.divergence import head_of, score_against_teacher
 from train.objective import Blocks, Objective, both_views, objective_of, sample_blocks
@@ -225,13 +226,17 @@ def table(result: dict[str, Any]) -> str:
 
 def main(config: Any, overwrite: bool) -> None:
     """Measure, print, write step.json."""
+    settings.check(config, "run", "train")
+    runtime.check_devices()
+    sizes = sizes_of(config)
+    setup.check_memory("the step", sizes, config.train.train_o_proj)
     path = pathlib.Path(config.run) / "step.json"
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists: give another --config.run, or --overwrite")
-    result = measure(config)
-    print(table(result))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(result, indent=2) + "\n")
+    with lock.held(path.parent, "nothing was written: give the same command again"):
+        result = measure(config)
+        print(table(result))
+        write_atomic(path, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

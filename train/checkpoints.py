@@ -25,15 +25,14 @@ class Checkpoints:
 
         Args:
           run: the run's directory.
-          identity: JSON values that a checkpoint to restore must share (the base's checksum).
+          identity: JSON values that a checkpoint to restore must share: the base's checksum, and
+            what else decides the shapes of the state.
           keep: number of recent checkpoints to keep.
         """
         self.identity = identity
         self.last = _manager(run / "checkpoints", keep)
         self.best = _manager(run / "best", 1)
-        self.best_value = max(
-            (_meta(self.best, step)["value"] for step in self.best.all_steps()), default=None
-        )
+        self.best_value = self._best_value()
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
         """Start to write a checkpoint; return once the state is copied off the device."""
@@ -48,8 +47,10 @@ class Checkpoints:
         if self.best_value is not None and value <= self.best_value:
             return
         self.best_value = value
-        meta = {"identity": self.identity, "value": value}
-        self.best.save(int(state.step), args=_args(state, meta), force=True)
+        meta, step = {"identity": self.identity, "value": value}, int(state.step)
+        if step in self.best.all_steps():  # of this step's evaluation before the run was killed
+            self.best.delete(step)
+        self.best.save(step, args=_args(state, meta), force=True)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest readable checkpoint and the loader's position; None if there is no checkpoint.
@@ -82,7 +83,8 @@ class Checkpoints:
                 continue
             for torn in (s for s in steps if s > step):
                 self.last.delete(torn)
-            return TrainState(**restored["state"]), meta["data"]
+            state = TrainState(**restored["state"], broken_at=like.broken_at)
+            return state, meta["data"]
         if steps:
             raise UserError(
                 f"no checkpoint in {self.last.directory} can be read: delete the directory to "
@@ -99,6 +101,16 @@ class Checkpoints:
         """Finish writing, and stop the writing threads."""
         self.last.close()
         self.best.close()
+
+    def _best_value(self) -> float | None:
+        """The value of the best checkpoint; one that cannot be read is deleted."""
+        values = []
+        for step in self.best.all_steps():
+            try:
+                values.append(float(_meta(self.best, step)["value"]))
+            except Exception:  # a damaged file may raise anything
+                self.best.delete(step)
+        return max(values, default=None)
 
     def _check(self, identity: dict[str, Any]) -> None:
         for name, expected in self.identity.items():
@@ -118,8 +130,13 @@ def _manager(directory: pathlib.Path, keep: int) -> ocp.CheckpointManager:
 
 def _args(state: TrainState, meta: dict[str, Any]) -> Any:
     return ocp.args.Composite(
-        state=ocp.args.StandardSave(state._asdict()), meta=ocp.args.JsonSave(meta)
+        state=ocp.args.StandardSave(_saved(state)), meta=ocp.args.JsonSave(meta)
     )
+
+
+def _saved(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds of a state: all but `broken_at`, which is 0 whenever one is saved."""
+    return {name: part for name, part in state._asdict().items() if name != "broken_at"}
 
 
 def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
@@ -128,4 +145,4 @@ def _meta(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 def _abstract(like: TrainState) -> dict[str, Any]:
     describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    return jax.tree.map(describe, like._asdict())
+    return jax.tree.map(describe, _saved(like))

@@ -76,6 +76,7 @@ class ChatEncoder:
             self._render(question, add_generation_prompt=True, enable_thinking=thinking)[before:]
             for thinking in (True, False)
         )
+        self.marks = (self._header, self._end)  # no message may hold them
 
     def __call__(self, messages: Messages) -> TokenizedDialogue:
         """Encode a dialogue up to its last answer.
@@ -86,7 +87,7 @@ class ChatEncoder:
         turns = sum(message["role"] == "assistant" for message in messages)
         if not turns:
             raise Skip("no answer")
-        if any(mark in m["content"] for m in messages for mark in (self._header, self._end)):
+        if any(mark in m["content"] for m in messages for mark in self.marks):
             raise Skip("a message with the template's own marks")
         try:
             prompt, *rest = self._render(messages).split(self._header)
@@ -346,6 +347,10 @@ class Loader:
     def state(self) -> dict[str, int]:
         """The position in JSON values, after the returned batches, not the prefetched ones."""
         return {**self._batches.get_state(), **self._order}
+
+    def continues(self, state: Mapping[str, int]) -> bool:
+        """Whether a saved position is of these rows, batches and seed."""
+        return all(state.get(name) == value for name, value in self._order.items())
 
     def restore(self, state: Mapping[str, int]) -> None:
         """Return to a saved position: the next batch is the one that was next when it was saved.

@@ -10,6 +10,7 @@ share them out. Knows no source (prompts.py) and no training rows (responses.py,
 """
 
 import collections
+import contextlib
 import dataclasses
 import gc
 import importlib.metadata
@@ -27,19 +28,18 @@ import pyarrow.parquet as pq
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from orthrus_jax import checkpoint, engine, sharding
-from orthrus_jax.engine import SamplingParams
+from orthrus_jax import checkpoint, engine, runtime, sharding
+from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import write_atomic
 from orthrus_jax.llm import LLM, load
-from orthrus_jax.tokenizer import decode
-from train import cli, hosts
+from orthrus_jax.tokenizer import Tokenizer, check_vocabulary, decode, load_tokenizer
+from train import cli, hosts, lock, settings
+from train.distill_config import DistillConfig
 from train.prompts import Mix, Prompt
 from train.responses import MANIFEST, digest, prompt_encoder, read_manifest, tokenizer_identity
 
 PROMPTS = "prompts.parquet"
-MODES = ("ar", "orthrus")  # by which the base answers; the text is the same
-LONGEST = 2048  # new tokens: the paper's budget, and the length of its rows
 STATS = b"orthrus"  # key of a shard's statistics in its Parquet metadata
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "datasets", "pyarrow")
 PROMPT_SCHEMA = pa.schema(
@@ -56,89 +56,6 @@ SCHEMA = pa.schema(
         "finish_reason": pa.string(),
     }
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class DistillConfig:
-    """The prompts and how to answer them: `config.distill`.
-
-    Attributes:
-      sources: pairs of a source, see prompts.parse_source, and its weight in the mix.
-      prompts: total number.
-      seed: of the choice and order of the prompts, and of sampling.
-      max_new_tokens: per answer; a longer answer is cut off and marked truncated.
-      max_prompt_tokens: longer prompts are skipped.
-      thinking: let the chat template open a thinking part.
-      mode: "ar" or "orthrus"; greedy text is the same in both.
-      temperature, top_k, top_p: 0, 0 and 1 are greedy.
-      dtype: of the weights; None is the checkpoint's.
-      batch_size: answers decoded together, over all devices of this host. A resumed run may change
-        it and `tensor`.
-      tensor: devices per copy of the model.
-      shard_size: prompts per file, and the most that a killed run loses.
-    """
-
-    sources: tuple[tuple[str, float], ...]
-    prompts: int
-    seed: int
-    max_new_tokens: int = LONGEST
-    max_prompt_tokens: int = 1024
-    thinking: bool = False
-    mode: str = "ar"
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    dtype: str | None = None
-    batch_size: int = 64
-    tensor: int = 1
-    shard_size: int = 4096
-
-    def __post_init__(self) -> None:
-        pairs = [tuple(pair) if isinstance(pair, Sequence) else pair for pair in self.sources]
-        if not pairs or not all(isinstance(p, tuple) and len(p) == 2 for p in pairs):
-            raise UserError(f"distill.sources={self.sources!r} must be pairs (source, weight)")
-        object.__setattr__(self, "sources", tuple(pairs))
-        for name in ("prompts", "max_prompt_tokens", "batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"distill.{name}={getattr(self, name)} must be at least 1")
-        if not 1 <= self.max_new_tokens <= LONGEST:
-            raise UserError(
-                f"distill.max_new_tokens={self.max_new_tokens} must be from 1 to {LONGEST}"
-            )
-        if self.mode not in MODES:
-            raise UserError(f"distill.mode={self.mode!r} is not one of {', '.join(MODES)}")
-        _ = self.sampling  # raises for a bad value
-
-    @classmethod
-    def of(cls, config: Any) -> "DistillConfig":
-        """Read `config.distill` and `config.seed`.
-
-        Raises:
-          UserError: for a value that is missing, unknown or refused.
-        """
-        values = dict(config.distill)
-        known = {field.name for field in dataclasses.fields(cls)} - {"seed"}
-        if unknown := sorted(set(values) - known):
-            raise UserError(f"the configuration's distill has no {', '.join(unknown)}")
-        if missing := sorted({"sources", "prompts"} - set(values)):
-            raise UserError(f"the configuration's distill lacks {', '.join(missing)}")
-        return cls(**values, seed=config.seed + 2)  # the base was pretrained with seed and seed + 1
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """The sampling parameters of every request."""
-        return SamplingParams(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-            max_new_tokens=self.max_new_tokens,
-        )
-
-    def shard_names(self) -> list[str]:
-        """Name the files of responses, in order."""
-        count = -(-self.prompts // self.shard_size)
-        return [f"responses-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
 
 
 def ensure_responses(config: Any, *, overwrite: bool = False) -> pathlib.Path:
@@ -166,16 +83,25 @@ def ensure_responses(config: Any, *, overwrite: bool = False) -> pathlib.Path:
     missing = job.missing()
     hosts.wait()  # no host writes before all have read
     if missing:
+        mesh = _mesh(options.tensor)  # refuses before the prompts are drawn
+        hosts.on_first_host(lambda: _draw(job, directory))
+        hosts.wait_until_visible(job.drawn, job.out / PROMPTS)
         # Keep no reference to the model: the caller needs the memory for training.
-        _run(job, load(directory, dtype=options.dtype, mesh=_mesh(options.tensor)))
+        _answer(job, load(directory, dtype=options.dtype, mesh=mesh))
         gc.collect()
     return out
 
 
-def _run(job: "DistillJob", model: LLM) -> None:
-    """Draw the prompts and answer them; each host answers its own shards on its own devices."""
-    hosts.on_first_host(lambda: job.draw(model))
-    hosts.wait_until_visible(job.drawn, job.out / PROMPTS)
+def _draw(job: "DistillJob", directory: pathlib.Path) -> None:
+    if not job.drawn():
+        model = checkpoint.read_config(directory).config
+        tokenizer = load_tokenizer(directory)
+        check_vocabulary(tokenizer, model)
+        job.draw(tokenizer, model)
+
+
+def _answer(job: "DistillJob", model: LLM) -> None:
+    """Answer the prompts; each host answers its own shards on its own devices."""
     job.answer(model, jax.process_index(), jax.process_count())
     hosts.wait()
     hosts.wait_until_visible(lambda: not job.missing(), job.out)
@@ -259,24 +185,21 @@ class DistillJob:
         """Whether the prompts are written."""
         return (self.out / MANIFEST).exists() and (self.out / PROMPTS).exists()
 
-    def draw(self, generator: LLM) -> None:
-        """Write all prompts, one row group per shard, and the first manifest, unless they exist.
+    def draw(self, tokenizer: Tokenizer, model: ModelConfig) -> None:
+        """Write all prompts, one row group per shard, and the first manifest.
 
         Raises:
           UserError: see ensure_responses.
         """
-        if self.drawn():
-            return
-        self.out.mkdir(parents=True, exist_ok=True)
         options = self.options
-        room = generator.config.max_position_embeddings - options.max_new_tokens
         mix = Mix(
             options.sources,
             options.prompts,
             options.seed,
-            encode=prompt_encoder(generator.tokenizer, options.thinking),
-            max_tokens=min(options.max_prompt_tokens, room),
+            encode=prompt_encoder(tokenizer, options.thinking),
+            max_tokens=options.room(model),
         )
+        self.out.mkdir(parents=True, exist_ok=True)
         with tqdm(mix, "prompts", options.prompts, unit="prompt") as prompts:
             _write_parquet(self.out / PROMPTS, _in_tables(prompts, options.shard_size))
         skipped = {name: dict(reasons) for name, reasons in mix.skipped.items()}
@@ -384,13 +307,19 @@ def _in_tables(prompts: Iterable[Prompt], size: int) -> Iterator[pa.Table]:
 def _write_parquet(target: pathlib.Path, tables: Iterable[pa.Table]) -> None:
     """Write each table as one row group, under a temporary name until all are on the disk."""
     path = target.with_name(f"{target.name}.tmp")  # what a killed run left is written over
-    first, rest = next(iterator := iter(tables)), iterator
-    with pq.ParquetWriter(path, first.schema) as writer:
-        for table in itertools.chain([first], rest):
-            writer.write_table(table)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    path.replace(target)
+    try:
+        first, rest = next(iterator := iter(tables)), iterator
+        with pq.ParquetWriter(path, first.schema) as writer:
+            for table in itertools.chain([first], rest):
+                writer.write_table(table)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        path.replace(target)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds something else
+            path.parent.rmdir()
+        raise
 
 
 def _stats(path: pathlib.Path) -> dict[str, Any]:
@@ -411,8 +340,11 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") -
 
 def main(config: Any, overwrite: bool) -> None:
     """Write the responses of a run and print how many there are."""
+    settings.check(config, "run", "base", "seed", "distributed")
     hosts.begin(config.distributed)
-    out = ensure_responses(config, overwrite=overwrite)
+    runtime.check_devices()
+    with lock.held(pathlib.Path(config.run)):
+        out = ensure_responses(config, overwrite=overwrite)
     if not hosts.is_first():
         return
     manifest = read_manifest(out)

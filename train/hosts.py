@@ -6,6 +6,7 @@ content.
 
 import contextlib
 import itertools
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -78,24 +79,35 @@ def first_host_then_rest(work: Callable[[], Any]) -> Any:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[int], bool]]:
-    """Yield a function of the step: whether SIGTERM has arrived, as before a preemption.
+    """Yield a function of the step: whether SIGTERM, as before a preemption, or Ctrl-C has arrived.
 
-    Several hosts stop at the same step, whichever of them got the signal: JAX's coordination
-    service makes them agree.
+    A second Ctrl-C does not wait for the step. Several hosts stop at the same step, whichever of
+    them got the signal: JAX's coordination service makes them agree.
+
+    Raises:
+      KeyboardInterrupt: at the end of the block, after a Ctrl-C.
     """
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    received: set[int] = set()
 
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    received = False
+    def receive(number: int, _: Any) -> None:
+        if number in received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.add(number)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)  # for which JAX has a handler of its own
 
-    def receive(*_: Any) -> None:
-        nonlocal received
-        received = True
-
-    before = signal.signal(signal.SIGTERM, receive)
+    several = jax.process_count() > 1
+    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
-        yield lambda step: received
+        if several:
+            from jax.experimental import multihost_utils
+
+            yield multihost_utils.reached_preemption_sync_point
+        else:
+            yield lambda step: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt

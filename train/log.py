@@ -1,6 +1,7 @@
 """A training run's metrics: train.jsonl and TensorBoard events. Knows no metric by name."""
 
 import contextlib
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -60,4 +61,5 @@ def _records(path: pathlib.Path) -> list[dict[str, Any]]:
     if path.exists():
         with contextlib.suppress(UserError):
             records += (record for _, record in read_jsonl(path))
-    return records
+    known = lambda record: isinstance(record, dict) and isinstance(record.get("step"), int)
+    return list(itertools.takewhile(known, records))

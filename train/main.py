@@ -4,10 +4,12 @@ Self-distils responses from the base, trains the view on them, exports an Orthru
 same command resumes an interrupted run.
 """
 
-import dataclasses
+import contextlib
 import json
 import pathlib
+import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 
 from orthrus_jax import checkpoint, sharding
@@ -22,21 +25,22 @@ from orthrus_jax.errors import UserError
 from orthrus_jax.files import write_atomic
 from orthrus_jax.llm import LLM
 from orthrus_jax.metrics import acceptance_length
-from orthrus_jax.model import REMAT, Model, params
-from orthrus_jax.tokenizer import encode_messages, load_tokenizer
-from train import cli, distill, hosts, model_card, trainer
+from orthrus_jax.model import Model, params
+from train import cli, distill, hosts, lock, model_card, recipe, settings, trainer
 from train.checkpoints import Checkpoints
-from train.data import Loader, Rows, write_rows
+from train.data import Loader, write_rows
 from train.log import Log
-from train.objective import check_choice, objective_of
-from train.prompts import Mix
-from train.responses import read_responses
+from train.recipe import Progress
+from train.responses import read_responses, tokenizer_identity
+from train.setup import Setup, prepare
 
-RECIPE = "recipe.json"
-# Values that may differ when a run is resumed: they set where it runs and what it reports, not what
-# it computes.
-MAY_CHANGE = ("run", "mesh", "log_every", "eval_every", "save_every", "keep", "eval_prompts",
-              "remat", "stack_layers", "tensor")  # fmt: skip
+HALF = re.compile(
+    r"\.(model|rows|recipe\.json|train\.json|train\.jsonl|manifest\.json)\.[0-9a-f]{8}\.(tmp|old)"
+)
+IS_FINISHED = (
+    "{run} is finished: its model was trained for {steps} steps. Give more with "
+    "--config.train.steps to extend it; another --config.run, or --overwrite, starts anew"
+)
 
 
 def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
@@ -49,120 +53,138 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
 
     Raises:
       UserError: for a bad configuration, base or source, or a run of another recipe.
+      KeyboardInterrupt: on Ctrl-C, after saving what is trained.
     """
+    settings.check(config, "distributed")
     hosts.begin(config.distributed)
-    run = pathlib.Path(config.run)
-    if overwrite:
-        hosts.on_first_host(lambda: _delete_outputs(run))
-    checkpoint.check_target(run / "model", overwrite=overwrite)
-    objective = objective_of(config.train)
-    remat = check_choice("train.remat", config.train.remat, REMAT)
-    mesh = _mesh(config.mesh)
-    trainer.check_batch(config.train, mesh)
-    hosts.first_host_then_rest(lambda: _check_recipe(run, config, change_recipe))
+    setup, run = prepare(config), pathlib.Path(config.run)
+    with lock.held(run):
+        progress = _begin(run, config, overwrite, change_recipe)
+        if progress is Progress.FINISHED:
+            print(IS_FINISHED.format(run=run, steps=config.train.steps))
+            return
+        clock = _Clock()
+        responses = pathlib.Path(config.responses or distill.ensure_responses(config))
+        clock.lap("distill")
+        loader = _loader(config, setup, responses, progress is Progress.NEW or change_recipe)
+        clock.lap("pack")
+        optimizer = trainer.adamw(
+            config.train.learning_rate, config.train.steps, config.train.warmup
+        )
+        with contextlib.closing(_saver(config, setup)) as saver:
+            frozen, state = _start(config, setup, optimizer, saver, loader, change_recipe)
+            hosts.on_first_host(lambda: recipe.write(run, config))
+            trained = _train(config, setup, optimizer, saver, loader, frozen, state)
+        if trained is None:
+            return
+        clock.lap("train")
+        _export(config, setup, frozen, trained.diffusion)
+        clock.lap("export")
+        hosts.on_first_host(lambda: _finish(config, setup, clock.seconds))
 
-    clock = _Clock()
-    responses = pathlib.Path(config.responses or distill.ensure_responses(config))
-    clock.lap("distill")
-    base = checkpoint.load_checkpoint(config.base, dtype=config.train.dtype, mesh=mesh)
-    sizes = dataclasses.replace(base.config, block_size=config.train.block_size)
-    tokenizer = load_tokenizer(base.directory)
+
+def _begin(run: pathlib.Path, config: Any, overwrite: bool, change: bool) -> Progress:
+    """Say how far the run has come; delete what it left, with `overwrite`."""
+    own = (run / recipe.RECIPE).exists()  # so is the model: this run exported it
+    checkpoint.check_target(run / "model", overwrite=overwrite or own)
+    progress = Progress.NEW if overwrite else recipe.progress(run, config, change=change)
+    hosts.wait()  # no host writes before all have read
+    if overwrite:
+        hosts.on_first_host(lambda: _delete_outputs(run, keep_responses=bool(config.responses)))
+    hosts.on_first_host(lambda: _delete_halves(run))
+    return progress
+
+
+def _loader(config: Any, setup: Setup, responses: pathlib.Path, repack: bool) -> Loader:
+    """Pack the responses to rows, once, and load them; `repack` replaces rows of another recipe."""
+    dialogues = read_responses(responses, setup.tokenizer)
+    tokenizer = tokenizer_identity(setup.directory)
+    rows = hosts.first_host_then_rest(
+        lambda: write_rows(
+            pathlib.Path(config.run) / "rows",
+            dialogues,
+            length=config.train.row_length,
+            pad=setup.tokenizer.pad_token_id,
+            document_masks=config.train.document_masks,
+            recipe={"responses": dialogues.identity, "tokenizer": tokenizer},
+            overwrite=repack,
+        )
+    )
+    host, hosts_count = jax.process_index(), jax.process_count()
+    return Loader(rows, config.train.batch_size, config.seed, host, hosts_count)
+
+
+def _saver(config: Any, setup: Setup) -> Checkpoints:
+    t = config.train
+    identity = {
+        "base": distill.model_identity(setup.directory)["weights"],
+        "train_o_proj": t.train_o_proj,
+        "stack_layers": t.stack_layers,
+    }
+    return Checkpoints(pathlib.Path(config.run), identity, keep=t.keep)
+
+
+def _start(
+    config: Any,
+    setup: Setup,
+    optimizer: optax.GradientTransformation,
+    saver: Checkpoints,
+    loader: Loader,
+    change: bool,
+) -> tuple[params.Params, trainer.TrainState]:
+    """Load the base: the frozen tree, and the state of the newest checkpoint or the first one.
+
+    Raises:
+      UserError: for a checkpoint that does not fit, or has all steps of a changed recipe.
+    """
+    base = checkpoint.load_checkpoint(config.base, dtype=config.train.dtype, mesh=setup.mesh)
     freeze = () if config.train.train_o_proj else ("o_proj",)
     frozen, diffusion = params.split(base.params, freeze=freeze)
-    source, base_parameters = base.directory, params.count(params.split(base.params)[0])
     del base  # from here on each weight is in memory once
-    rows = hosts.first_host_then_rest(lambda: _rows(config, responses, tokenizer, overwrite))
-    clock.lap("pack")
-
-    model = Model(sizes, mesh, remat)
     if config.train.stack_layers:
-        diffusion, frozen = params.stack(diffusion), _stacked(frozen, mesh)
-    t = config.train
-    optimizer = trainer.adamw(t.learning_rate, t.steps, t.warmup)
-    state = trainer.init_state(diffusion, optimizer, mesh)
-    del diffusion
-    loader = Loader(rows, t.batch_size, config.seed, jax.process_index(), jax.process_count())
-    identity = {"base": distill.model_identity(source)["weights"]}
-    saver = Checkpoints(run, identity, keep=t.keep)
-    evaluate = _held_out(LLM(sizes, frozen, tokenizer, mesh=mesh), tokenizer, frozen, config)
-    if restored := saver.restore(state):
-        state, position = restored
+        diffusion, frozen = params.stack(diffusion), _stacked(frozen, setup.mesh)
+    state = trainer.init_state(diffusion, optimizer, setup.mesh)
+    restored = saver.restore(state)
+    if restored is None:
+        return frozen, state
+    state, position = restored
+    step, steps = int(state.step), config.train.steps
+    if step > steps or (change and step == steps):
+        raise UserError(
+            f"config.train.steps={steps}: {config.run} has {step} steps already; give more, or "
+            "--overwrite to start anew"
+        )
+    if change and not loader.continues(position):
+        print("other rows or batches than before: the data begins anew")
+    else:
         loader.restore(position)
-        print(f"going on from step {int(state.step)} in {run / 'checkpoints'}")
+    print(f"going on from step {step} in {pathlib.Path(config.run) / 'checkpoints'}")
+    return frozen, state
+
+
+def _train(
+    config: Any,
+    setup: Setup,
+    optimizer: optax.GradientTransformation,
+    saver: Checkpoints,
+    loader: Loader,
+    frozen: params.Params,
+    state: trainer.TrainState,
+) -> trainer.TrainState | None:
+    """Train to the last step; None after a signal, when the state is saved."""
+    run = pathlib.Path(config.run)
+    model = Model(setup.sizes, setup.mesh, config.train.remat)
+    evaluate = _held_out(config, setup, frozen)
     with hosts.stop_on_signal() as stopping, Log(run, int(state.step)) as log:
         try:
-            state = trainer.fit(
-                t, objective, model, frozen, state, optimizer, loader, log.write, evaluate,
-                saver=saver, stop=stopping,
+            return trainer.fit(
+                config.train, setup.objective, model, frozen, state, optimizer, loader, log.write,
+                evaluate, saver=saver, stop=stopping,
             )  # fmt: skip
         except trainer.Interrupted:
-            saver.close()
-            print(f"stopped; the same command goes on from {run / 'checkpoints'}")
-            return
-    clock.lap("train")
-    saver.wait()
-    _export(config, source, sizes, frozen, state.diffusion, overwrite)
-    saver.close()
-    clock.lap("export")
-    if not hosts.is_first():
-        return
-    stages = {
-        "base_parameters": base_parameters,
-        "trained_parameters": params.count(state.diffusion),
-        "seconds": clock.seconds,
-    }
-    write_atomic(run / "train.json", json.dumps(stages, indent=2) + "\n")
-    model_card.write(run / "model" / "README.md", config, run)
-    print(f"Orthrus checkpoint written to {run / 'model'}")
-
-
-def _mesh(sizes: Any) -> Any:
-    """The mesh of the configuration; None for one device, which needs none."""
-    mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
-    return mesh if mesh.size > 1 else None
-
-
-def _check_recipe(run: pathlib.Path, config: Any, change: bool) -> None:
-    """Write the recipe to the run, or refuse a changed one unless `change`."""
-    now = _flat(json.loads(config.to_json_best_effort()))
-    path = run / RECIPE
-    if path.exists() and not change:
-        before = json.loads(path.read_text())
-        for name in sorted(before.keys() | now.keys()):
-            if name.split(".")[-1] in MAY_CHANGE or name.split(".")[0] in MAY_CHANGE:
-                continue
-            if before.get(name) != now.get(name):
-                raise UserError(
-                    f"{run} was begun with {name}={before.get(name)!r}, now {now.get(name)!r}: "
-                    "give another --config.run, --change_recipe to go on with the new recipe, or "
-                    "--overwrite to start anew"
-                )
-    run.mkdir(parents=True, exist_ok=True)
-    if hosts.is_first():
-        write_atomic(path, json.dumps(now, indent=2, sort_keys=True) + "\n")
-
-
-def _flat(tree: dict[str, Any], at: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{at}{name}.")
-        else:
-            flat[at + name] = value
-    return flat
-
-
-def _rows(config: Any, responses: pathlib.Path, tokenizer: Any, overwrite: bool) -> Rows:
-    dialogues = read_responses(responses, tokenizer)
-    return write_rows(
-        pathlib.Path(config.run) / "rows",
-        dialogues,
-        length=config.train.row_length,
-        pad=tokenizer.pad_token_id,
-        document_masks=config.train.document_masks,
-        recipe={"responses": dialogues.identity},
-        overwrite=overwrite,
-    )
+            saver.wait()
+            print(f"stopped and saved; the same command goes on from {run / 'checkpoints'}")
+            return None
 
 
 def _stacked(tree: params.Params, mesh: Any) -> params.Params:
@@ -183,28 +205,21 @@ def _stacked(tree: params.Params, mesh: Any) -> params.Params:
 
 
 def _held_out(
-    generator: LLM, tokenizer: Any, frozen: params.Params, config: Any
+    config: Any, setup: Setup, frozen: params.Params
 ) -> Callable[[params.Params], dict[str, Any]]:
-    """Return a function that decodes held-out prompts with a given diffusion subtree."""
-    if not config.train.eval_prompts:
+    """Return a function that decodes the held-out prompts with a given diffusion subtree."""
+    if not setup.held_out:
         return lambda diffusion: {}
-    mix = Mix(
-        config.train.eval_sources,
-        config.train.eval_prompts,
-        config.seed + 3,
-        encode=lambda messages: encode_messages(tokenizer, messages),
-        max_tokens=config.distill.max_prompt_tokens,
-    )
-    prompts = [prompt.ids for prompt in mix]
+    generator = LLM(setup.sizes, frozen, setup.tokenizer, mesh=setup.mesh)
 
     def evaluate(diffusion: params.Params) -> dict[str, Any]:
         # Layers stay stacked, and the frozen weights, already in this dtype, are not copied.
         whole = params.merge(frozen, diffusion)
         generator.params = jax.tree.map(lambda x: x.astype(generator.config.dtype), whole)
         completions = generator.complete(
-            prompts,
+            setup.held_out,
             max_new_tokens=config.distill.max_new_tokens,
-            batch_size=min(len(prompts), config.distill.batch_size),
+            batch_size=min(len(setup.held_out), config.distill.batch_size),
         )
         generator.params = frozen  # free the copy
         return {
@@ -216,9 +231,7 @@ def _held_out(
     return evaluate
 
 
-def _export(
-    config: Any, source: pathlib.Path, sizes: Any, frozen: Any, diffusion: Any, overwrite: bool
-) -> None:
+def _export(config: Any, setup: Setup, frozen: params.Params, diffusion: params.Params) -> None:
     # Unstacked in host memory: a device may have no room for a second copy of the weights.
     whole = sharding.to_host(params.merge(frozen, diffusion))
     if not hosts.is_first():
@@ -227,21 +240,48 @@ def _export(
         whole = params.unstack(whole)
     checkpoint.save_checkpoint(
         pathlib.Path(config.run) / "model",
-        sizes,
+        setup.sizes,
         whole,
-        tokenizer_from=source,
-        overwrite=overwrite,
+        tokenizer_from=setup.directory,
+        overwrite=True,  # checked when the run began
     )
 
 
-def _delete_outputs(run: pathlib.Path) -> None:
-    """Delete an earlier run's outputs, except its model: the export replaces that."""
-    for name in ("responses", "rows", "checkpoints", "best", RECIPE, "train.jsonl"):
-        path = run / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def _finish(config: Any, setup: Setup, seconds: dict[str, float]) -> None:
+    """Write the model card, and then the file that marks the run as finished."""
+    run = pathlib.Path(config.run)
+    model_card.write(run / "model" / "README.md", config, run)
+    about = {**setup.parameters, "seconds": seconds}
+    write_atomic(run / recipe.FINISHED, json.dumps(about, indent=2) + "\n")
+    if weak := model_card.warning(model_card.last_record(run)):
+        print(f"warning: {weak}", file=sys.stderr)
+    print(f"Orthrus checkpoint written to {run / 'model'}")
+
+
+def _delete_outputs(run: pathlib.Path, keep_responses: bool) -> None:
+    """Delete an earlier run's outputs, except its model, which the export replaces.
+
+    The recipe stays until training begins: it says whose the model is. Responses that the
+    configuration names are no output, wherever they lie.
+    """
+    names = ["rows", "checkpoints", "best", "tensorboard", "train.jsonl", recipe.FINISHED]
+    for name in names if keep_responses else ["responses", *names]:
+        _delete(run / name)
+
+
+def _delete_halves(run: pathlib.Path) -> None:
+    """Delete what a killed process was writing, under a temporary name."""
+    for folder in (run, run / "responses"):
+        for path in folder.glob(".*"):
+            if HALF.fullmatch(path.name):
+                _delete(path)
+
+
+def _delete(path: pathlib.Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class _Clock:

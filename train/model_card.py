@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+from orthrus_jax.errors import UserError
 from orthrus_jax.files import read_jsonl, write_atomic
 from train.responses import MANIFEST
 
@@ -34,10 +35,31 @@ The text equals the base's: in float32 token for token, in bfloat16 up to near-t
 """
 
 
+def last_record(run: pathlib.Path) -> dict[str, Any]:
+    """The last record of a run's log, which has its held-out acceptance; {} without a log."""
+    try:
+        records = [record for _, record in read_jsonl(run / "train.jsonl")]
+    except (OSError, UserError):
+        return {}
+    return records[-1] if records else {}
+
+
+def warning(record: dict[str, Any]) -> str | None:
+    """A word about a view whose drafts do not pay for the forward that makes them."""
+    accepted = record.get("acceptance_length", record.get("expected_acceptance"))
+    if accepted is None or accepted >= 1:
+        return None
+    return (
+        f"the view is hardly trained: {accepted:.2f} drafts per cycle are accepted, and below 1 a "
+        "cycle of two forwards is slower than two of AR decoding; train longer, or with another "
+        "train.learning_rate"
+    )
+
+
 def write(path: pathlib.Path, config: Any, run: pathlib.Path) -> None:
     """Write the card from the run's configuration, log and data manifest."""
-    *_, (_, last) = read_jsonl(run / "train.jsonl")
-    lines = [f"- training loss at step {last['step']}: {last['loss']:.4f}"]
+    last = last_record(run)
+    lines = [f"- training loss at step {last['step']}: {last['loss']:.4f}"] if last else []
     if "acceptance_length" in last:
         lines.append(
             f"- decoding {config.train.eval_prompts} held-out prompts greedily: acceptance length "
@@ -46,6 +68,8 @@ def write(path: pathlib.Path, config: Any, run: pathlib.Path) -> None:
         )
     if "tokens_per_second" in last:
         lines.append(f"- {last['tokens_per_second']:.0f} training tokens/s")
+    if weak := warning(last):
+        lines.append(f"- **{weak}**")
     manifest = run / "responses" / MANIFEST
     data = f"Responses read from {config.responses}."
     if manifest.exists():

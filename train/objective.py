@@ -144,10 +144,20 @@ def sample_blocks(key: Array, rows: Rows, anchors: int, block: int) -> Blocks:
     target = anchor[..., None] + jnp.arange(1, block + 1)  # [B, A, K]
     inside = target < length
     target = jnp.minimum(target, length - 1)
-    same = _at(rows.start, target) == _at(rows.start, anchor)[..., None]
-    # An answer ends at the first token that belongs to none; a prompt is never empty.
-    own = jnp.cumprod(inside & same & _at(rows.answer, target), axis=-1) > 0
-    return Blocks(anchor, valid[..., None] & own)
+    stretch = _stretches(rows)
+    same = _at(stretch, target) == _at(stretch, anchor)[..., None]
+    supervised = valid[..., None] & inside & same & _at(rows.answer, target)
+    return Blocks(anchor, supervised)
+
+
+def _stretches(rows: Rows) -> Array:
+    """Number the stretches of a row: one answer, or one prompt, of one document; int32[B, L].
+
+    Without document masks a prompt, which is never empty, still parts two answers.
+    """
+    differs = lambda part: part[:, 1:] != part[:, :-1]
+    begins = differs(rows.answer) | differs(rows.start)
+    return jnp.cumsum(jnp.pad(begins, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
 
 
 def distillation_loss(

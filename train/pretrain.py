@@ -5,6 +5,7 @@ Face directory with config, weights, its own BPE tokenizer and a chat template. 
 problems, or the questions and answers of a file. Knows no diffusion view.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
@@ -16,12 +17,14 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from orthrus_jax import checkpoint
+from orthrus_jax import checkpoint, runtime
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.decoding.sampling import NOISE
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Segment, View, params
-from orthrus_jax.tokenizer import Tokenizer, encode
-from train import cli
+from orthrus_jax.tokenizer import Tokenizer, check_vocabulary, encode
+from orthrus_jax.values import check_whole
+from train import cli, lock, settings
 from train.data import Rows, TokenizedDialogue, pack, stack
 from train.problems import WordProblem, problems
 from train.prompts import COLUMNS, file_rows, local_files
@@ -35,6 +38,12 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 END_OF_TURN = "<|im_end|>"
+POSITIONS = 2048
+LEAST_VOCABULARY = 256 + len(SPECIAL) + 1  # every byte, and MASK
+FIXED = ("max_position_embeddings", "eos_token_ids", "mask_token_id", "dtype")
+REQUIRED = tuple(
+    field.name for field in dataclasses.fields(ModelConfig) if field.default is dataclasses.MISSING
+)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -107,7 +116,7 @@ def fit(config: Any, model: Model, rows: Any) -> params.Params:
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.95, weight_decay=0.01)
     )
-    frozen, _ = params.split(params.init(model, jax.random.key(config.seed)))
+    frozen, _ = params.split(params.init(model, jax.random.key(config.seed, impl=NOISE)))
     state = optimizer.init(frozen)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -123,6 +132,11 @@ def fit(config: Any, model: Model, rows: Any) -> params.Params:
             bar.update()
             if i % 20 == 0:
                 bar.set_postfix(answer_loss=f"{float(loss):.3f}")
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(frozen)):
+        raise UserError(
+            "the base's weights are NaN or infinite: lower config.pretrain.learning_rate="
+            f"{config.pretrain.learning_rate}; nothing was written"
+        )
     return frozen
 
 
@@ -140,12 +154,23 @@ def coarsen(weights: params.Params, bits: int) -> params.Params:
 
 
 def sizes(config: Any, ends: tuple[int, ...] = ()) -> ModelConfig:
-    """The base of `config.model`: the last id is MASK, and the embedding is also the head."""
+    """The base of `config.model`: the last id is MASK, and the embedding is also the head.
+
+    Raises:
+      UserError: for sizes that are missing, unknown or refused.
+    """
+    model = dict(config.model) if "model" in config else {}
+    fields = {field.name for field in dataclasses.fields(ModelConfig)} - set(FIXED)
+    for name in sorted(fields.symmetric_difference(model)):
+        if name in REQUIRED or name in model:
+            fault = "lacks" if name in REQUIRED else "has no"
+            raise UserError(f"the configuration's model {fault} {name}")
+    check_whole("config.model.vocab_size", model["vocab_size"], 1)
     return ModelConfig(
-        **config.model,
-        max_position_embeddings=2048,
+        **model,
+        max_position_embeddings=POSITIONS,
         eos_token_ids=ends,
-        mask_token_id=config.model.vocab_size - 1,
+        mask_token_id=model["vocab_size"] - 1,
         dtype="float32",
     )
 
@@ -174,18 +199,36 @@ def dialogues(config: Any, tokenizer: Tokenizer) -> Iterator[TokenizedDialogue]:
         yield from (encode_problem(tokenizer, p) for p in problems("train", config.seed + 1))
     responses = Responses(config.pretrain.data, tokenizer)
     usable = list(responses)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in responses.skipped.most_common())
     if not usable:
-        raise UserError(f"config.pretrain.data={config.pretrain.data}: {dict(responses.skipped)}")
+        raise UserError(
+            f"config.pretrain.data={config.pretrain.data} has no row with a prompt and an answer "
+            f"({reasons or 'it is empty'})"
+        )
+    if reasons:
+        print(f"{config.pretrain.data}: skipped {reasons}")
     rng = np.random.default_rng(config.seed)
     while True:
         yield from (usable[i] for i in rng.permutation(len(usable)))
 
 
 def main(config: Any, overwrite: bool) -> None:
-    """Train the tokenizer and the base, and write both to `config.base`."""
+    """Train the tokenizer and the base, and write both to `config.base`.
+
+    Raises:
+      UserError: for a value, a file or a target that cannot do, before any training; when the loss
+        is not finite.
+    """
+    settings.check(config, "base", "seed", "pretrain")
+    runtime.check_devices()
     checkpoint.check_target(config.base, overwrite=overwrite)
+    lock.check_writable("config.base", config.base)
+    positions = sizes(config).max_position_embeddings  # raises for what no model can have
+    check_whole("config.model.vocab_size", config.model.vocab_size, LEAST_VOCABULARY)
+    check_whole("config.pretrain.row_length", config.pretrain.row_length, 2, positions)
     tokenizer = train_tokenizer(texts(config), config.model.vocab_size)
     size = sizes(config, tuple(tokenizer.convert_tokens_to_ids([END_OF_TURN, SPECIAL[0]])))
+    check_vocabulary(tokenizer, size)
     packed = pack(
         dialogues(config, tokenizer), config.pretrain.row_length, pad=tokenizer.pad_token_id
     )

@@ -16,6 +16,7 @@ import logging
 import pathlib
 import re
 import urllib.parse
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ import pyarrow.parquet
 
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line
-from train.problems import problems
+from train.problems import SPLITS, problems
 
 TEXTS = ("prompt", "question", "problem")  # columns that may hold the user's text
 DIALOGUES = ("prompt", "messages", "conversations", "input")  # columns that may hold messages
@@ -33,6 +34,7 @@ COLUMNS = tuple(dict.fromkeys((*TEXTS, *DIALOGUES)))  # tried in this order
 ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 OPTIONS = {"hub": ("config", "split", "revision"), "files": (), "problems": ("split", "seed")}
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+IN_VAIN = 10_000  # made problems in a row that are skipped before no more are tried
 BUFFER = 8192  # size of the window in which the prompts of a source are shuffled
 
 Messages = list[dict[str, str]]
@@ -94,6 +96,8 @@ def parse_source(text: str) -> Source:
     if unknown := sorted(set(options) - set(OPTIONS[kind])):
         allowed = ", ".join(OPTIONS[kind]) or "none"
         raise UserError(f"the source {text!r} has the option {unknown[0]}; known: {allowed}")
+    if kind == "problems" and options.get("split", "train") not in SPLITS:
+        raise UserError(f"the source {text!r} has a split that is none of {', '.join(SPLITS)}")
     if not options.get("seed", "0").isdecimal():
         raise UserError(f"the source {text!r} has a seed that is no whole number")
     return Source(kind, name, options)
@@ -138,16 +142,24 @@ def file_rows(path: pathlib.Path, columns: Sequence[str] = COLUMNS) -> Iterator[
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rb") as lines:
             yield from (_parse(line) for line in lines if line.strip())
-    except (OSError, EOFError, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} cannot be read ({first_line(error):.120}): truncated or damaged"
         ) from None
 
 
 def _parse(line: bytes) -> Any:
+    """The value of a line, which may begin with a byte order mark; a `Skip` for anything else."""
     try:
-        return json.loads(line.decode())
-    except (ValueError, RecursionError):  # bad UTF-8 and bad JSON are ValueErrors
+        value = json.loads(line.decode("utf-8-sig"))
+        if rb"\u" in line:  # an escape may be half of a pair, which is no character
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeDecodeError:
+        return Skip("not UTF-8")
+    except UnicodeEncodeError:
+        return Skip("a lone surrogate")
+    except (ValueError, RecursionError):
         return Skip("not JSON")
 
 
@@ -331,8 +343,12 @@ class Mix:
         )
 
     def _usable(self, name: str) -> Iterator[Prompt]:
+        in_vain, endless = 0, self._sources[name].kind == "problems"
         for row in self._sources[name].rows(self._seed):
+            if endless and in_vain == IN_VAIN:
+                return
             self.read[name] += 1
+            in_vain += 1
             try:
                 messages = prompt_of(row)
                 ids = self._encode(messages)
@@ -341,6 +357,7 @@ class Mix:
             except Skip as reason:
                 self.skipped[name][str(reason)] += 1
                 continue
+            in_vain = 0
             yield Prompt(messages, ids, name)
 
 

@@ -35,6 +35,7 @@ class Responses:
 
     def __init__(self, path: str | pathlib.Path, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._chat = tokenizer, ChatEncoder(tokenizer)
+        self._prompt = {thinking: prompt_encoder(tokenizer, thinking) for thinking in (False, True)}
         path = pathlib.Path(path)
         self._distilled = (path / MANIFEST).is_file()
         self._files = self._shards(path) if self._distilled else local_files(path)
@@ -91,9 +92,11 @@ class Responses:
         text = answers[0].removesuffix(self._tokenizer.eos_token)
         if not text.strip():
             raise Skip("empty answer")
+        if any(mark in text for mark in self._chat.marks):
+            raise Skip("an answer with the template's own marks")
         # An answer with a thinking part was generated with the thinking template.
         thinking = text.lstrip().startswith("<think>")
-        prompt = prompt_encoder(self._tokenizer, thinking)(dialogue)
+        prompt = self._prompt[thinking](dialogue)
         answer = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         complete = row.get("truncated") is not True and row.get("finish_reason") != "length"
         return TokenizedDialogue(
@@ -135,14 +138,17 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def prompt_encoder(tokenizer: Tokenizer, thinking: bool) -> Any:
-    """The `encode` of a Mix: messages to ids, a Skip for a dialogue that the template refuses."""
+    """The `encode` of a Mix: messages to ids, a Skip for a dialogue that the template refuses.
+
+    Raises:
+      UserError: when the template is missing, or refuses any dialogue.
+    """
+    encode_messages(tokenizer, [{"role": "user", "content": "x"}], thinking=thinking)
 
     def encode_prompt(messages: Messages) -> list[int]:
         try:
             return encode_messages(tokenizer, messages, thinking=thinking)
-        except UserError:  # the tokenizer has no template: not the row's fault
-            raise
-        except Exception as error:  # a template may raise anything
+        except UserError as error:  # this dialogue alone, its roles for example
             raise Skip("refused by the chat template") from error
 
     return encode_prompt

@@ -6,7 +6,6 @@ argument, and none returns it.
 
 import collections
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from orthrus_jax import sharding
+from orthrus_jax.decoding.sampling import NOISE
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Model, Params
 from train import flops
@@ -28,11 +28,20 @@ IN_FLIGHT = 2  # steps dispatched to the device before the host waits for one
 
 
 class TrainState(NamedTuple):
-    """What training changes: the diffusion subtree, the optimizer state, the number of steps."""
+    """What training changes.
+
+    Attributes:
+      diffusion: the trained subtree, float32.
+      optimizer: its state.
+      step: int32[], the number of steps taken.
+      broken_at: int32[], the first step whose loss, gradient or new weights were not finite; 0 if
+        all were. A state that is saved has 0 there.
+    """
 
     diffusion: Params
     optimizer: Any
     step: jax.Array
+    broken_at: jax.Array
 
 
 class Batches(Protocol):
@@ -53,6 +62,10 @@ class CheckpointSaver(Protocol):
 
 class Interrupted(Exception):  # noqa: N818 (requested, not an error)
     """Training stopped on request, after saving its state."""
+
+
+class NotFiniteError(UserError):
+    """The loss, its gradient or the weights became NaN or infinite; nothing of that was saved."""
 
 
 def adamw(
@@ -86,13 +99,13 @@ def init_state(
 ) -> TrainState:
     """Float32 master weights, copied from `diffusion`, and a fresh optimizer."""
     master = jax.tree.map(lambda x: jnp.array(x, jnp.float32), diffusion)
-    state = TrainState(master, optimizer.init(master), jnp.int32(0))
+    state = TrainState(master, optimizer.init(master), jnp.int32(0), jnp.int32(0))
     return state if mesh is None else jax.device_put(state, sharding.tree_shardings(state, mesh))
 
 
 def step_key(seed: jax.Array, step: jax.Array) -> jax.Array:
     """The key of a step's anchors: a function of (seed, step) alone, so no key needs saving."""
-    return jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.fold_in(jax.random.key(seed, impl=NOISE), step)
 
 
 @functools.partial(
@@ -148,13 +161,18 @@ def train_step(
     weight = jnp.maximum(sums.weight, 1e-6)
     gradient = jax.tree.map(lambda g: g / weight, gradient)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.diffusion)
-    new = TrainState(optax.apply_updates(state.diffusion, updates), optimizer_state, state.step + 1)
+    weights, norm = optax.apply_updates(state.diffusion, updates), optax.tree.norm(gradient)
+    finite = [jnp.isfinite(x).all() for x in (loss, norm, *jax.tree.leaves(weights))]
+    now = jnp.where(jnp.stack(finite).all(), 0, state.step + 1)
+    broken_at = jnp.where(state.broken_at > 0, state.broken_at, now)
+    new = TrainState(weights, optimizer_state, state.step + 1, broken_at)
     if model.mesh is not None:  # keep the old state's shardings
         new = jax.lax.with_sharding_constraint(new, sharding.tree_shardings(new, model.mesh))
     return new, {
         "loss": loss / weight,
-        "grad_norm": optax.tree.norm(gradient),
+        "grad_norm": norm,
         "supervised_rows": sums.rows.sum(),
+        "broken_at": broken_at,
         **sums.means(),
     }
 
@@ -208,11 +226,12 @@ def fit(
 
     Raises:
       Interrupted: when `stop` returned True, after saving the state.
-      FloatingPointError: when a logged loss is not finite.
+      NotFiniteError: when a step was not finite, at most IN_FLIGHT steps after it and before any
+        state of it is evaluated or saved.
     """
     first = int(state.step)
     meter = flops.Meter(model, objective)
-    in_flight: collections.deque = collections.deque()
+    in_flight: collections.deque[jax.Array] = collections.deque()
     quiet = jax.process_index() > 0
     with tqdm(total=recipe.steps, initial=first, unit="step", desc="train", disable=quiet) as bar:
         for i in range(first + 1, recipe.steps + 1):
@@ -222,16 +241,20 @@ def fit(
                 model=model, optimizer=optimizer, objective=objective,
             )  # fmt: skip
             meter.add(rows.tokens.shape[0] * rows.tokens.shape[1], rows.tokens.shape[2])
-            in_flight.append(metrics["loss"])
+            in_flight.append(metrics.pop("broken_at"))
             if len(in_flight) > IN_FLIGHT:
-                jax.block_until_ready(in_flight.popleft())
+                _check_finite(in_flight.popleft())  # waits for that step
             bar.update()
             last, stopping = i == recipe.steps, stop(i)
-            evaluating = last or i % recipe.eval_every == 0
-            if evaluating or stopping or i % recipe.log_every == 0 or i == first + 1:
+            evaluating = last or (i % recipe.eval_every == 0 and not stopping)
+            saving = last or stopping or i % recipe.save_every == 0
+            logging = evaluating or stopping or i % recipe.log_every == 0 or i == first + 1
+            if saving or logging:
+                _check_finite(state.broken_at)
+            if logging:
                 values = {k: v.tolist() for k, v in sharding.to_host(metrics).items()}
                 record = {"step": i, **values, **meter.lap()}
-                if evaluating and not stopping:
+                if evaluating:
                     record |= evaluate(state.diffusion)
                     accepted = record.get("acceptance_length", record["expected_acceptance"])
                     bar.set_description(f"train, acceptance {accepted:.2f}")
@@ -240,10 +263,17 @@ def fit(
                     meter.lap()  # evaluation is no training time
                 bar.set_postfix(loss=f"{record['loss']:.3f}")
                 log(record)
-                if not math.isfinite(record["loss"]):
-                    raise FloatingPointError(f"the loss is {record['loss']} at step {i}")
-            if saver is not None and (last or stopping or i % recipe.save_every == 0):
+            if saver is not None and saving:
                 saver.save(state, batches.state())
             if stopping and not last:
                 raise Interrupted
     return state
+
+
+def _check_finite(broken_at: jax.Array) -> None:
+    if step := int(broken_at):
+        raise NotFiniteError(
+            f"the loss, its gradient or the weights are NaN or infinite at step {step}, of which "
+            "nothing was saved: lower train.learning_rate and give --change_recipe, which goes on "
+            "from the last checkpoint, or --overwrite"
+        )

@@ -154,7 +154,7 @@ def test_hosts_share_out_the_shards_and_write_the_same_answers(tmp_path, whole, 
     recipe = distill.DistillConfig.of(config_of(tmp_path, base, source))
     job = distill.DistillJob(recipe, distill.model_identity(base), tmp_path, {})
     model = orthrus_jax.load(base)
-    job.draw(model)
+    job.draw(model.tokenizer, model.config)
     job.answer(model, 1, 2)
     assert [path.name[:15] for path in tmp_path.glob("resp*")] == ["responses-00001"]
     job.answer(model, 0, 2)

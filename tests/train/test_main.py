@@ -98,21 +98,30 @@ def test_demo_report_has_its_fields_and_an_exact_match_of_one(run, capsys, monke
     assert "speedup" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("accumulate", [0, 3])
-def test_micro_batches_that_do_not_divide_are_refused(run, tmp_path, accumulate):
+@pytest.mark.parametrize(
+    ("accumulate", "message"),
+    [
+        (0, r"config\.train\.accumulate=0 must be at least 1"),
+        (3, r"does not divide into train\.accumulate=3 "),
+    ],
+)
+def test_micro_batches_that_do_not_divide_are_refused(run, tmp_path, accumulate, message):
     config = miniature(tmp_path)
     config.train.accumulate = accumulate
-    with pytest.raises(UserError, match=f"does not divide into train.accumulate={accumulate} "):
+    with pytest.raises(UserError, match=message):
         train_main.main(config, overwrite=False)
     assert not list(tmp_path.iterdir())  # refused before any work
 
 
-def test_outputs_are_not_overwritten_by_default(run):
+def test_outputs_are_not_overwritten_by_default(run, capsys):
     config = miniature(run)
     with pytest.raises(UserError, match="base is not empty"):
         pretrain.main(config, overwrite=False)
-    with pytest.raises(UserError, match="model is not empty"):
-        train_main.main(config, overwrite=False)
+    model = run / "model" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    train_main.main(config, overwrite=False)
+    assert "is finished: its model was trained for 8 steps" in capsys.readouterr().out
+    assert model.stat().st_mtime_ns == before
 
 
 def test_stopped_run_resumes_to_the_same_bytes(run, tmp_path, monkeypatch, capsys):

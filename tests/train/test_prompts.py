@@ -163,7 +163,8 @@ def test_bad_rows_are_counted_by_reason_and_source(tmp_path, sources):
         "over 4 tokens": 1,
         "no prompt": 1,
         "not an object": 1,
-        "not JSON": 2,
+        "not JSON": 1,
+        "not UTF-8": 1,
     }
     assert mixed.read[str(bad)] == 11
     assert mixed.skipped[sources[0]] == {}

@@ -1,5 +1,6 @@
 """The training loop: it trains the diffusion view alone, and is a function of its arguments."""
 
+import dataclasses
 import itertools
 import types
 
@@ -11,10 +12,20 @@ import pytest
 
 from orthrus_jax.model import ar_segment, params
 from tests.support.compare import flat
-from tests.support.training import made_rows, random_trees
+from tests.support.training import CONFIG, VOCAB, made_rows, random_trees
 from train.data import Loader
 from train.objective import Objective
-from train.trainer import Interrupted, adamw, fit, init_state, to_devices, train_step
+from train.trainer import (
+    IN_FLIGHT,
+    Interrupted,
+    NotFiniteError,
+    adamw,
+    fit,
+    init_state,
+    step_key,
+    to_devices,
+    train_step,
+)
 
 RECIPE = types.SimpleNamespace(
     steps=30, accumulate=1, seed=1, log_every=10, eval_every=20, save_every=10
@@ -172,19 +183,81 @@ def test_state_is_saved_periodically_and_on_interruption():
     assert saver.places[0] != Loader(made_rows(rows=8), 4, 0).state()
 
 
-def test_loss_that_is_not_finite_ends_the_run(monkeypatch):
-    model, frozen, diffusion = random_trees()
-    broken = jax.tree.map(lambda x: x * jnp.nan, diffusion)
-    optimizer = adamw(3e-3, 10, 0.1)
-    with pytest.raises(FloatingPointError, match="at step 1"):
+@pytest.fixture
+def poisoned():
+    """Batches of which the fifth makes the loss NaN: its tokens read a NaN row of the embedding."""
+    model, frozen, diffusion = random_trees(
+        config=dataclasses.replace(CONFIG, tie_word_embeddings=False)
+    )
+    embedding = frozen["embed_tokens"]["embedding"].at[VOCAB - 2].set(jnp.nan)
+    frozen = frozen | {"embed_tokens": {"embedding": embedding}}
+    clean = made_rows(rows=8)
+    clean = clean._replace(tokens=np.minimum(clean.tokens, VOCAB - 3))
+
+    class Poisoned(Loader):
+        taken = 0
+
+        def __next__(self):
+            self.taken += 1
+            rows = super().__next__()
+            return rows._replace(tokens=rows.tokens * 0 + VOCAB - 2) if self.taken == 5 else rows
+
+    return model, frozen, diffusion, Poisoned(clean, 4, 0)
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_loss_that_is_not_finite_ends_the_run_and_is_never_saved(poisoned, every):
+    """However rarely a step is logged or saved, the message names the first bad one."""
+    model, frozen, diffusion, batches = poisoned
+    recipe = types.SimpleNamespace(
+        **{**vars(RECIPE), "log_every": every, "eval_every": 100, "save_every": every}
+    )
+    optimizer, saver, log = adamw(3e-3, 30, 0.1), RecordingSaver(), []
+    with pytest.raises(NotFiniteError, match=r"at step 5,.*lower train\.learning_rate"):
         fit(
-            RECIPE,
+            recipe,
             Objective(5),
             model,
             frozen,
-            init_state(broken, optimizer),
+            init_state(diffusion, optimizer),
             optimizer,
+            batches,
+            log.append,
+            lambda diffusion: {},
+            saver=saver,
+        )
+    assert batches.taken <= 5 + IN_FLIGHT
+    assert saver.steps == [step for step in range(1, 5) if step % every == 0]
+    assert all(np.isfinite(record["loss"]) for record in log)
+
+
+def test_weights_that_a_last_update_breaks_are_not_saved():
+    """The loss of the last step is finite; the weights after it are not."""
+    model, frozen, diffusion = random_trees()
+    saver = RecordingSaver()
+    explode = optax.GradientTransformation(
+        lambda weights: None,
+        lambda gradient, state, weights: (jax.tree.map(lambda g: g * jnp.inf, gradient), state),
+    )
+    recipe = types.SimpleNamespace(**{**vars(RECIPE), "steps": 1})
+    with pytest.raises(NotFiniteError, match="at step 1,"):
+        fit(
+            recipe,
+            Objective(5),
+            model,
+            frozen,
+            init_state(diffusion, explode),
+            explode,
             Loader(made_rows(rows=8), 4, 0),
             lambda record: None,
             lambda diffusion: {},
+            saver=saver,
         )
+    assert saver.steps == saver.best == []
+
+
+def test_keys_do_not_depend_on_the_default_implementation():
+    draw = lambda: jax.random.key_data(step_key(jnp.uint32(3), jnp.int32(7))).tolist()
+    expected = draw()
+    with jax.default_prng_impl("rbg"):
+        assert draw() == expected
