@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from eval.grading import Grade, grade_integer, grade_math
-from eval.sandbox import SandboxResult, check_humaneval, check_mbpp, run_program
+from eval.programs import check_humaneval, check_mbpp
+from eval.sandbox import SandboxResult, run_program
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line, read_jsonl
 from train.problems import boxed, problems

@@ -1,0 +1,270 @@
+"""Each layer stops what it is there for, alone: the audit hook, seccomp, Landlock, namespaces."""
+
+import os
+import socket
+
+import pytest
+
+from eval.sandbox import SandboxResult
+from tests.support.sandbox import needs_filter, needs_posix, run, run_in
+
+pytestmark = needs_posix
+WITH_NAMESPACES, WITHOUT = ("namespaces", "seccomp"), ("landlock", "seccomp")
+
+
+@needs_filter
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nos.fork()",
+        "import os\nos.forkpty()",
+        "import os\nos.posix_spawn('/bin/true', ['true'], {})",
+        "import os\nos.execv('/bin/true', ['true'])",
+        "import subprocess\nsubprocess.run(['true'])",
+        "import multiprocessing as m\nm.get_context('spawn').Process(target=print).start()",
+        "import os\nos.kill(os.getpid(), 0)",
+        "import socket\nsocket.socket()",
+        "import asyncio\nasyncio.run(asyncio.sleep(0))",  # opens a pair of sockets
+        "import ctypes\nassert ctypes.CDLL(None).fork() >= 0, 'PermissionError'",
+        "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0, 'PermissionError'",
+    ],
+)
+@pytest.mark.parametrize("layers", [("seccomp",), WITH_NAMESPACES])
+def test_kernel_filter_alone_refuses_processes_and_sockets(source, layers):
+    result = run_in(layers, source)
+    assert result.status == "failed"
+    assert "PermissionError" in result.stderr
+
+
+@needs_filter
+def test_kernel_filter_allows_threads():
+    source = "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()"
+    assert run(source).passed
+
+
+@pytest.mark.parametrize(
+    ("source", "event"),
+    [
+        ("open({file!r}, 'w')", "open"),
+        ("open({file!r}, 'a')", "open"),
+        ("open({file!r}, 'r+')", "open"),
+        ("open({file!r}.encode(), 'wb')", "open"),
+        ("import pathlib\npathlib.Path({file!r}).write_text('x')", "open"),
+        ("import os\nos.open({file!r}, os.O_RDWR)", "open"),
+        ("import os\nos.chdir('/')\nopen({file!r}[1:], 'w')", "open"),
+        ("import os\nos.symlink({file!r}, 'link')\nopen('link', 'w')", "open"),
+        ("try: open({file!r}, 'w')\nexcept BaseException: pass", "open"),
+        ("import os\nos.remove({file!r})", "os.remove"),
+        ("import os\nos.rename({file!r}, 'mine')", "os.rename"),
+        ("import os\nopen('mine', 'w')\nos.rename('mine', {file!r})", "os.rename"),
+        ("import os\nos.link({file!r}, 'mine')", "os.link"),
+        ("import os\nos.truncate({file!r}, 0)", "os.truncate"),
+        ("import os\nos.chmod({file!r}, 0)", "os.chmod"),
+        ("import os\nos.mkdir({file!r} + 'x')", "os.mkdir"),
+        ("import shutil\nshutil.rmtree({folder!r})", "open"),
+        ("import sqlite3\nsqlite3.connect({file!r} + 'x')", "sqlite3.connect"),
+    ],
+)
+def test_write_outside_is_stopped(source, event, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = folder / "file"
+    file.write_text("kept")
+    result = run(source.format(file=str(file), folder=str(folder)))
+    assert result.status == "blocked"
+    assert f"not allowed: {event}" in result.stderr
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "file"]
+    assert file.read_text() == "kept"
+    assert file.stat().st_mode & 0o600 == 0o600
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "open({file!r}, 'w')",
+        "import os\nos.remove({file!r})",
+        "import os\nos.mkfifo({file!r} + 'x')",
+        "import os\nos.chdir({folder!r})\nos.mknod('x')",
+    ],
+)
+def test_namespaces_alone_refuse_a_write_outside(source, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    source = source.format(file=str(file), folder=str(tmp_path))
+    result = run_in(("namespaces",), source)
+    assert result.status == "failed"
+    assert "Read-only file system" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "kept"
+
+
+def test_namespaces_hide_other_processes():
+    source = "import os\nassert [n for n in os.listdir('/proc') if n.isdecimal()] == ['1']"
+    assert run_in(("namespaces",), source) == SandboxResult("passed")
+
+
+def test_mounts_cannot_be_made_writable_again():
+    source = """
+        import ctypes
+        libc = ctypes.CDLL(None)
+        remount, bind = 32, 4096
+        assert libc.mount(b"none", b"/", None, remount | bind, None) != 0
+        assert libc.umount2(b"/proc", 2) != 0
+    """
+    assert run_in(("namespaces",), source) == SandboxResult("passed")
+
+
+@pytest.mark.parametrize("layers", [("audit",), WITH_NAMESPACES])
+def test_files_are_limited_in_size(layers):
+    result = run_in(layers, "f = open('big', 'wb')\nwhile True: f.write(bytes(1 << 20))")
+    assert result.status == "failed"
+    assert "File too large" in result.stderr
+
+
+def test_many_files_do_not_fill_the_disk():
+    large = "for n in range(20): open(str(n), 'wb').write(bytes(8 << 20))"
+    small = "for n in range(20_000): open(str(n), 'wb').close()"
+    for source in (large, small):
+        result = run_in(WITH_NAMESPACES, source)
+        assert result.status == "failed"
+        assert "No space left" in result.stderr
+
+
+def test_many_files_do_not_fill_the_disk_without_namespaces():
+    large = "for n in range(20): open(str(n), 'wb').write(bytes(8 << 20))"
+    small = "for n in range(20_000): open(str(n), 'wb').close()"
+    for source in (large, small):
+        result = run_in(WITHOUT, f"{source}\nimport time\ntime.sleep(60)")
+        assert result == SandboxResult("failed", "the program filled its directory")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=5)",
+        "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:{port}/', timeout=5)",
+        "import socket\nsocket.getaddrinfo('example.org', 80)",
+        "import socket\nsocket.socket().bind(('127.0.0.1', 0))",
+    ],
+)
+def test_network_is_out_of_reach(source):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        result = run(source.format(port=server.getsockname()[1]))
+        assert result.status == "blocked"
+        assert "not allowed: socket." in result.stderr
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+def test_audit_hook_holds_alone(tmp_path):
+    file = tmp_path / "file"
+    assert run_in(("audit",), f"open({str(file)!r}, 'w')").status == "blocked"
+    assert not file.exists()
+    assert run_in(("audit",), "open('inside', 'w')").passed
+
+
+@pytest.mark.parametrize(
+    ("source", "event"),
+    [
+        ("import os\nwhile True: os.fork()", "os.fork"),
+        ("import os\nwhile True:\n    try: os.fork()\n    except BaseException: pass", "os.fork"),
+        ("import pty\npty.fork()", "os.forkpty"),
+        ("import os\nos.system('true')", "os.system"),
+        ("import os\nos.posix_spawn('/bin/true', ['true'], {})", "os.posix_spawn"),
+        ("import os\nos.execv('/bin/true', ['true'])", "os.exec"),
+        ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen"),
+        ("import os\nos.popen('true')", "subprocess.Popen"),
+        ("import multiprocessing as m\nm.Process(target=print).start()", "os.fork"),
+        ("import multiprocessing as m\nm.get_context('spawn').Process(target=print).start()", ""),
+        ("import os\nos.kill(os.getppid(), 0)", "os.kill"),
+        ("import ctypes\nctypes.CDLL(None).fork()", "ctypes.dlopen"),
+        ("import _ctypes\n_ctypes.dlopen(None, 0)", "ctypes.dlopen"),
+    ],
+)
+def test_new_processes_are_stopped(source, event):
+    result = run(source)
+    assert result.status == "blocked"
+    assert f"not allowed: {event}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os\nos.open({name!r}, os.O_WRONLY, dir_fd=os.open({folder!r}, os.O_RDONLY))",
+        "import os\nos.remove({name!r}, dir_fd=os.open({folder!r}, os.O_RDONLY))",
+        "import os\nos.fchmod(os.open({file!r}, os.O_RDONLY), 0)",
+        "import os\nos.mkfifo({file!r} + 'x')",
+        "import _posixshmem, os\n_posixshmem.shm_open('/orthrus-x', os.O_CREAT | os.O_RDWR)",
+        "import os\nos.sched_setaffinity(os.getppid(), [0])",
+        "import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+        "import resource, os\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
+        "import sys\nsys.modules['eval.confined.hook'].REFUSED.clear()\nimport os\nos.fork()",
+        "import gc\n[f for f in gc.get_objects() if getattr(f, '__name__', '') == 'hook']",
+        "def f(): pass\nf.__code__ = (lambda: 0).__code__",
+        "import sys\nsys.addaudithook(lambda *_: 1 / 0)",
+    ],
+)
+def test_audit_hook_alone_stops_what_leaves_no_trace_or_turns_it_off(source, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    places = {"file": str(tmp_path / "file"), "folder": str(tmp_path), "name": "file"}
+    result = run_in(("audit",), source.format(**places))
+    assert result.status == "blocked"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@needs_filter
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import resource, os\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))",
+        "import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+        "import os\nos.sched_setaffinity(os.getppid(), [0])",
+        "import os\nos.fchmod(2, 0)",
+        "import os\nos.mkfifo('x')",
+        "import os, fcntl, struct\nfcntl.fcntl(2, 8, os.getppid())",  # F_SETOWN: signals by proxy
+        "import fcntl\nfcntl.ioctl(0, 0x5412, b'x')",  # TIOCSTI: types into a terminal
+        "import os\nos.memfd_create('x')",
+        "import os\nos.pidfd_open(os.getppid())",
+        "import os\nos.setsid()",
+        "import os\nos.nice(5)",
+    ],
+)
+def test_kernel_filter_alone_keeps_other_processes_out_of_reach(source):
+    before = os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0)
+    result = run_in(("seccomp",), source)
+    assert result.status == "failed"
+    assert "PermissionError" in result.stderr
+    assert before == (os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "open({file!r}).read()",
+        "open({file!r}, 'a')",
+        "import os\nos.open({name!r}, os.O_WRONLY, dir_fd=os.open({folder!r}, os.O_RDONLY))",
+        "import os\nos.open({name!r}, os.O_WRONLY, dir_fd=os.open({folder!r}, os.O_PATH))",
+        "import os\nos.listdir({folder!r})",
+        "import os\nos.rename({file!r}, 'mine')",
+        "import os\nos.link({file!r}, 'mine')",
+        "import os\nos.symlink({file!r}, 'mine')\nopen('mine').read()",
+        "import os\nos.truncate({file!r}, 0)",
+        "import os\nos.mkdir({file!r} + 'x')",
+        "import os\nos.mkfifo({file!r} + 'x')",
+        "import _posixshmem, os\n_posixshmem.shm_open('/orthrus-x', os.O_CREAT | os.O_RDWR)",
+        "import os\nopen('/proc/%d/environ' % os.getppid()).read()",
+        "import os\nopen('/proc/%d/mem' % os.getppid(), 'rb').read(1)",
+        "import os\nos.listdir('/proc/%d/fd' % os.getppid())",
+        "open('/etc/passwd').read()",
+    ],
+)
+def test_landlock_alone_keeps_files_and_memory_out_of_reach(source, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    places = {"file": str(tmp_path / "file"), "folder": str(tmp_path), "name": "file"}
+    result = run_in(("landlock",), source.format(**places))
+    assert result.status == "failed"
+    assert "PermissionError" in result.stderr or "cross-device" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "kept"
