@@ -248,18 +248,38 @@ def layers() -> tuple[str, ...]:
 
 
 def describe(held: Sequence[str]) -> str:
-    """What a program can and cannot do in these layers, in one line."""
-    files = "namespaces" in held or "landlock" in held
-    kernel = "namespaces" in held or "seccomp" in held
-    claims = [
-        ("writes nothing but its own directory", files),
-        ("reads no file but libraries", "landlock" in held),
-        ("starts no process, reaches no network and no other process", kernel),
-    ]
-    holds = "; ".join(claim for claim, kept in claims if kept) or "nothing"
-    rest = "; ".join(claim for claim, kept in claims if not kept)
-    text = f"sandbox ({', '.join(held) or 'resource limits only'}): the kernel holds: {holds}"
-    return f"{text}; not held: {rest}" if rest else text
+    """What the kernel guarantees of a program in these layers, and what not, in one line."""
+    claims = (
+        ("writes to its own directory only", {"namespaces", "landlock"}),
+        ("reads libraries only", {"landlock"}),
+        ("starts no process, reaches no other process and no network", {"namespaces", "seccomp"}),
+    )
+    holds = ", ".join(claim for claim, layers in claims if layers & {*held})
+    fails = ", ".join(claim for claim, layers in claims if not layers & {*held})
+    parts = [f"sandbox: {', '.join(held) or 'resource limits only'}"]
+    parts += [f"a program {holds}"] if holds else []
+    parts += [f"not guaranteed: it {fails}"] if fails else []
+    return "; ".join(parts)
+
+
+def admit(unconfined: bool) -> tuple[str, ...]:
+    """Print which layers hold here; return them.
+
+    Args:
+      unconfined: whether programs may run without namespaces too.
+
+    Raises:
+      UserError: where the system offers no namespaces and `unconfined` does not allow that.
+      RuntimeError: if the sandbox cannot start.
+    """
+    held = layers()
+    if "namespaces" not in held and not unconfined:
+        raise UserError(
+            f"--allow-code-execution: this system offers no namespaces; {describe(held)}; "
+            "give --unconfined too to run programs all the same, or use another machine"
+        )
+    print(describe(held), file=sys.stderr)
+    return held
 
 
 def check_program(

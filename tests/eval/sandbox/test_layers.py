@@ -1,12 +1,16 @@
 """Each layer stops what it is there for, alone: the audit hook, seccomp, Landlock, namespaces."""
 
+import json
 import os
 import socket
 
 import pytest
 
+from eval import harness, report, sandbox
+from eval.confined import filter
 from eval.sandbox import SandboxResult
-from tests.support.sandbox import needs_filter, needs_posix, run, run_in
+from orthrus_jax.errors import UserError
+from tests.support.sandbox import WEAKER, needs_filter, needs_posix, require, run, run_in
 
 pytestmark = needs_posix
 WITH_NAMESPACES, WITHOUT = ("namespaces", "seccomp"), ("landlock", "seccomp")
@@ -268,3 +272,92 @@ def test_landlock_alone_keeps_files_and_memory_out_of_reach(source, tmp_path):
     assert "PermissionError" in result.stderr or "cross-device" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def answer(machine: str, number: int, *arguments: int, audit: int | None = None) -> int:
+    """What the filter's program answers to a call, computed as the kernel does."""
+    data = {0: number, 4: audit or filter.AUDIT[machine]}
+    data |= {16 + 8 * place: value for place, value in enumerate(arguments)}
+    program = filter.rules(machine)
+    at = loaded = 0
+    while True:
+        operation, if_true, if_false, operand = program[at]
+        if operation == filter.ANSWER:
+            return operand
+        if operation == filter.LOAD:
+            loaded, skip = data[operand], 0
+        else:
+            holds = {
+                filter.EQUAL: loaded == operand,
+                filter.AT_LEAST: loaded >= operand,
+                filter.HAS_BIT: bool(loaded & operand),
+            }[operation]
+            skip = if_true if holds else if_false
+        at += 1 + skip
+
+
+@pytest.mark.parametrize("machine", list(filter.AUDIT))
+def test_kernel_filter_grants_what_is_listed_and_no_more(machine):
+    number = {  # x86-64, ARM64
+        "read": (0, 63), "openat": (257, 56), "futex": (202, 98), "getrandom": (318, 278),
+        "execve": (59, 221), "socket": (41, 198), "kill": (62, 129), "ptrace": (101, 117),
+        "prctl": (157, 167), "mount": (165, 40), "fchmod": (91, 52), "clone": (56, 220),
+        "fcntl": (72, 25), "prlimit64": (302, 261), "setpriority": (140 + 1, 140),
+    }  # fmt: skip
+    number = {name: pair[list(filter.AUDIT).index(machine)] for name, pair in number.items()}
+    for name in ("read", "openat", "futex", "getrandom"):
+        assert answer(machine, number[name]) == filter.GRANT
+    for name in ("execve", "socket", "kill", "ptrace", "prctl", "mount", "fchmod", "setpriority"):
+        assert answer(machine, number[name]) == filter.NO_PERMISSION
+    for call, arguments, granted in (
+        ("clone", (0x3D0F00,), True), ("clone", (17,), False),
+        ("fcntl", (2, 1), True), ("fcntl", (2, 8), False), ("fcntl", (2, 10), False),
+        ("prlimit64", (0,), True), ("prlimit64", (1,), False),
+    ):  # fmt: skip
+        expected = filter.GRANT if granted else filter.NO_PERMISSION
+        assert answer(machine, number[call], *arguments) == expected
+    assert answer(machine, 435) == filter.NO_SUCH_CALL
+    assert answer(machine, 0 | filter.FOREIGN_ABI) == filter.NO_PERMISSION
+    assert answer(machine, number["read"], audit=0x40000003) == filter.KILL
+
+
+@pytest.mark.parametrize("layers", WEAKER)
+def test_system_without_namespaces_needs_one_more_flag(layers, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sandbox, "layers", lambda: layers)
+    row = {"task_id": "x", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): f()"}
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(row))
+    arguments = ["--model", "absent", "--data", str(data), "--out", str(tmp_path / "run")]
+    with pytest.raises(UserError) as error:
+        harness.main("humaneval", [*arguments, "--allow-code-execution"])
+    assert str(error.value).startswith("--allow-code-execution: this system offers no namespaces")
+    assert f"sandbox: {', '.join(layers)}" in str(error.value)
+    assert "give --unconfined too" in str(error.value)
+    assert not (tmp_path / "run").exists()
+    assert sandbox.admit(unconfined=True) == layers
+    assert f"sandbox: {', '.join(layers)}" in capsys.readouterr().err
+
+
+def test_layers_are_described_by_what_they_hold():
+    assert sandbox.describe(sandbox.LAYERS) == (
+        "sandbox: namespaces, landlock, seccomp, audit; a program writes to its own directory "
+        "only, reads libraries only, starts no process, reaches no other process and no network"
+    )
+    assert sandbox.describe(("seccomp",)) == (
+        "sandbox: seccomp; a program starts no process, reaches no other process and no network; "
+        "not guaranteed: it writes to its own directory only, reads libraries only"
+    )
+    assert "a program" not in sandbox.describe(())
+
+
+@pytest.mark.slow
+def test_layers_are_recorded_in_the_results(tiny_base, tmp_path):
+    require("namespaces")
+    row = {"task_id": "x", "prompt": "def f():\n", "entry_point": "f", "test": "def check(f): f()"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    arguments = ["--model", str(tiny_base), "--data", str(tmp_path / "data.jsonl")]
+    arguments += ["--max-new-tokens", "4", "--mode", "ar", "--out", str(tmp_path / "run")]
+    harness.main("humaneval", [*arguments, "--allow-code-execution"])
+    result = json.loads((tmp_path / "run" / report.RESULTS).read_text())
+    assert result["sandbox"] == list(sandbox.layers())
+    assert "namespaces" in (tmp_path / "run" / report.PAGE).read_text()
