@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from eval.grading import Grade, grade_integer, grade_math
-from eval.sandbox import SandboxResult, check_humaneval, check_mbpp, run_program
+from eval.programs import check_humaneval, check_mbpp, program_names
+from eval.sandbox import SandboxResult, run_program
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line, read_jsonl
 from train.problems import boxed, problems
@@ -41,7 +42,7 @@ class Problem:
       turns: the user's messages, at least one.
       gold: the right answer, where it is a text.
       groups: the groups it is also counted in, {"level": "5"}.
-      tests: of a programming problem, the fields that eval.sandbox needs.
+      tests: of a programming problem, the fields that eval.programs needs.
     """
 
     id: str
@@ -127,6 +128,13 @@ def _integer(answer: str) -> str:
     return answer
 
 
+def _check_code(code: str, name: str) -> None:
+    try:
+        program_names(code)
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f'"{name}" is no Python: {first_line(error)}') from None
+
+
 def read_math(row: Row) -> Problem:
     """MATH-500: problem, answer, subject, level, unique_id."""
     return Problem(
@@ -155,6 +163,7 @@ def read_aime(row: Row) -> Problem:
 def read_humaneval(row: Row) -> Problem:
     """HumanEval: task_id, prompt, entry_point, test."""
     tests = {name: _text(row, name) for name in ("prompt", "entry_point", "test")}
+    _check_code(tests["test"], "test")
     turn = HUMANEVAL.format(prompt=tests["prompt"].strip("\n"))
     return Problem(id=_text(row, "task_id"), turns=(turn,), tests=tests)
 
@@ -173,6 +182,7 @@ def read_mbpp(row: Row) -> Problem:
         setup = "\n".join(_texts(row, "test_imports"))
     if not isinstance(setup, str):
         raise UserError(f'"test_setup_code" must be a text, not {setup!r:.60}')
+    _check_code("\n".join([setup, *tests]), "test_list")
     turn = MBPP.format(text=_text(row, "text", "prompt"), tests="\n".join(tests))
     return Problem(
         id=number,

@@ -28,6 +28,7 @@ from eval.grading import Grade
 from eval.records import LOOPS
 from eval.run_directory import Answers, RunDirectory
 from eval.runner import Dialogue, Runner, checksum
+from eval.sandbox import admit
 from orthrus_jax import cli
 from orthrus_jax.cli import add_cycle, add_rows, chosen_strategy, strategy_of
 from orthrus_jax.decoding import AcceptRule, Strategy
@@ -171,6 +172,8 @@ def command_parser(
     if runs_code:
         add("--allow-code-execution", action="store_true", help="run the programs that the model "
             "writes, limited as eval/sandbox.py says; it is no security boundary")  # fmt: skip
+        add("--unconfined", action="store_true", help="run them even where the system offers no "
+            "namespaces, and so guards less")  # fmt: skip
     return parser
 
 
@@ -250,6 +253,7 @@ def measure(
     problems = problems[: args.limit]
     run_directory.check("asked", settings)
     benchmark.ready()
+    layers = admit(args.unconfined) if benchmark.runs_code else ()
     if model is None:
         model = orthrus_jax.load(args.model, **cli.runtime_options(args))
     strategy = _strategy(args, model)
@@ -266,6 +270,7 @@ def measure(
         "problems": len(problems),
         "trained": model.trained or args.mode == "ar",
         "graded": benchmark.grade is not None,
+        "sandbox": layers,
         "hardware": f"{loaded['device']}, {platform.machine()}, jax {jax.__version__}",
         "asked": settings,
         "loaded": loaded,

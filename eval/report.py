@@ -129,6 +129,8 @@ def details(result: Row) -> list[str]:
         f"{settings['max_new_tokens']} new tokens; batch {settings['batch_size']}; "
         f"K = {loaded['draft_length']}{ahead}; {loaded['dtype']}; {result['hardware']}"
     )
+    if layers := result.get("sandbox"):
+        lines.append(f"programs ran in these layers: {', '.join(layers)}")
     for loop, figures in result["loops"].items():
         parts = [f"{_share(figures['ended'])} of the answers ended by themselves"]
         if figures["skipped"]:

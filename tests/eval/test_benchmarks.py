@@ -192,6 +192,8 @@ BAD_ROWS = [
     ("humaneval", {**HUB_ROWS["humaneval"], "test": None}, 'there is no "test"'),
     ("mbpp", {**HUB_ROWS["mbpp"], "test_list": []}, '"test_list" must be a list'),
     ("mbpp", {**HUB_ROWS["mbpp"], "test_list": "assert 1"}, '"test_list" must be a list'),
+    ("mbpp", {**HUB_ROWS["mbpp"], "test_list": ["assert f("]}, '"test_list" is no Python: '),
+    ("humaneval", {**HUB_ROWS["humaneval"], "test": "def"}, '"test" is no Python: '),
     ("mbpp", {**HUB_ROWS["mbpp"], "task_id": "x"}, '"task_id" must be a number'),
     ("mbpp", {**HUB_ROWS["mbpp"], "test_imports": [1.5]}, '"test_imports" must be a text'),
     ("mt_bench", {**HUB_ROWS["mt_bench"], "prompt": "Hi"}, '"turns" must be a list'),
