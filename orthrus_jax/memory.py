@@ -36,7 +36,10 @@ def check_memory(
     Raises:
       UserError: "PURPOSE needs about 50 GB of memory, 20 GB are free: REMEDY".
     """
-    free = free_bytes(devices)
+    devices = list(devices or jax.devices()[:1])
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    free = free_bytes(here)
+    needed = needed * len(here) // len(devices)  # of several hosts, each has its part
     if free is not None and needed > free:
         raise UserError(
             f"{purpose} needs about {needed / GB:.3g} GB of memory, {free / GB:.3g} GB are free: "
@@ -44,12 +47,12 @@ def check_memory(
         )
 
 
-def free_bytes(devices: Sequence[jax.Device] | None = None) -> int | None:
+def free_bytes(devices: Sequence[jax.Device]) -> int | None:
     """Bytes that may still be allocated on `devices`, all together; None where nobody knows.
 
     A device that keeps no account of its own (a CPU) shares the machine's memory with the others.
     """
-    accounts = [device.memory_stats() or {} for device in devices or jax.devices()[:1]]
+    accounts = [device.memory_stats() or {} for device in devices]
     if all("bytes_limit" in account for account in accounts):
         return sum(account["bytes_limit"] - account["bytes_in_use"] for account in accounts)
     return _machine_bytes()

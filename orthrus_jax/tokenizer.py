@@ -13,6 +13,7 @@ from typing import Any
 
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
+from orthrus_jax.files import first_line
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase; imported late, it takes seconds
 
@@ -36,7 +37,8 @@ def load_tokenizer(directory: str | pathlib.Path) -> Tokenizer:
             str(directory), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # a damaged file makes the library raise anything
-        raise UserError(f"the tokenizer in {directory} cannot be loaded: {error}") from None
+        cause = first_line(error)
+        raise UserError(f"the tokenizer in {directory} cannot be loaded: {cause}") from None
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:

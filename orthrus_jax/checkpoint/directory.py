@@ -4,6 +4,7 @@ Reads no pickle and runs no code of others. Knows no tensors and no settings.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -143,11 +144,18 @@ def check_target(directory: str | pathlib.Path, *, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a fresh directory that takes the place of `target` if the block succeeds."""
+    """Yield a fresh directory that takes the place of `target` if the block succeeds.
+
+    What a killed process left beside the target is removed: a fresh directory is locked for as long
+    as its writer lives.
+    """
     tag = uuid.uuid4().hex[:8]
     fresh, old = (target.with_name(f".{target.name}.{tag}.{kind}") for kind in ("tmp", "old"))
+    lock = None
     try:
+        _remove_abandoned(target)
         fresh.mkdir(parents=True)
+        lock = _lock(fresh)
         yield fresh
         if target.exists():
             target.rename(old)
@@ -159,4 +167,35 @@ def replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
         if isinstance(error, OSError):
             raise UserError(f"{target} could not be written: {error}; nothing was kept") from error
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if lock is not None:
+            os.close(lock)
+    for abandoned in (old, *_beside(target, "old")):  # a kill between two renames leaves one
+        shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def _beside(target: pathlib.Path, kind: str) -> list[pathlib.Path]:
+    names = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.{kind}")
+    parent = target.parent
+    return [p for p in parent.iterdir() if names.fullmatch(p.name)] if parent.is_dir() else []
+
+
+def _remove_abandoned(target: pathlib.Path) -> None:
+    for fresh in _beside(target, "tmp"):
+        if (lock := _lock(fresh)) is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(directory: pathlib.Path) -> int | None:
+    """Lock a directory for this process, which ends with it; None where another one has it."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:  # removed meanwhile
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -5,6 +5,7 @@ Decides which tensors a directory must hold. Knows no training state.
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from orthrus_jax.checkpoint.tensors import (
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line
+from orthrus_jax.memory import check_memory
 from orthrus_jax.model.params import DIFFUSION, diffusion_from_base, merge
 from orthrus_jax.model.transformer import Params
 
@@ -74,9 +76,9 @@ def load_checkpoint(
       progress: show a bar on stderr, if that is a terminal.
 
     Raises:
-      UserError: for a source that cannot be fetched, a config.json that is refused, a damaged or
-        missing file; and once for all tensors that are missing, unexpected, or of a wrong shape
-        or dtype.
+      UserError: for a source that cannot be fetched, a config.json that is refused, a model that
+        the memory has no room for, a damaged or missing file; and once for all tensors that are
+        missing, unexpected, or of a wrong shape or dtype.
     """
     directory = resolve(source)
     config, orthrus = read_config(directory)
@@ -89,6 +91,7 @@ def load_checkpoint(
         orthrus = orthrus or any("_diff." in name for name in tensors)
         specs = tensor_specs(config, diffusion=orthrus)
         _check_tensors(directory, config, specs, tensors)
+        _check_room(directory, config, specs, mesh)
         named = tqdm(specs.items(), "load", unit="tensor", disable=None if progress else True)
         flat = {
             spec.path: to_device(
@@ -100,6 +103,23 @@ def load_checkpoint(
     if not orthrus:
         return Checkpoint(config, merge(params, diffusion_from_base(params)), False, directory)
     return Checkpoint(config, params, _is_trained(flat), directory)
+
+
+def _check_room(
+    directory: pathlib.Path, config: ModelConfig, specs: dict[str, TensorSpec], mesh: Mesh | None
+) -> None:
+    """Refuse weights that the devices have no room for; a base's attention is there twice."""
+    is_base = not any(DIFFUSION in spec.path for spec in specs.values())
+    count = sum(
+        math.prod(spec.shape) * (1 + (is_base and "self_attn" in spec.path))
+        for spec in specs.values()
+    )
+    check_memory(
+        count * jnp.dtype(config.dtype).itemsize,
+        f"loading {directory}",
+        "take a smaller model, --dtype bfloat16, or more devices (--mesh)",
+        None if mesh is None else list(mesh.devices.flat),
+    )
 
 
 def _is_trained(flat: dict[tuple[str, ...], jax.Array]) -> bool:
@@ -122,6 +142,10 @@ def _open_tensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[
 
 
 def _open_file(path: pathlib.Path) -> Handle:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)})") from None
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:

@@ -6,15 +6,16 @@ import jax
 import pytest
 
 from orthrus_jax import memory
+from orthrus_jax.checkpoint import load_checkpoint, save_checkpoint
 from orthrus_jax.errors import UserError
-from orthrus_jax.model import Model
+from orthrus_jax.model import Model, params
 from tests.support.configs import tiny_config
 from tests.support.weights import random_params
 
 
 def device(limit: int | None, used: int = 0) -> types.SimpleNamespace:
     account = None if limit is None else {"bytes_limit": limit, "bytes_in_use": used}
-    return types.SimpleNamespace(memory_stats=lambda: account)
+    return types.SimpleNamespace(memory_stats=lambda: account, process_index=0)
 
 
 def test_weights_are_counted_with_both_views():
@@ -66,3 +67,33 @@ def test_limit_of_a_container_is_read(monkeypatch, tmp_path):
     assert memory._of_container() == 400
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._of_container() is None
+
+
+def test_each_host_has_room_for_its_part():
+    elsewhere = device(None)
+    elsewhere.process_index = 1
+    memory.check_memory(200, "x", "y", [device(100), elsewhere])
+    with pytest.raises(UserError):
+        memory.check_memory(202, "x", "y", [device(100), elsewhere])
+
+
+def test_checkpoint_that_does_not_fit_is_refused_before_it_is_read(monkeypatch, tmp_path):
+    config = tiny_config()
+    save_checkpoint(tmp_path / "x", config, random_params(config, 0))
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: memory.weight_bytes(config))
+    load_checkpoint(tmp_path / "x")
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: memory.weight_bytes(config) - 1)
+    monkeypatch.setattr("orthrus_jax.checkpoint.reader.to_device", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match=f"loading {tmp_path}/x needs about .* GB of memory"):
+        load_checkpoint(tmp_path / "x")
+
+
+def test_base_model_needs_room_for_its_copied_attention_too(monkeypatch, tmp_path):
+    config = tiny_config()
+    base, _ = params.split(random_params(config, 0))
+    save_checkpoint(tmp_path / "x", config, base)
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: memory.weight_bytes(config))
+    load_checkpoint(tmp_path / "x")
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: memory.weight_bytes(config) - 1)
+    with pytest.raises(UserError, match="needs about"):
+        load_checkpoint(tmp_path / "x")

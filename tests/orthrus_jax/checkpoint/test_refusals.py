@@ -1,5 +1,6 @@
 """Checkpoints that cannot be loaded: one line names the file."""
 
+import errno
 import json
 import pathlib
 import shutil
@@ -311,3 +312,17 @@ def test_revision_of_a_directory_is_refused(single: pathlib.Path) -> None:
     assert resolve(single) == single
     with pytest.raises(UserError, match="a revision \\(v1\\) needs a hub id"):
         resolve(single, "v1")
+
+
+def test_weights_without_permission_are_not_called_damaged(single, monkeypatch) -> None:
+    usual = pathlib.Path.open
+
+    def denied(path: pathlib.Path, *arguments, **options):
+        if path.name == WEIGHTS:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path, *arguments, **options)
+
+    monkeypatch.setattr(pathlib.Path, "open", denied)
+    message = refusal(single)
+    assert message.endswith(f"{WEIGHTS} cannot be read (Permission denied)")
+    assert "damaged" not in message

@@ -1,6 +1,7 @@
 """Writing a checkpoint: whole or not at all, which targets it may replace, tokenizer files."""
 
 import errno
+import fcntl
 import os
 import pathlib
 import re
@@ -165,3 +166,23 @@ def test_dtype_that_no_checkpoint_has_is_refused(single: pathlib.Path, dtype: st
     with pytest.raises(UserError, match="float32 and int32"):
         save_checkpoint(single.parent / "out", CONFIG, integers)
     assert not (single.parent / "out").exists()
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_ones_stays(tmp_path) -> None:
+    dead, living, old = (
+        tmp_path / f".out.{name}" for name in ("0000aaaa.tmp", "0000bbbb.tmp", "0000cccc.old")
+    )
+    others = [tmp_path / ".other.0000dddd.tmp", tmp_path / ".out.tmp"]
+    for directory in (dead, living, old, *others):
+        directory.mkdir()
+        (directory / "model.safetensors").write_text("a part")
+    descriptor = os.open(living, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        save_checkpoint(tmp_path / "out", CONFIG, TREE)
+    finally:
+        os.close(descriptor)
+    assert not dead.exists()
+    assert not old.exists()
+    assert living.exists()
+    assert all(other.exists() for other in others)
