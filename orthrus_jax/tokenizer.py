@@ -1,11 +1,14 @@
 """Text to ids and back: a checkpoint's tokenizer and its chat template.
 
-Refuses by name a tokenizer of another model and text that is not Unicode: their ids would be
-meaningless. Knows no weights.
+Decides that a message is text whatever it spells: only the template writes special tokens, so no
+user opens a turn. Refuses by name a tokenizer of another model and text that is not Unicode: their
+ids would be meaningless. Knows no weights.
 """
 
+import itertools
 import os
 import pathlib
+import re
 from typing import Any
 
 from orthrus_jax.config import ModelConfig
@@ -55,6 +58,9 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
 def encode(tokenizer: Tokenizer, text: str, *, chat: bool, thinking: bool = False) -> list[int]:
     """Return the prompt ids of one user message, wrapped in the chat template if `chat`.
 
+    Without it, special tokens that the text spells are read as such, as transformers reads them:
+    plain text is how a caller writes a whole prompt by hand.
+
     Raises:
       UserError: for an empty prompt, text with a lone surrogate, or `chat` with a tokenizer whose
         template is missing or damaged.
@@ -71,6 +77,9 @@ def encode_messages(
 ) -> list[int]:
     """Return the ids of a dialogue up to where the assistant answers.
 
+    Special tokens that a message spells are read as ordinary text. Otherwise the ids are those of
+    transformers' `apply_chat_template`.
+
     Raises:
       UserError: when the tokenizer has no chat template, its template does not parse or refuses
         the dialogue, or the text has a lone surrogate.
@@ -79,6 +88,14 @@ def encode_messages(
         raise UserError(
             "the tokenizer has no chat template: it takes plain text only (generate --no-chat)"
         )
+    special = _special_tokens(tokenizer)
+    typed = "".join(itertools.chain.from_iterable(message.values() for message in messages))
+    unused = (chr(i) for i in range(0xE000, 0x110000) if chr(i) not in typed)
+    # While the template runs, a private character stands for each special token that was typed.
+    stand_ins = dict(zip(sorted(set(special.findall(typed))), unused, strict=False))
+    hide = lambda text: special.sub(lambda match: stand_ins[match[0]], text)
+    if stand_ins:
+        messages = [{key: hide(text) for key, text in one.items()} for one in messages]
     try:
         text = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
@@ -89,7 +106,16 @@ def encode_messages(
             f"the tokenizer's chat template cannot be applied ({cause}): mend the template, or "
             "give plain text (generate --no-chat)"
         ) from None
-    return _ids(tokenizer, text)
+    if not stand_ins:
+        return _ids(tokenizer, text)
+    shown = str.maketrans({stand_in: token for token, stand_in in stand_ins.items()})
+    ids: list[int] = []
+    for at, part in enumerate(re.split(f"({special.pattern})", text)):
+        if at % 2:
+            ids.append(tokenizer.convert_tokens_to_ids(part))
+        elif part:
+            ids += _ids(tokenizer, part.translate(shown), split_special_tokens=True)
+    return ids
 
 
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -97,7 +123,14 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+def _special_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Match each special token; where one begins with another, the longer."""
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _ids(tokenizer: Tokenizer, text: str, **options: bool) -> list[int]:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -105,4 +138,4 @@ def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
         raise UserError(
             f"the text holds the lone surrogate {surrogate!r} after {before!r}: it is not Unicode"
         ) from None
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, **options)["input_ids"]
