@@ -9,6 +9,7 @@ import itertools
 import os
 import pathlib
 import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orthrus_jax.config import ModelConfig
@@ -73,12 +74,16 @@ def encode(tokenizer: Tokenizer, text: str, *, chat: bool, thinking: bool = Fals
 
 
 def encode_messages(
-    tokenizer: Tokenizer, messages: list[dict[str, str]], *, thinking: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
     """Return the ids of a dialogue up to where the assistant answers.
 
-    Special tokens that a message spells are read as ordinary text. Otherwise the ids are those of
-    transformers' `apply_chat_template`.
+    Special tokens that a message or a tool's definition spells are read as ordinary text. Otherwise
+    the ids are those of transformers' `apply_chat_template`.
 
     Raises:
       UserError: when the tokenizer has no chat template, its template does not parse or refuses
@@ -89,16 +94,20 @@ def encode_messages(
             "the tokenizer has no chat template: it takes plain text only (generate --no-chat)"
         )
     special = _special_tokens(tokenizer)
-    typed = "".join(itertools.chain.from_iterable(message.values() for message in messages))
+    typed = "".join(_strings([messages, tools]))
     unused = (chr(i) for i in range(0xE000, 0x110000) if chr(i) not in typed)
     # While the template runs, a private character stands for each special token that was typed.
     stand_ins = dict(zip(sorted(set(special.findall(typed))), unused, strict=False))
     hide = lambda text: special.sub(lambda match: stand_ins[match[0]], text)
     if stand_ins:
-        messages = [{key: hide(text) for key, text in one.items()} for one in messages]
+        messages, tools = _map_strings([messages, tools], hide)
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            list(messages),
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
         )
     except Exception as error:  # a template is a program: it can raise anything
         cause = " ".join(str(error).split()) or type(error).__name__
@@ -128,6 +137,27 @@ def _special_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     longest_first = sorted(tokens, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string of a JSON value, names of fields included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from itertools.chain.from_iterable(map(_strings, value.items()))
+    elif isinstance(value, Sequence):
+        yield from itertools.chain.from_iterable(map(_strings, value))
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every string changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _map_strings(one, change) for key, one in value.items()}
+    if isinstance(value, Sequence):
+        return [_map_strings(one, change) for one in value]
+    return value
 
 
 def _ids(tokenizer: Tokenizer, text: str, **options: bool) -> list[int]:

@@ -320,12 +320,13 @@ class Queue:
         read, count, done = len(row.tokens), int(view.emitted[i]), bool(view.done[i])
         fresh = view.tokens[i, read:count].tolist()
         self._check_finite(i, row, fresh)
+        taken = None if row.matcher is None else row.matcher.consume(fresh)
+        text, stopped = "", taken is not None
+        fresh = fresh[:taken]
         row.tokens += fresh
-        complete = row.matcher is not None and row.matcher.consume(fresh)
-        text, stopped = "", complete
         if row.text is not None:
             text = row.text.push(fresh)
-            text += row.text.close() if done or complete else ""
+            text += row.text.close() if done or stopped else ""
             stopped = stopped or row.text.stopped
             fresh = fresh[: max(row.text.used - read, 0)]
         news = {"tokens": fresh} | self._origins(i, row, view, read, len(fresh))
@@ -363,10 +364,10 @@ class Queue:
     def _completion(self, i: int, row: Row, view: HostView, stopped: bool) -> Completion:
         sampling, tokenizer = row.request.sampling, self._engine.tokenizer
         seconds = self._seconds(row)
-        tokens = view.tokens[i, : view.emitted[i]].tolist()
+        tokens = list(row.tokens)
         accepted = view.accepted[i, : view.cycles[i]].tolist()
-        if stopped and row.text is not None:
-            tokens = tokens[: row.text.used]
+        if stopped:
+            tokens = tokens if row.text is None else tokens[: row.text.used]
             leading = self.plan.strategy.leading_tokens
             accepted = _needed_cycles(accepted, len(tokens) - row.first, leading)
         if row.text is not None:

@@ -120,8 +120,11 @@ class Matcher(Protocol):
             mask allows at least one token: the model's end tokens where nothing else may follow.
         """
 
-    def consume(self, tokens: Sequence[int]) -> bool:
-        """Take the answer's next tokens; return whether the answer is complete.
+    def consume(self, tokens: Sequence[int]) -> int | None:
+        """Take the answer's next tokens.
+
+        Returns:
+          None while more may follow; of a complete answer, how many of `tokens` belong to it.
 
         Raises:
           UserError: if the grammar cannot be followed any further.

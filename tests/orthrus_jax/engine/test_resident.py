@@ -254,11 +254,13 @@ class Ladder:
             if j < len(drafts) and drafts[j] % 3 != (self.count + j) % 3:
                 return
 
-    def consume(self, tokens) -> bool:
-        for token in tokens:
+    def consume(self, tokens) -> int | None:
+        for taken, token in enumerate(tokens, 1):
             assert token % 3 == self.count % 3
             self.count += 1
-        return self.count >= 17
+            if self.count == 17:
+                return taken
+        return None
 
 
 def words(count: int) -> np.ndarray:
@@ -296,7 +298,8 @@ def test_grammar_gives_the_text_of_greedy_decoding_under_its_masks(mode) -> None
         budget = request.sampling.max_new_tokens
         assert again.tokens == laddered_text(request.prompt, budget)
         assert again.finish_reason == ("stop" if budget >= 17 else "length")
-        assert len(again.tokens) == sum(again.accepted) + again.cycles
+        # The last cycle's own token may come after the grammar's end.
+        assert sum(again.accepted) + again.cycles - len(again.tokens) in (0, 1)
         assert answer(queue, greedy(prompts[i], 30)).tokens == greedy_text(
             prompts[i], table_of("plain"), 30
         )
@@ -328,8 +331,7 @@ def test_first_token_under_a_full_mask_is_the_sampled_one_without_grammar() -> N
     class Free:
         def fill(self, drafts, allowed) -> None: ...
 
-        def consume(self, tokens) -> bool:
-            return False
+        def consume(self, tokens) -> None: ...
 
     queue = opened(kind="coupled", grammar=True)
     for prompt in prompts_of(4, seed=27):
@@ -341,7 +343,7 @@ def test_first_token_under_a_full_mask_is_the_sampled_one_without_grammar() -> N
 
 def test_grammar_that_cannot_be_followed_ends_its_row_alone() -> None:
     class Broken(Ladder):
-        def consume(self, tokens) -> bool:
+        def consume(self, tokens) -> None:
             raise UserError("the grammar is too complex")
 
     queue, prompts = opened(grammar=True), prompts_of(2, seed=28)
