@@ -20,10 +20,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from orthrus_jax import __version__
 from orthrus_jax.server.gate import Gate, error_response, read_body
 from orthrus_jax.server.problems import ApiError
-from orthrus_jax.server.replies import Reply, Timing
+from orthrus_jax.server.replies import VERSION, Reply, Timing
 from orthrus_jax.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -92,7 +91,7 @@ class Endpoints:
 
     async def version(self, request: Request) -> Response:
         """The software's version."""
-        return JSONResponse({"version": __version__})
+        return JSONResponse({"version": VERSION})
 
     async def metrics(self, request: Request) -> Response:
         """The figures, for Prometheus."""

@@ -1,17 +1,20 @@
 """Answers in the protocol's words: whole objects and chunks of a stream. Knows no HTTP."""
 
 import dataclasses
+import importlib.metadata
 import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from orthrus_jax import __version__, metrics
+from orthrus_jax import metrics
 from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import Completion, Event, Request
 from orthrus_jax.engine.detokenizer import REPLACEMENT, IncrementalDetokenizer
 from orthrus_jax.tokenizer import Tokenizer
 from orthrus_jax.tokenizer import decode as decode_text
+
+VERSION = importlib.metadata.version("orthrus-jax")
 
 
 class Reply:
@@ -155,7 +158,7 @@ class Reply:
         return sum(self.completions[i].cached_tokens for i in firsts if i in self.completions)
 
     def _head(self, kind: str) -> dict[str, Any]:
-        fingerprint = f"orthrus_jax-{__version__}"
+        fingerprint = f"orthrus_jax-{VERSION}"
         head = {"id": self.id, "object": kind, "created": self._created, "model": self.model}
         return {**head, "system_fingerprint": fingerprint}
 

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from orthrus_jax import __version__
+from orthrus_jax.server.replies import VERSION
 from orthrus_jax.tokenizer import decode, encode
 from tests.support.engine import hashing, table_of, tokenizer
 from tests.support.fake_models.hashed import greedy_text
@@ -153,7 +153,7 @@ def test_models_version_health_and_metrics_are_there(server) -> None:
     assert [one["id"] for one in models["data"]] == ["hash", "hash:ar"]
     assert server.http.get("/v1/models/hash:ar").json()["id"] == "hash:ar"
     assert server.http.get("/v1/models/other").status_code == 404
-    assert server.http.get("/version").json() == {"version": __version__}
+    assert server.http.get("/version").json() == {"version": VERSION}
     assert server.http.get("/health").json() == {"status": "ok"}
     server.chat("count me")
     server.wait_until_idle()
