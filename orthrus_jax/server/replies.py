@@ -49,6 +49,7 @@ class Reply:
         self._pieces = [
             IncrementalDetokenizer(tokenizer, r.sampling.stop) if pieces else None for r in requests
         ]
+        self._progress = [{"tokens": 0, "forwards": 0} for _ in requests]
         self._characters = [0] * len(requests)
         self._begun = [False] * len(requests)
         self.completions: dict[int, Completion] = {}
@@ -92,8 +93,7 @@ class Reply:
         choice = {"index": i, **text, "logprobs": logprobs, "finish_reason": finish}
         chunk = {**self._chunk_head(), "choices": [choice]}
         if self._pieces[i] is not None:
-            forwards = completion and completion.forwards
-            chunk["orthrus"] = {"pieces": pieces, "seconds": seconds, "forwards": forwards}
+            chunk["orthrus"] = {"pieces": pieces, "seconds": seconds, **self._progress[i]}
         return chunk
 
     def usage_chunk(self) -> dict[str, Any]:
@@ -110,6 +110,10 @@ class Reply:
         text = self._pieces[i]
         if text is None:
             return []
+        if event.tokens:
+            forwards = 1 + self._strategy.forwards * event.cycles[-1]
+            tokens = self._progress[i]["tokens"] + len(event.tokens)
+            self._progress[i] = {"tokens": tokens, "forwards": forwards}
         pieces: list[list[Any]] = []
         origins = zip(event.tokens, event.cycles, event.drafted, strict=True)
         for token, cycle, drafted in origins:
