@@ -14,6 +14,7 @@ from orthrus_jax.errors import program_name, run_command
 COMMANDS = {
     "generate": "answer prompts",
     "chat": "hold a dialogue",
+    "serve": "answer over HTTP, as the OpenAI protocol has it",
     "convert": "turn a base into an Orthrus checkpoint, untrained",
     "aot": "compile for a TPU or GPU that is not attached: does it fit, how long does it take?",
 }

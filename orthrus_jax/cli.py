@@ -48,6 +48,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-token-id", action="append", default=[], type=int, metavar="ID", help="end there too"
     )
+    add_strategy(parser)
+
+
+def add_strategy(parser: argparse.ArgumentParser) -> None:
+    """Add the options of drafting that generate, chat and serve share."""
     rules = [rule.value for rule in AcceptRule]
     parser.add_argument(
         "--accept",

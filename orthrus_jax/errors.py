@@ -21,6 +21,8 @@ EXTRAS = {
         "tensorboardX",
     ),
     "eval": ("datasets", "math_verify", "matplotlib", "sympy"),
+    "serve": ("prometheus_client", "starlette", "uvicorn"),
+    "structured": ("llguidance",),
 }
 
 
@@ -139,12 +141,21 @@ def require_extra(extra: str) -> None:
     """
     if sys.argv[:1] != ["-m"]:  # set by Python while it looks for the module to run
         return
-    missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    run_command(lambda: check_extra(extra))
 
-    def refuse() -> None:
-        if missing:
-            raise UserError(
-                f"{', '.join(missing)} not installed: pip install -e '.[{extra}]' in the checkout"
-            )
 
-    run_command(refuse)
+def check_extra(extra: str) -> None:
+    """Refuse to go on without the packages of an extra.
+
+    Raises:
+      UserError: naming those that are not installed.
+    """
+    if missing := missing_packages(extra):
+        raise UserError(
+            f"{', '.join(missing)} not installed: pip install -e '.[{extra}]' in the checkout"
+        )
+
+
+def missing_packages(extra: str) -> list[str]:
+    """The packages of an extra that are not installed, by their import names."""
+    return [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]

@@ -5,10 +5,11 @@ user opens a turn. Refuses by name a tokenizer of another model and text that is
 ids would be meaningless. Knows no weights.
 """
 
+import itertools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orthrus_jax.config import ModelConfig
@@ -75,12 +76,16 @@ def encode(tokenizer: Tokenizer, text: str, *, chat: bool, thinking: bool = Fals
 
 
 def encode_messages(
-    tokenizer: Tokenizer, messages: list[dict[str, str]], *, thinking: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    thinking: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
     """Return the ids of a dialogue up to where the assistant answers.
 
-    Special tokens that a message spells are read as ordinary text. Otherwise the ids are those of
-    transformers' `apply_chat_template`.
+    Special tokens that a message or a tool's definition spells are read as ordinary text. Otherwise
+    the ids are those of transformers' `apply_chat_template`.
 
     Raises:
       UserError: when the tokenizer has no chat template, its template does not parse or refuses
@@ -91,15 +96,20 @@ def encode_messages(
             "the tokenizer has no chat template: it takes plain text only (generate --no-chat)"
         )
     special = _special_tokens(tokenizer)
-    typed = "".join(_texts(messages))
+    typed = "".join(_strings([messages, tools]))
     unused = (chr(i) for i in range(0xE000, 0x110000) if chr(i) not in typed)
     # While the template runs, a private character stands for each special token that was typed.
     stand_ins = dict(zip(sorted(set(special.findall(typed))), unused, strict=False))
     hide = lambda text: special.sub(lambda match: stand_ins[match[0]], text)
-    hidden = _with_texts(messages, hide) if stand_ins else messages
+    if stand_ins:
+        messages, tools = _map_strings([messages, tools], hide)
     try:
         text = tokenizer.apply_chat_template(
-            hidden, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            list(messages),
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
         )
     except Exception as error:  # a template is a program: it can raise anything
         cause = " ".join(str(error).split()) or type(error).__name__
@@ -131,22 +141,25 @@ def _special_tokens(tokenizer: Tokenizer) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in a message: its content, and the arguments of its tool calls."""
+def _strings(value: Any) -> Iterator[str]:
+    """Every string of a JSON value, names of fields included."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
+    elif isinstance(value, Mapping):
+        yield from itertools.chain.from_iterable(map(_strings, value.items()))
+    elif isinstance(value, Sequence):
+        yield from itertools.chain.from_iterable(map(_strings, value))
 
 
-def _with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """The same value with each of `_texts` changed."""
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every string changed."""
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, dict):
-        return {key: _with_texts(part, change) for key, part in value.items()}
-    return [_with_texts(part, change) for part in value] if isinstance(value, list) else value
+    if isinstance(value, Mapping):
+        return {change(key): _map_strings(one, change) for key, one in value.items()}
+    if isinstance(value, Sequence):
+        return [_map_strings(one, change) for one in value]
+    return value
 
 
 def _ids(tokenizer: Tokenizer, text: str, **options: bool) -> list[int]:

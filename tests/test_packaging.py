@@ -107,7 +107,7 @@ def test_command_without_its_extra_names_it(extra: str, module: str) -> None:
 
 def test_extras_are_those_of_pyproject() -> None:
     modules = {"math-verify": "math_verify", "ml-collections": "ml_collections"}
-    modules |= {"orbax-checkpoint": "orbax"}
+    modules |= {"orbax-checkpoint": "orbax", "prometheus-client": "prometheus_client"}
     for extra, names in errors.EXTRAS.items():
         distributions = [re.split(r"[\[<>=]", line)[0] for line in
                          PROJECT["optional-dependencies"][extra]]  # fmt: skip

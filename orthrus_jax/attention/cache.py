@@ -3,8 +3,8 @@
 Slot s of a sequence holds position s. The cache knows no lengths: which slots are read follows from
 the positions of the rows that read, so rolling a rejected draft back moves nothing, and a stale
 slot is overwritten before any position is high enough to see it. How slots are stored is known in
-this file alone. The verbs: a layer's `write` and `read`, and the whole cache's `commit`, `compact`
-and `insert`.
+this file alone. The verbs: a layer's `write` and `read`, and the whole cache's `commit`, `compact`,
+`insert` and `extract`.
 """
 
 import itertools
@@ -225,6 +225,18 @@ class KVCache(struct.PyTreeNode):
             return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0)
 
         return self.replace(k=tuple(map(put, self.k, row.k)), v=tuple(map(put, self.v, row.v)))
+
+    def extract(self, at: Array) -> "KVCache":
+        """A copy of sequence `at` int32[] as a batch of one, as `zeros` stores such a batch."""
+
+        def take(x: Array) -> Array:
+            if x.ndim < 4:  # a batch of one itself
+                return jnp.copy(x)
+            one = jax.lax.dynamic_index_in_dim(x, at, axis=0, keepdims=False)
+            return one[0] if one.shape[0] == 1 else one
+
+        rotary = jax.tree.map(jnp.copy, self.rotary)
+        return self.replace(k=tuple(map(take, self.k)), v=tuple(map(take, self.v)), rotary=rotary)
 
 
 def _slots_axis(keys_transposed: bool) -> int:

@@ -1,5 +1,6 @@
 """Compiled decoding loops on ids. Knows no text and no files."""
 
+from orthrus_jax.decoding.constrained import reanchor
 from orthrus_jax.decoding.overlapped import no_draft, one_forward_decode, two_forward_decode
 from orthrus_jax.decoding.prefill import PREFILL_CHUNK, capacity, prefill
 from orthrus_jax.decoding.sampling import Acceptance, AcceptRule, Drafts, Filters, Sampler
@@ -9,6 +10,7 @@ from orthrus_jax.decoding.state import (
     DecodingModel,
     Drafter,
     choose,
+    extract,
     insert,
     shardings,
     stop,
@@ -32,10 +34,12 @@ __all__ = [
     "ar_decode",
     "capacity",
     "choose",
+    "extract",
     "insert",
     "no_draft",
     "one_forward_decode",
     "prefill",
+    "reanchor",
     "shardings",
     "speculative_decode",
     "stop",

@@ -218,6 +218,12 @@ def insert(state: DecodeState, row: DecodeState, at: Array) -> DecodeState:
     return rest.replace(cache=cache)
 
 
+@jax.jit
+def extract(cache: Any, at: Array) -> Any:
+    """A copy of the cache of row `at` int32[], as a batch of one."""
+    return cache.extract(at)
+
+
 def until_done(
     step: Callable[[DecodeState], DecodeState],
     state: DecodeState,

@@ -7,10 +7,12 @@ from orthrus_jax.engine.queue import STREAM_CYCLES, Queue
 from orthrus_jax.engine.request import (
     Completion,
     Event,
+    Matcher,
     Plan,
     Request,
     SamplingParams,
 )
+from orthrus_jax.engine.resident import ResidentQueue
 from orthrus_jax.engine.session import Session
 
 __all__ = [
@@ -19,10 +21,12 @@ __all__ = [
     "Completion",
     "Engine",
     "Event",
+    "Matcher",
     "Plan",
     "Programs",
     "Queue",
     "Request",
+    "ResidentQueue",
     "SamplingParams",
     "Session",
     "bucket",

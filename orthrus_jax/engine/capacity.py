@@ -11,6 +11,8 @@ from orthrus_jax.engine.request import Request
 from orthrus_jax.errors import UserError
 from orthrus_jax.values import check_switch, check_whole
 
+ANNOUNCED_WIDTHS = (64, 128, 256, 512)  # of prefills, where all programs are compiled beforehand
+
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
@@ -24,6 +26,8 @@ class Capacity:
       filtered: with it, top_k, top_p or min_p.
       min_tokens: min_new_tokens above 0.
       logprobs: log p of each token.
+      grammar: requests with a grammar.
+      widths: to which prompts are padded, ascending; () pads to `bucket`, without a limit.
     """
 
     slots: int
@@ -33,6 +37,34 @@ class Capacity:
     filtered: bool = False
     min_tokens: bool = False
     logprobs: bool = False
+    grammar: bool = False
+    widths: tuple[int, ...] = ()
+
+    @classmethod
+    def announced(
+        cls, context: int, lookahead: int, *, ends: int = 4, grammar: bool = False
+    ) -> "Capacity":
+        """The capacity for prompts that have, with their answers, up to `context` tokens.
+
+        Its prefills have few widths, so that all programs can be compiled beforehand.
+        """
+        slots = bucket(context + lookahead)
+        return cls(
+            slots=slots,
+            max_new_tokens=context,
+            ends=ends,
+            sampled=True,
+            filtered=True,
+            logprobs=True,
+            grammar=grammar,
+            widths=tuple(width for width in ANNOUNCED_WIDTHS if width <= slots),
+        )
+
+    def width(self, length: int) -> int:
+        """The rows to which a prompt of `length` tokens, at most the last width, is padded."""
+        if not self.widths:
+            return bucket(length)
+        return next(width for width in self.widths if width >= length)
 
     def __post_init__(self) -> None:
         for name in ("slots", "max_new_tokens", "ends"):
@@ -80,7 +112,8 @@ class Capacity:
                 f"request {number}: max_new_tokens={new} is over this queue's {self.max_new_tokens}"
             )
         # Prefill pads a prompt to its bucket; the last anchor still writes `lookahead` slots.
-        if (needed := max(bucket(length), length + new + lookahead)) > self.slots:
+        padded = length if self.widths else bucket(length)
+        if (needed := max(padded, length + new + lookahead)) > self.slots:
             raise UserError(
                 f"request {number} has {length} tokens; with max_new_tokens={new} it needs "
                 f"{needed} cache slots, over this queue's {self.slots}"

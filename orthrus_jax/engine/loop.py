@@ -8,14 +8,15 @@ import dataclasses
 from collections.abc import Generator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from orthrus_jax import decoding
 from orthrus_jax.config import INT32, ModelConfig
-from orthrus_jax.decoding import Filters, Sampler, Strategy
-from orthrus_jax.drafters import first_carry, loop_of
+from orthrus_jax.decoding import Filters, Sampler, Strategy, constrained
+from orthrus_jax.drafters import drafter_of, first_carry, loop_of
 from orthrus_jax.engine.capacity import Capacity
 from orthrus_jax.engine.programs import Programs, bucket
 from orthrus_jax.engine.queue import Queue
@@ -25,12 +26,15 @@ from orthrus_jax.engine.request import (
     Request,
     SamplingParams,
 )
+from orthrus_jax.engine.resident import ResidentQueue
 from orthrus_jax.engine.session import Session
 from orthrus_jax.errors import PromptLengthError, UserError
 from orthrus_jax.memory import check_memory, decoding_bytes
 from orthrus_jax.model import Model, Params
 from orthrus_jax.tokenizer import Tokenizer
 from orthrus_jax.values import check_type, check_whole, is_whole, shown
+
+MASKED_METHODS = ("ar", "orthrus")  # whose cycle decoding/constrained.py has
 
 
 class Engine:
@@ -153,6 +157,21 @@ class Engine:
             self._check_memory(plan, capacity)
         return Queue(self, plan, capacity, session)
 
+    def open_resident(self, plan: Plan, capacity: Capacity) -> ResidentQueue:
+        """Open a queue for a server: finished rows keep their caches for prompts that begin alike.
+
+        Raises:
+          UserError: for a plan that this model or a capacity with a grammar cannot follow.
+        """
+        self.check([], plan)
+        if capacity.grammar and plan.strategy.method not in MASKED_METHODS:
+            raise UserError(
+                f"method={plan.strategy.method!r} follows no grammar: use one of "
+                f"{', '.join(MASKED_METHODS)}"
+            )
+        self._check_memory(plan, capacity)
+        return ResidentQueue(self, plan, capacity)
+
     def _check_memory(self, plan: Plan, capacity: Capacity) -> None:
         """Refuse a queue whose cache and largest forward do not fit the devices."""
         batch, rows = plan.batch_size, self._resolved(plan.strategy).rows
@@ -197,6 +216,7 @@ class Engine:
         capacity: Capacity,
         cache: Any = None,
         kept: int = 0,
+        end: int | None = None,
     ) -> decoding.DecodeState:
         """Read prompts as one batch, and emit each one's first token.
 
@@ -206,9 +226,10 @@ class Engine:
           capacity: the shape of the state.
           cache: with one row, the cache to continue; it is donated.
           kept: its slots that hold the first tokens of the prompt.
+          end: with one row, read the prompt's tokens before this one; None reads all.
         """
-        prompts = [[0] if row is None else list(row.prompt)[kept:] for row in rows]
-        ids = np.zeros((len(rows), bucket(max(map(len, prompts)))), np.int32)
+        prompts = [[0] if row is None else list(row.prompt)[kept:end] for row in rows]
+        ids = np.zeros((len(rows), capacity.width(max(map(len, prompts)))), np.int32)
         for i, prompt in enumerate(prompts):
             ids[i, : len(prompt)] = prompt
         samplings = [row.sampling if row else None for row in rows]
@@ -259,16 +280,42 @@ class Engine:
         )
 
     def decode(
-        self, state: decoding.DecodeState, plan: Plan, max_cycles: int, min_active: int
+        self,
+        state: decoding.DecodeState,
+        plan: Plan,
+        max_cycles: int,
+        min_active: int,
+        *,
+        plain: bool = False,
     ) -> decoding.DecodeState:
         """Run the plan's loop until `max_cycles`, or at most `min_active` rows are unfinished.
 
-        `state` is donated: it is lost even if the call is interrupted.
+        `state` is donated: it is lost even if the call is interrupted. With `plain` the loop knows
+        no sampling and no log p: for rows none of which asks for them.
         """
+        aside = {"sampler": state.sampler, "logprobs": state.logprobs} if plain else {}
+        state = state.replace(**dict.fromkeys(aside))
         pause = {"max_cycles": jnp.int32(max_cycles), "min_active": jnp.int32(min_active)}
         sampled = state.sampler is not None
         loop, static = loop_of(self._resolved(plan.strategy), self.model, sampled=sampled)
-        return self._run(loop, state, **pause, static=static)
+        return self._run(loop, state, **pause, static=static).replace(**aside)
+
+    def propose(self, state: decoding.DecodeState, plan: Plan) -> jax.Array:
+        """The drafts of the next cycle, int32[B, K-1], for one of MASKED_METHODS."""
+        strategy = self._resolved(plan.strategy)
+        if strategy.method == "ar":
+            return jnp.zeros((len(state.anchor), 0), jnp.int32)
+        drafter = drafter_of(strategy, self.model)
+        return self._run(constrained.propose, state, static={"drafter": drafter})
+
+    def masked_cycle(
+        self, state: decoding.DecodeState, plan: Plan, drafts: jax.Array, allowed: np.ndarray
+    ) -> decoding.DecodeState:
+        """Verify drafts under masks uint32[B, K, W]; see `constrained`. `state` is donated."""
+        static = {"rule": decoding.AcceptRule(plan.strategy.accept)}
+        return self._run(
+            constrained.masked_cycle, state, drafts, jnp.asarray(allowed), static=static
+        )
 
     def _resolved(self, strategy: Strategy) -> Strategy:
         return strategy.resolve(self.config, self.draft_temperature)

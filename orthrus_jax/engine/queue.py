@@ -22,7 +22,7 @@ from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine.capacity import Capacity
 from orthrus_jax.engine.detokenizer import IncrementalDetokenizer
 from orthrus_jax.engine.programs import Programs, bucket
-from orthrus_jax.engine.request import Completion, Event, Plan, Request
+from orthrus_jax.engine.request import Completion, Event, Matcher, Plan, Request
 from orthrus_jax.engine.session import Session
 from orthrus_jax.errors import UserError
 from orthrus_jax.sharding import to_host
@@ -55,27 +55,38 @@ class Decoder(Protocol):
         capacity: Capacity,
         cache: Any = None,
         kept: int = 0,
+        end: int | None = None,
     ) -> decoding.DecodeState: ...
 
     def decode(
-        self, state: decoding.DecodeState, plan: Plan, max_cycles: int, min_active: int
+        self,
+        state: decoding.DecodeState,
+        plan: Plan,
+        max_cycles: int,
+        min_active: int,
+        *,
+        plain: bool = False,
     ) -> decoding.DecodeState: ...
 
 
 @dataclasses.dataclass
-class _Row:
-    """A request in flight."""
+class Row:
+    """A request in flight, as the host knows it."""
 
     ticket: int
     request: Request
     text: IncrementalDetokenizer | None
     began: float
     compiled: float  # the engine's compile seconds when it began
-    read: int = 0  # tokens that the host has read
+    tokens: list[int] = dataclasses.field(default_factory=list)  # as far as the host has read
+    cycles: int = 0  # likewise
+    first: int = 1  # tokens that its prefill emitted
+    cached: int = 0  # tokens of its prompt that were not read
+    matcher: Matcher | None = None
     time_to_first_token: float | None = None
 
 
-class _HostView(NamedTuple):
+class HostView(NamedTuple):
     """The part of a state that the host reads, in one transfer."""
 
     tokens: np.ndarray
@@ -98,7 +109,7 @@ class Queue:
         self.plan, self.capacity = plan, capacity
         self._engine, self._session = engine, session
         self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
-        self._rows: list[_Row | None] = [None] * plan.batch_size
+        self._rows: list[Row | None] = [None] * plan.batch_size
         self._tickets = 0
         # None while no row runs, and while a program has it: donated arrays are never kept.
         self._state: decoding.DecodeState | None = None
@@ -174,12 +185,17 @@ class Queue:
             if self._waiting:
                 self._start_batch()
             return
+        idle = self._stop_idle()
+        for i in idle if self.plan.refill else ():
+            self._refill(i)
+
+    def _stop_idle(self) -> list[int]:
+        """Return the rows without a request, none of which keeps the loop running any more."""
         idle = np.array([row is None for row in self._rows])
         if (idle & ~self._done).any():  # ended by a stop string, or cancelled
             stop = jnp.array(idle)
             self._state = self._engine.programs.run(decoding.stop, self._take_state(), stop)
-        for i in idle.nonzero()[0].tolist() if self.plan.refill else ():
-            self._refill(i)
+        return idle.nonzero()[0].tolist()
 
     def _start_batch(self) -> None:
         """Begin a batch: all prompts at once, padded to the longest, or one after another.
@@ -208,21 +224,22 @@ class Queue:
                 decoding.insert, self._take_state(), fresh, jnp.int32(i)
             )
 
-    def _admit(self) -> _Row | None:
+    def _admit(self) -> Row | None:
         if not self._waiting:
             return None
         ticket, request = self._waiting.popitem(last=False)
         text = None
         if request.sampling.stop or self.plan.stream:
             text = IncrementalDetokenizer(self._engine.tokenizer, request.sampling.stop)
-        return _Row(ticket, request, text, time.perf_counter(), self._engine.compile_seconds)
+        return Row(ticket, request, text, time.perf_counter(), self._engine.compile_seconds)
 
-    def _prefill(self, rows: Sequence[_Row | None]) -> decoding.DecodeState:
+    def _prefill(self, rows: Sequence[Row | None]) -> decoding.DecodeState:
         requests = [None if row is None else row.request for row in rows]
         cache, kept = None, 0
         if self._session is not None and rows[0] is not None:
             self._live = list(rows[0].request.prompt)
             cache, kept = self._take_cache(self._session, self._live)
+            rows[0].cached = kept
         state = self._engine.prefill(requests, self.plan, self.capacity, cache, kept)
         if self.plan.time_to_first_token:
             jax.block_until_ready(state.tokens)
@@ -238,7 +255,7 @@ class Queue:
             kept = 0
         return (cache, kept) if kept else (None, 0)  # freed before a new one is allocated
 
-    def _seconds(self, row: _Row) -> float:
+    def _seconds(self, row: Row) -> float:
         """Wall-clock time since a row began, compilation excluded."""
         compiled = self._engine.compile_seconds - row.compiled
         return time.perf_counter() - row.began - compiled
@@ -291,31 +308,52 @@ class Queue:
             event = self._event(i, row, view)
             if self._session is not None:  # the last token is not in the cache yet
                 self._live = [*row.request.prompt, *view.tokens[i, : view.emitted[i] - 1].tolist()]
-            if event.completion is not None:
+            ended = event.completion is not None or event.error is not None
+            if ended:
                 self._rows[i] = None
-            if event.text or event.completion is not None:
+            if ended or event.text or (self.plan.stream and event.tokens):
                 events.append(event)
         return events
 
-    def _event(self, i: int, row: _Row, view: _HostView) -> Event:
+    def _event(self, i: int, row: Row, view: HostView) -> Event:
         """The news of row i since it was last read."""
-        count, done = int(view.emitted[i]), bool(view.done[i])
-        fresh = view.tokens[i, row.read : count].tolist()
+        read, count, done = len(row.tokens), int(view.emitted[i]), bool(view.done[i])
+        fresh = view.tokens[i, read:count].tolist()
         self._check_finite(i, row, fresh)
-        row.read = count
-        text = ""
+        taken = None if row.matcher is None else row.matcher.consume(fresh)
+        text, stopped = "", taken is not None
+        fresh = fresh[:taken]
+        row.tokens += fresh
         if row.text is not None:
             text = row.text.push(fresh)
-            text += row.text.close() if done else ""
-        stopped = row.text is not None and row.text.stopped
-        if not (done or stopped):
-            return Event(row.ticket, text)
-        return Event(row.ticket, text, self._completion(i, row, view, stopped))
+            text += row.text.close() if done or stopped else ""
+            stopped = stopped or row.text.stopped
+            fresh = fresh[: max(row.text.used - read, 0)]
+        news = {"tokens": fresh} | self._origins(i, row, view, read, len(fresh))
+        if done or stopped:
+            news["completion"] = self._completion(i, row, view, stopped)
+        return Event(row.ticket, text, **news)
 
-    def _check_finite(self, i: int, row: _Row, fresh: Sequence[int]) -> None:
+    def _origins(
+        self, i: int, row: Row, view: HostView, read: int, count: int
+    ) -> dict[str, Sequence[Any]]:
+        """Fields of an event: where the next `count` tokens of row i, after `read`, come from."""
+        drafted, cycles = [False] * (row.first - read), [0] * (row.first - read)
+        leading = self.plan.strategy.leading_tokens
+        for cycle in range(row.cycles, int(view.cycles[i])):
+            drafts = int(view.accepted[i, cycle])
+            drafted += [False] * leading + [True] * drafts + [False]
+            cycles += [cycle + 1] * (leading + drafts + 1)
+        row.cycles = int(view.cycles[i])
+        wanted = row.request.sampling.logprobs
+        logprobs = view.logprobs[i, read : read + count].tolist() if wanted else ()
+        return {"drafted": drafted[:count], "cycles": cycles[:count], "logprobs": logprobs}
+
+    def _check_finite(self, i: int, row: Row, fresh: Sequence[int]) -> None:
         """Refuse ids that no logit chose: with NaN among them, none is the largest."""
         vocab = self._engine.config.vocab_size
-        at = next((t for t, token in enumerate(fresh, row.read) if not 0 <= token < vocab), None)
+        start = len(row.tokens)
+        at = next((t for t, token in enumerate(fresh, start) if not 0 <= token < vocab), None)
         if at is not None:
             raise UserError(
                 f"request {row.ticket} (row {i}): the logits of answer token {at}, at position "
@@ -323,14 +361,15 @@ class Queue:
                 f"temperature={row.request.sampling.temperature} is too small"
             )
 
-    def _completion(self, i: int, row: _Row, view: _HostView, stopped: bool) -> Completion:
+    def _completion(self, i: int, row: Row, view: HostView, stopped: bool) -> Completion:
         sampling, tokenizer = row.request.sampling, self._engine.tokenizer
         seconds = self._seconds(row)
-        tokens = view.tokens[i, : view.emitted[i]].tolist()
+        tokens = list(row.tokens)
         accepted = view.accepted[i, : view.cycles[i]].tolist()
-        if stopped and row.text is not None:
-            tokens = tokens[: row.text.used]
-            accepted = _needed_cycles(accepted, len(tokens), self.plan.strategy.leading_tokens)
+        if stopped:
+            tokens = tokens if row.text is None else tokens[: row.text.used]
+            leading = self.plan.strategy.leading_tokens
+            accepted = _needed_cycles(accepted, len(tokens) - row.first, leading)
         if row.text is not None:
             text = row.text.text
         else:
@@ -348,21 +387,22 @@ class Queue:
             logprobs=view.logprobs[i, : len(tokens)].tolist() if sampling.logprobs else None,
             sample=row.request.sample,
             time_to_first_token=row.time_to_first_token,
+            cached_tokens=row.cached,
         )
 
 
-def _fetch(state: decoding.DecodeState) -> _HostView:
+def _fetch(state: decoding.DecodeState) -> HostView:
     logprobs = state.tokens if state.logprobs is None else state.logprobs
     parts = (state.tokens, state.count, state.done, state.cycles, state.accepted, logprobs)
-    return _HostView(*to_host(parts))
+    return HostView(*to_host(parts))
 
 
 def _needed_cycles(accepted: list[int], tokens: int, leading: int) -> list[int]:
-    """Return the accepted drafts per cycle of an answer cut to its first `tokens` tokens.
+    """Return the accepted drafts per cycle of an answer cut to `tokens` tokens after the prefill's.
 
-    The prefill emits one token; a cycle emits `leading` tokens, its accepted drafts and one more.
+    A cycle emits `leading` tokens, its accepted drafts and one more.
     """
-    needed, left = [], tokens - 1
+    needed, left = [], tokens
     for drafts in accepted:
         if left <= 0:
             break

@@ -6,8 +6,8 @@ Decides which values a user may give and the figures of an answer. Knows no mode
 import dataclasses
 import math
 import zlib
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -101,13 +101,44 @@ class SamplingParams:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
+class Matcher(Protocol):
+    """Follows one answer through a grammar."""
+
+    def fill(self, drafts: Sequence[int], allowed: np.ndarray) -> None:
+        """Write the masks of the next token and of those after each draft.
+
+        Args:
+          drafts: K - 1 ids.
+          allowed: uint32[K, W], all ones; rows after a draft that breaks the grammar stay so. Each
+            mask allows at least one token: the model's end tokens where nothing else may follow.
+        """
+
+    def consume(self, tokens: Sequence[int]) -> int | None:
+        """Take the answer's next tokens.
+
+        Returns:
+          None while more may follow; of a complete answer, how many of `tokens` belong to it.
+
+        Raises:
+          UserError: if the grammar cannot be followed any further.
+        """
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One answer to generate: prompt ids, how to sample, which of the prompt's samples it is."""
+    """One answer to generate.
+
+    Attributes:
+      prompt: ids.
+      sampling: how its tokens are chosen.
+      sample: which of the prompt's samples it is.
+      grammar: makes what holds the answer to a grammar, in a `ResidentQueue`; or None.
+    """
 
     prompt: Sequence[int]
     sampling: SamplingParams
     sample: int = 0
+    grammar: Callable[[], Matcher] | None = None
 
     @property
     def noise_id(self) -> int:
@@ -164,6 +195,7 @@ class Completion:
       logprobs: log p of each token under the base model, if requested.
       prompt, sample: the place of its prompt in the call, and which of the prompt's n samples.
       time_to_first_token: seconds from prefill to first token, with Plan.time_to_first_token.
+      cached_tokens: tokens of the prompt that a cache held already.
     """
 
     text: str
@@ -178,6 +210,7 @@ class Completion:
     prompt: int = 0
     sample: int = 0
     time_to_first_token: float | None = None
+    cached_tokens: int = 0
 
     @property
     def acceptance_length(self) -> float:
@@ -218,8 +251,24 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """Text that has become certain for request `index`, and its completion once it is finished."""
+    """The news of request `index`.
+
+    Attributes:
+      text: what has become certain.
+      completion: once it is finished.
+      tokens: its new ids, those after a stop string left out; all of them are reported only if the
+        plan streams.
+      drafted: whether each of them was a draft that the base accepted.
+      cycles: the cycle that emitted each of them; 0 is the prefill.
+      logprobs: log p of each, if requested.
+      error: why it ended without a completion; only from a `ResidentQueue`.
+    """
 
     index: int
     text: str = ""
     completion: Completion | None = None
+    tokens: Sequence[int] = ()
+    drafted: Sequence[bool] = ()
+    cycles: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    error: str | None = None

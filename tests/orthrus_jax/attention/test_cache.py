@@ -147,3 +147,18 @@ def test_read_returns_the_rows_that_write_stored(keys_transposed, batch, heads) 
         np.testing.assert_allclose(
             chunk.mix(jnp.asarray(scores), jnp.float32), mixed, rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_extracted_row_goes_back_where_it_came_from(batch, heads) -> None:
+    config, rng = tiny_config(num_key_value_heads=heads), np.random.default_rng(4)
+    noise = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
+    whole = KVCache.zeros(config, batch, 64)
+    whole = whole.replace(k=tuple(map(noise, whole.k)), v=tuple(map(noise, whole.v)))
+    for at in range(batch):
+        row = decoding.extract(whole, jnp.int32(at))
+        like = KVCache.zeros(config, 1, 64)
+        assert jax.tree.map(jnp.shape, row) == jax.tree.map(jnp.shape, like)
+        jax.tree.map(np.testing.assert_array_equal, whole.insert(row, jnp.int32(at)), whole)
+        jax.tree.map(lambda x: x.delete(), row)  # a copy: the batch keeps its own

@@ -29,6 +29,9 @@ class TokenCache(struct.PyTreeNode):
         put = jax.lax.dynamic_update_slice_in_dim
         return TokenCache(put(self.tokens, row.tokens, at, axis=0))
 
+    def extract(self, at: jax.Array) -> "TokenCache":
+        return TokenCache(jax.lax.dynamic_slice_in_dim(self.tokens, at, 1))
+
 
 def seen_tokens(cache: TokenCache, ends: jax.Array, tree_mask) -> tuple[jax.Array, jax.Array]:
     """What T rows or blocks see, in the order of positions: int32[B, T, S], and how many [B, T].
