@@ -15,7 +15,7 @@ COMMANDS = {
     "generate": "answer prompts",
     "chat": "hold a dialogue",
     "convert": "turn a Qwen3 into an Orthrus checkpoint, untrained",
-    "aot": "compile for a TPU or GPU that is not attached: does it fit, how long does it take?",
+    "aot": "compile for a TPU or GPU that is not attached: does it fit?",
 }
 
 
