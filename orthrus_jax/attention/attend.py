@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from orthrus_jax.attention import xla
+from orthrus_jax.attention import pallas, xla
 from orthrus_jax.attention.cache import LayerCache
 from orthrus_jax.attention.visibility import TreeMask
 from orthrus_jax.errors import UserError
@@ -28,7 +28,14 @@ class Implementation(NamedTuple):
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(xla.attend, xla.attend_blocks),  # the reference
+    "pallas": Implementation(pallas.attend, pallas.attend_blocks),  # a GPU's
 }
+
+
+def default_implementation(mesh: Mesh | None) -> str:
+    """The implementation that is best on the devices of a mesh, or on this machine's."""
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return "pallas" if device.platform in ("gpu", "cuda") else "xla"
 
 
 def implementation_of(name: str) -> Implementation:

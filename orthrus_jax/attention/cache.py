@@ -123,10 +123,11 @@ class KVCache(struct.PyTreeNode):
 
     The best key layout differs by backend. On CPU, keys are stored transposed, as [B, G, D, S]:
     both attention products are then plain batched matmuls and XLA does not transpose the cache
-    (1.3-3.3x per attention). On TPU that layout is copied around every loop, so keys are stored
-    like the values, [B, G, S, D]. Leading axes of size 1 (a batch of one, then a single key head)
-    are not stored: XLA's CPU compiler drops them in the matmul anyway, and when only that side of
-    the update loses an axis it updates two copies of the cache (AR step 1.4x).
+    (1.3-3.3x per attention). On TPU that layout is copied around every loop, and a GPU's kernel
+    reads whole keys, so there keys are stored like the values, [B, G, S, D]. Leading axes of size 1
+    (a batch of one, then a single key head) are not stored: XLA's CPU compiler drops them in the
+    matmul anyway, and when only that side of the update loses an axis it updates two copies of the
+    cache (AR step 1.4x).
 
     `rotary` holds cos and sin, float32[S, D/2], of every slot's position: a table that the loop
     reads where XLA would otherwise recompute the angles for every head of every layer. On a `mesh`,
@@ -158,7 +159,7 @@ class KVCache(struct.PyTreeNode):
             slots = -(-slots // KV_CHUNK) * KV_CHUNK
         if keys_transposed is None:
             device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-            keys_transposed = device.platform != "tpu"
+            keys_transposed = device.platform == "cpu"
         c, layers = config, range(config.num_hidden_layers)
         lead = tuple(itertools.dropwhile(lambda n: n == 1, (batch, c.num_key_value_heads)))
         of_key = (c.head_dim, slots) if keys_transposed else (slots, c.head_dim)

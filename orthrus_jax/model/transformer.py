@@ -6,9 +6,11 @@ including itself, a diffusion block strictly below its anchor, plus itself. Pref
 draft, verify and the training step are this one function with different segments.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,11 +19,22 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from orthrus_jax.attention.attend import attend, attend_blocks, implementation_of
+from orthrus_jax.attention.attend import (
+    attend,
+    attend_blocks,
+    default_implementation,
+    implementation_of,
+)
 from orthrus_jax.attention.cache import KVCache, LayerCache
 from orthrus_jax.attention.rotary import rope_cos_sin
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.model.layers import AttentionProjections, RMSNorm, SwiGLU, linear
+from orthrus_jax.model.layers import (
+    AttentionProjections,
+    RMSNorm,
+    SwiGLU,
+    few_rows_padded,
+    linear,
+)
 from orthrus_jax.model.segment import Segment, View
 from orthrus_jax.sharding import BATCH, TENSOR
 
@@ -231,17 +244,21 @@ class DualViewTransformer(nn.Module):
         if c.tie_word_embeddings:
             # Table first: with hidden @ table.T a whole cycle was 1.2-1.4x slower on CPU.
             table = self.embed_tokens.embedding.astype(c.dtype)
-            columns = hidden.swapaxes(-1, -2)
-            logits = jnp.matmul(table, columns, preferred_element_type=jnp.float32)
-            return logits.swapaxes(-1, -2)
+            return few_rows_padded(_rows_times_table, hidden, table)
         kernel = self.lm_head.variables["params"]["kernel"].astype(c.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        product = partial(jnp.matmul, preferred_element_type=jnp.float32)
+        return few_rows_padded(product, hidden, kernel)
 
     def init_params(self, segments: Sequence[Segment]) -> None:
         """Visit every parameter once; `Model.init` runs it to make the tree."""
         hidden, _ = self(segments, None)
         if not self.config.tie_word_embeddings:
             self.lm_head(hidden[0])
+
+
+def _rows_times_table(hidden: Array, table: Array) -> Array:
+    columns = hidden.swapaxes(-1, -2)
+    return jnp.matmul(table, columns, preferred_element_type=jnp.float32).swapaxes(-1, -2)
 
 
 def apply_rowwise(function: Callable[[Array], Array], rows: list[Array], join: bool) -> list[Array]:
@@ -294,7 +311,8 @@ class Model:
       config: sizes.
       mesh: the devices that parameters and batches lie on; None is one device.
       remat: how much training recomputes in its backward pass, a name in REMAT.
-      attention: the implementation, a name in attention.attend.IMPLEMENTATIONS.
+      attention: the implementation, a name in attention.attend.IMPLEMENTATIONS; None becomes the
+        one that suits the devices.
 
     Raises:
       UserError: for an unknown attention; lists the known ones.
@@ -303,10 +321,12 @@ class Model:
     config: ModelConfig
     mesh: Mesh | None = None
     remat: str = "none"
-    attention: str = "xla"
+    attention: str | None = None
 
     def __post_init__(self) -> None:
-        implementation_of(self.attention)
+        if self.attention is None:
+            object.__setattr__(self, "attention", default_implementation(self.mesh))
+        implementation_of(self.attention or "")
 
     def init(self, key: Array) -> Params:
         """Fresh float32 parameters of both views, the diffusion view unrelated: see params.init."""
@@ -355,12 +375,21 @@ class Model:
             raise ValueError(f"taps={taps}: the model has {self.config.num_hidden_layers} layers")
         if taps and all(segment.view is not View.AR for segment in segments):
             raise ValueError("taps read the rows of AR segments, and there is none")
-        module = DualViewTransformer(self.config, self.mesh, self.remat, self.attention)
-        out: Any = module.apply({"params": params}, segments, cache, taps)
+        attention = self.attention or ""
+        module = DualViewTransformer(self.config, self.mesh, self.remat, attention)
+        with self._precision():
+            out: Any = module.apply({"params": params}, segments, cache, taps)
         return out
 
     def logits(self, params: Params, hidden: Array) -> Array:
         """hidden [..., T, E] -> float32 logits [..., T, V]."""
         module = DualViewTransformer(self.config)
-        out: Any = module.apply({"params": params}, hidden, method=DualViewTransformer.logits)
+        with self._precision():
+            out: Any = module.apply({"params": params}, hidden, method=DualViewTransformer.logits)
         return out
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """float32 means float32: TPUs and GPUs else multiply it in bfloat16 or TF32 passes."""
+        if self.config.dtype == "float32":
+            return jax.default_matmul_precision("highest")
+        return contextlib.nullcontext()

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from orthrus_jax.aot.text import Text, nbytes
 from orthrus_jax.config import PRESETS
 
 CALLED = re.compile(r"(?:body|condition|to_apply|branch_computations)=\{?((?:%[\w.\-]+,? ?)+)")
@@ -100,6 +101,51 @@ def test_ar_step_compiles_for_each_gpu(topology: str) -> None:
     assert result["inner_loops"] == result["large_copies"] == 0
     assert READ_MS[topology] < result["floor_ms"] < 1.2 * READ_MS[topology]
     assert result["kernels_per_forward"] > 28
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CUDA, reason="pip install 'orthrus-jax[aot-gpu]'")
+class TestForH100:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ["ar"],
+            ["ar", "--context", "32768"],
+            ["orthrus"],
+            ["orthrus", "--batch", "4"],
+            ["two-forward"],
+            ["one-forward", "--context", "32768"],
+            ["one-forward", "--tree-nodes", "31"],
+        ],
+        ids=" ".join,
+    )
+    def test_0_6b_has_no_loop_in_a_forward_and_copies_no_cache_and_no_weight(
+        self, options: list[str], tmp_path
+    ) -> None:
+        where = tmp_path / "program"
+        arguments = ("--preset", "qwen3-0.6b", "--topology", "h100:1", "--program", *options)
+        result = compiled(*arguments, "--text", str(where))
+        assert result["fits"]
+        program = where.read_text()
+        text = Text(program)
+        loops = [i for i in text.computations[text.loop()] if i.opcode == "while"]
+        assert not [loop.origin for loop in loops if "DualViewTransformer" in loop.origin]
+        assert result["inner_loops"] == len(loops) == ("--tree-nodes" in options)
+        assert program.count("attention/pallas_call") >= 28  # one kernel per layer and segment
+        smallest = 2 * 8 * 128 * 1024  # bytes of a key projection
+        copies = [made for made in result["large_copies_made"] if nbytes(made) >= smallest]
+        assert not [made for made in copies if "f32" not in made]  # float32: logits of a cycle
+
+    def test_ar_step_writes_no_product_of_a_whole_weight(self, tmp_path) -> None:
+        where = tmp_path / "program"
+        ar = ("--preset", "qwen3-0.6b", "--topology", "h100:1", "--program", "ar")
+        result = compiled(*ar, "--text", str(where))
+        text = Text(where.read_text())
+        made = [nbytes(i.shape) for i in text.computations[text.loop()] if i.opcode == "fusion"]
+        written = sorted(size for size in made if size > 2 * 1024 * 1024)
+        cache, logits = 2 * 8 * 4096 * 128, 4 * 8 * 151_936
+        assert set(written) <= {cache, logits}
+        assert result["memory_ms"] < 1.2 * result["floor_ms"]
 
 
 @pytest.mark.slow

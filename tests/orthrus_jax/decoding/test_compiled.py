@@ -123,21 +123,55 @@ def test_copy_of_a_cache_is_detected(groups: int) -> None:
     assert copies_of_a_cache(program, config, 95) != []
 
 
-@pytest.mark.parametrize(("loop", "forwards"), [("ar", 1), ("orthrus", 2)])
-@pytest.mark.parametrize(("platform", "barriers"), [("tpu", 3), ("cpu", 0)])
-def test_projections_have_barriers_on_tpu_alone(
-    loop: str, forwards: int, platform: str, barriers: int
-) -> None:
-    """Their reason is in model/layers.py. No TPU compiler is needed to see them lowered."""
-    config = tiny_config()
+def lowered_for(platform: str, loop: str, *, slots: int = SLOTS, **changes) -> str:
+    """A loop's text for a platform that need not be there, nor its compiler."""
+    config = tiny_config(**changes)
     model = Model(config)
     params = jax.eval_shape(model.init, jax.random.key(0))
     prompt = np.arange(8)
-    state = jax.eval_shape(lambda params: prefilled(model, params, prompt, 5), params)
+    state = jax.eval_shape(lambda params: prefilled(model, params, prompt, 5, slots=slots), params)
     traced = LOOPS[loop].trace(model, params, state)
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
-    expected = forwards * barriers * config.num_hidden_layers
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(("loop", "forwards"), [("ar", 1), ("orthrus", 2)])
+@pytest.mark.parametrize(
+    ("platform", "split", "padded"), [("tpu", 3, True), ("cuda", 0, True), ("cpu", 0, False)]
+)
+def test_projections_have_barriers_where_their_compiler_needs_them(
+    loop: str, forwards: int, platform: str, split: int, padded: bool
+) -> None:
+    """The reasons are in model/layers.py: the split into heads, and products of few rows."""
+    config = tiny_config()
+    text = lowered_for(platform, loop)
+    products = 7 * config.num_hidden_layers + 1
+    expected = forwards * (split * config.num_hidden_layers + padded * products)
     assert text.count("stablehlo.optimization_barrier") == expected
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("slots", [SLOTS, 2048], ids=["few slots", "read in chunks"])
+def test_float32_products_ask_for_the_highest_precision_and_bfloat16_for_none(
+    loop: str, platform: str, slots: int
+) -> None:
+    products = lambda dtype: re.findall(
+        r"stablehlo.dot_general.*", lowered_for(platform, loop, slots=slots, dtype=dtype)
+    )
+    float32 = products("float32")
+    assert len(float32) > 18
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in float32)
+    assert not any("HIGH" in line for line in products("bfloat16"))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_product_of_one_row_is_made_of_eight(platform: str) -> None:
+    config = tiny_config(intermediate_size=96)
+    text = lowered_for(platform, "ar", intermediate_size=96)
+    assert len(re.findall(r"dot_general.*-> tensor<1x8x96xf32>", text)) == (
+        2 * config.num_hidden_layers
+    )
+    assert not re.findall(r"dot_general.*-> tensor<1x1x96xf32>", text)
 
 
 def test_forward_without_taps_compiles_to_the_same_text() -> None:
