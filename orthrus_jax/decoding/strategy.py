@@ -40,6 +40,8 @@ class Strategy:
       draft_temperature: the temperature at which the drafter's probabilities are believed where
         they decide between nodes and blocks; None is the model's calibrated one, or 1.
       candidates: tokens kept per guessed position, where more than the likeliest can be of use.
+      pairwise: score these candidates by the model's pairwise head, each given the token before;
+        None is: if the model has a head. False is the paper's drafting.
     """
 
     method: str = "orthrus"
@@ -50,20 +52,34 @@ class Strategy:
     accept: str = AcceptRule.REJECTION
     draft_temperature: float | None = None
     candidates: int = CANDIDATES
+    pairwise: bool | None = None
 
-    def resolve(self, config: ModelConfig, draft_temperature: float = 1.0) -> "Strategy":
+    def resolve(
+        self, config: ModelConfig, draft_temperature: float = 1.0, *, head: bool = False
+    ) -> "Strategy":
         """Fill in what is None and cut blocks to what a draft of this size can use.
+
+        Args:
+          config: the model's.
+          draft_temperature: the model's calibrated one.
+          head: whether the model has a pairwise head.
 
         Raises:
           UserError: naming the field, for what this model cannot run.
         """
         self._check(config)
+        if self.pairwise and not head:
+            raise UserError(
+                "pairwise=True: this model has no pairwise head; leave it out, or train one with "
+                "train.head"
+            )
         block = 1 if self.method == "ar" else self.draft_length or config.block_size
         whole = dataclasses.replace(
             self,
             draft_length=block,
             draft_temperature=self.draft_temperature or draft_temperature,
             candidates=min(self.candidates, config.vocab_size),
+            pairwise=self.method != "ar" and (head if self.pairwise is None else self.pairwise),
         )
         if self.method != "orthrus-1f":
             return dataclasses.replace(whole, early_blocks=0, fresh_blocks=0)
@@ -135,7 +151,7 @@ class Strategy:
     @property
     def top_k(self) -> int:
         """Guesses kept per position."""
-        return self.candidates if self.tree_nodes or self.fresh_blocks else 1
+        return self.candidates if self.tree_nodes or self.fresh_blocks or self.pairwise else 1
 
     @property
     def forward_rows(self) -> tuple[int, ...]:

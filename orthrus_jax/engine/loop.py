@@ -29,6 +29,7 @@ from orthrus_jax.engine.request import (
 from orthrus_jax.engine.session import Session
 from orthrus_jax.errors import PromptLengthError, UserError
 from orthrus_jax.model import Model, Params
+from orthrus_jax.model.pairwise import HEAD
 from orthrus_jax.tokenizer import Tokenizer
 
 
@@ -64,7 +65,7 @@ class Engine:
         Raises:
           UserError: naming the value and its limit.
         """
-        plan.strategy.resolve(self.config)
+        self._resolved(plan.strategy)
         if plan.batch_size < 1:
             raise UserError(f"batch_size={plan.batch_size} must be at least 1")
         if plan.stream and self.tokenizer is None:
@@ -244,12 +245,18 @@ class Engine:
         """
         pause = {"max_cycles": jnp.int32(max_cycles), "min_active": jnp.int32(min_active)}
         sampled = state.sampler is not None
-        loop, static = loop_of(self._resolved(plan.strategy), self.model, sampled=sampled)
-        return self._run(loop, state, **pause, static=static)
+        strategy = self._resolved(plan.strategy)
+        loop, static = loop_of(strategy, self.model, sampled=sampled)
+        return self._run(loop, state, head=bool(strategy.pairwise), **pause, static=static)
 
     def _resolved(self, strategy: Strategy) -> Strategy:
-        return strategy.resolve(self.config, self.draft_temperature)
+        return strategy.resolve(self.config, self.draft_temperature, head=HEAD in self.params)
 
-    def _run(self, function: Any, *arguments: Any, **named: Any) -> Any:
-        """Run a function of decoding/ that takes this model and its parameters first."""
-        return self.programs.run(function, *arguments, model=(self.model, self.params), **named)
+    def _run(self, function: Any, *arguments: Any, head: bool = False, **named: Any) -> Any:
+        """Run a function of decoding/ that takes this model and its parameters first.
+
+        One that does not use the pairwise head does not get it: its program is that of a model
+        without.
+        """
+        params = {name: part for name, part in self.params.items() if head or name != HEAD}
+        return self.programs.run(function, *arguments, model=(self.model, params), **named)

@@ -21,6 +21,7 @@ from orthrus_jax.attention.attend import attend, attend_blocks, implementation_o
 from orthrus_jax.attention.cache import KVCache, LayerCache
 from orthrus_jax.attention.rotary import rope_cos_sin
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.model import pairwise
 from orthrus_jax.model.layers import AttentionProjections, RMSNorm, SwiGLU, linear
 from orthrus_jax.model.segment import Segment, View
 from orthrus_jax.sharding import BATCH, TENSOR
@@ -363,3 +364,12 @@ class Model:
         module = DualViewTransformer(self.config)
         out: Any = module.apply({"params": params}, hidden, method=DualViewTransformer.logits)
         return out
+
+    def pair_vectors(self, params: Params, tokens: Array, positions: Array) -> tuple[Array, Array]:
+        """The pairwise head's two vectors of each token, float32[..., R]; see pairwise.vectors.
+
+        `positions` are those of the tokens. A token's vectors do not depend on them.
+        """
+        del positions
+        embedding = params["embed_tokens"]["embedding"]
+        return pairwise.vectors(params[pairwise.HEAD], embedding, tokens)
