@@ -19,16 +19,17 @@ from flax import struct
 from orthrus_jax import decoding
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import DecodeState, Strategy
-from orthrus_jax.decoding.overlapped import top_ids
+from orthrus_jax.decoding.guesses import top_ids
 from orthrus_jax.decoding.strategy import CANDIDATES
 from orthrus_jax.drafters import first_carry, loop_of
 from orthrus_jax.engine import bucket
 from orthrus_jax.llm import LLM
 from orthrus_jax.metrics import acceptance_length
-from orthrus_jax.model import Segment, View, ar_segment
+from orthrus_jax.model import Segment, View, ar_segment, pairwise
+from orthrus_jax.model.pairwise import HEAD, TABLE, Head
 
 FILLER_IDS = 64  # ids that share the probability left by the likeliest guesses
-CORRECT = 1  # stands for the answer's own token; 0 for no token
+CORRECT = 1  # stands for the answer's own token at every place; 0 for no token
 ANCHORS = 32  # blocks per forward of `record`
 
 
@@ -39,13 +40,18 @@ class Recording:
     Attributes:
       lengths: int32[N], tokens of each answer.
       guesses: int32[N, L, K, M], for row j of the block anchored at token i: CORRECT where the
-        guess of that rank is the answer's token i + j + 1, else an id that stands for the rank.
+        guess of that rank is the answer's token i + j + 1, else the number of the guessed token
+        among those guessed for this place.
       log_probs: float32[N, L, K, M].
+      ids: int32[N, L + K, C], the token that each number stands for, by place in the answer.
+      head: the model's pairwise head, as tables; None if it has none.
     """
 
     lengths: np.ndarray
     guesses: np.ndarray
     log_probs: np.ndarray
+    ids: np.ndarray
+    head: Head | None = None
 
     @property
     def block_size(self) -> int:
@@ -69,6 +75,7 @@ def record(
     shape = (len(answers), longest, block, choices)
     guesses, log_probs = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
     slots = bucket(max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)))
+    numbered: list[list[np.ndarray]] = []
     for n, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids = np.zeros((1, slots), np.int32)
         ids[0, : len(prompt) + len(answer)] = [*prompt, *answer]
@@ -77,12 +84,50 @@ def record(
             at = len(prompt) + np.minimum(first + np.arange(ANCHORS), len(answer) - 1)
             rows = _guesses(inner, weights, cache, jnp.asarray(ids), jnp.asarray(at), block)
             tokens, probs = (np.asarray(x)[: len(answer) - first] for x in rows)
-            target = np.minimum(at[: len(tokens), None] + 1 + np.arange(block), slots - 1)
-            equal = tokens == ids[0, target][..., None]
-            ranks = CORRECT + 1 + np.arange(choices)
-            guesses[n, first : first + len(tokens)] = np.where(equal, CORRECT, ranks)
+            guesses[n, first : first + len(tokens)] = tokens
             log_probs[n, first : first + len(tokens)] = probs
-    return Recording(np.array([len(a) for a in answers], np.int32), guesses, log_probs)
+        places = np.arange(len(answer) + block)
+        truth = ids[0, np.minimum(len(prompt) + places, slots - 1)]
+        numbered.append(_number(guesses[n, : len(answer)], truth))
+    ids = _padded(numbered, longest + block, CORRECT + 1 + choices)
+    lengths = np.array([len(a) for a in answers], np.int32)
+    return Recording(lengths, guesses, log_probs, ids, _head_as_tables(model))
+
+
+def _number(guesses: np.ndarray, truth: np.ndarray) -> list[np.ndarray]:
+    """Put numbers for the ids guesses [L, K, M], in place; return the ids by place and number."""
+    length, block, _ = guesses.shape
+    listed = []
+    for place, token in enumerate(truth):
+        rows = np.arange(max(0, place - length), min(block, place))  # of the blocks that guess it
+        at = (place - 1 - rows, rows)
+        wrong, numbers = np.unique(guesses[at], return_inverse=True)
+        is_true = wrong == token
+        number = np.where(is_true, CORRECT, CORRECT + np.cumsum(~is_true))
+        guesses[at] = number[numbers.reshape(guesses[at].shape)]
+        listed.append(np.array([0, token, *wrong[~is_true]], np.int32))
+    return listed
+
+
+def _padded(listed: list[list[np.ndarray]], places: int, least: int) -> np.ndarray:
+    """The lists of ids by answer and place as one array [N, places, C], C at least `least`."""
+    most = max(least, *(len(ids) for answer in listed for ids in answer))
+    whole = np.zeros((len(listed), places, most), np.int32)
+    for n, answer in enumerate(listed):
+        for place, ids in enumerate(answer):
+            whole[n, place, : len(ids)] = ids
+    return whole
+
+
+def _head_as_tables(model: LLM) -> Head | None:
+    """The model's pairwise head with the vectors of all tokens in tables, of either kind."""
+    head = model.params.get(HEAD)
+    if head is None:
+        return None
+    tokens = jnp.arange(model.config.vocab_size)
+    vectors = model.engine.model.pair_vectors(model.params, tokens, tokens)
+    tables = zip(("previous", "current"), vectors, strict=True)
+    return head | {name: {TABLE: vectors} for name, vectors in tables}
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -161,12 +206,23 @@ class ReplayModel:
             hidden.append(both.reshape(*anchors.shape, -1))
         return hidden, cache
 
+    def pair_vectors(
+        self, params: Any, tokens: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The vectors of the tokens that these numbers stand for at their positions."""
+        batch, places, count = params["ids"].shape
+        place = jnp.clip(jnp.broadcast_to(positions, tokens.shape) - 1, 0, places - 1)
+        index = place * count + jnp.minimum(tokens, count - 1)
+        every = params["ids"].reshape(batch, -1)
+        ids = jnp.take_along_axis(every, index.reshape(batch, -1), axis=1).reshape(tokens.shape)
+        return pairwise.vectors(params[HEAD], None, ids)
+
     def logits(self, params: Any, hidden: jax.Array) -> jax.Array:
         """Log-probabilities of the guesses; filler ids, never guessed, share the rest."""
         tokens, log_probs = jnp.split(hidden, 2, axis=-1)
         left = jnp.maximum(1 - jnp.exp(log_probs).sum(-1, keepdims=True), 1e-30)
         filler = jnp.minimum(jnp.log(left / FILLER_IDS), log_probs.min(-1, keepdims=True) - 1e-3)
-        matches = tokens[..., None] == jnp.arange(tokens.shape[-1] + CORRECT + 1)
+        matches = tokens[..., None] == jnp.arange(params["ids"].shape[-1])
         scores = jnp.where(matches, log_probs[..., None], -jnp.inf).max(axis=-2)
         return jnp.concatenate([scores, jnp.repeat(filler, FILLER_IDS, axis=-1)], axis=-1)
 
@@ -190,16 +246,17 @@ class ReplayResult:
 
 def simulate(recording: Recording, strategy: Strategy) -> ReplayResult:
     """Decode the recorded answers with a strategy."""
-    choices = recording.guesses.shape[3]
     config = ModelConfig(
-        vocab_size=choices + CORRECT + 1 + FILLER_IDS,
+        vocab_size=recording.ids.shape[2] + FILLER_IDS,
         hidden_size=2, intermediate_size=2, num_hidden_layers=1,
         num_attention_heads=1, num_key_value_heads=1, head_dim=2,
         block_size=recording.block_size, mask_token_id=0,
     )  # fmt: skip
-    model, strategy = ReplayModel(config), strategy.resolve(config)
-    params = {"guesses": recording.guesses, "log_probs": recording.log_probs}
-    params = jax.tree.map(jnp.asarray, params)
+    model, head = ReplayModel(config), recording.head
+    strategy = strategy.resolve(config, head=head is not None)
+    fields = ("guesses", "log_probs", "ids")
+    params = {name: jnp.asarray(getattr(recording, name)) for name in fields}
+    weights: dict[str, Any] = params if head is None else params | {HEAD: head}
     batch, longest = recording.guesses.shape[:2]
     full = lambda n: jnp.full(batch, n, jnp.int32)
     state = decoding.prefill(
@@ -209,9 +266,9 @@ def simulate(recording: Recording, strategy: Strategy) -> ReplayResult:
     )  # fmt: skip
     state = state.replace(drafter=first_carry(strategy, model, batch, slots))
     if strategy.method == "orthrus-1f":
-        return _result(*_decode_counting_hits(model, params, state, strategy), forwards=1)
+        return _result(*_decode_counting_hits(model, weights, state, strategy), forwards=1)
     loop, static = loop_of(strategy, model)
-    return _result(loop(model, params, state, **static), 1.0, forwards=strategy.forwards)
+    return _result(loop(model, weights, state, **static), 1.0, forwards=strategy.forwards)
 
 
 def _decode_counting_hits(

@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
         args.target,
         loaded.config,
         loaded.params,
+        head=loaded.head,
         tokenizer_from=loaded.directory,
         overwrite=args.overwrite,
         progress=progress,

@@ -29,6 +29,7 @@ from orthrus_jax.engine import (
 from orthrus_jax.engine.planner import Calibration
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Params
+from orthrus_jax.model.pairwise import HEAD
 from orthrus_jax.tokenizer import Tokenizer, check_vocabulary, encode_messages, load_tokenizer
 from orthrus_jax.tokenizer import encode as encode_text
 from orthrus_jax.values import check_switch, check_type, check_whole, shown
@@ -65,7 +66,10 @@ class LLM:
 
     @property
     def params(self) -> Params:
-        """Both views' parameters; may be replaced by others of the same shapes."""
+        """Both views' parameters and the pairwise head's, if there is one.
+
+        May be replaced by others of the same shapes.
+        """
         return self.engine.params
 
     @params.setter
@@ -304,9 +308,10 @@ def load(source: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh | N
     tokenizer = load_tokenizer(checkpoint.directory)
     check_vocabulary(tokenizer, checkpoint.config)
     calibration = planner.load(checkpoint.directory)
+    head = {} if checkpoint.head is None else {HEAD: checkpoint.head}
     return LLM(
         checkpoint.config,
-        checkpoint.params,
+        checkpoint.params | head,
         tokenizer,
         trained=checkpoint.trained,
         draft_length=planner.preferred_draft_length(calibration, checkpoint.config.block_size),

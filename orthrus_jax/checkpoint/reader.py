@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from orthrus_jax import sharding
 from orthrus_jax.checkpoint.directory import checked_path, resolve, weight_files
+from orthrus_jax.checkpoint.head import load_head
 from orthrus_jax.checkpoint.hf_config import read_config
 from orthrus_jax.checkpoint.tensors import (
     FILE_DTYPES,
@@ -31,6 +32,7 @@ from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line
 from orthrus_jax.memory import check_memory
+from orthrus_jax.model.pairwise import Head
 from orthrus_jax.model.params import DIFFUSION, diffusion_from_base, merge
 from orthrus_jax.model.transformer import Params
 
@@ -48,12 +50,14 @@ class Checkpoint(NamedTuple):
       trained: whether the diffusion view differs from a copy of the AR attention. False for a base
         model, and for an Orthrus that was converted but never trained: its drafts are useless.
       directory: where the files lie, tokenizer files among them.
+      head: the pairwise head, which is no part of `params`; None if there is none.
     """
 
     config: ModelConfig
     params: Params
     trained: bool
     directory: pathlib.Path
+    head: Head | None = None
 
 
 def load_checkpoint(
@@ -86,6 +90,7 @@ def load_checkpoint(
         config = dataclasses.replace(config, dtype=dtype)
     if mesh is not None:
         sharding.check_divides(config, mesh)
+    head = load_head(directory, config, mesh)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(directory, stack)
         orthrus = orthrus or any("_diff." in name for name in tensors)
@@ -102,7 +107,7 @@ def load_checkpoint(
     params = traverse_util.unflatten_dict(flat)
     if not orthrus:
         return Checkpoint(config, merge(params, diffusion_from_base(params)), False, directory)
-    return Checkpoint(config, params, _is_trained(flat), directory)
+    return Checkpoint(config, params, _is_trained(flat), directory, head)
 
 
 def _check_room(

@@ -25,6 +25,7 @@ from orthrus_jax.checkpoint.directory import (
     checked_path,
     replacing,
 )
+from orthrus_jax.checkpoint.head import save_head
 from orthrus_jax.checkpoint.hf_config import config_to_hf
 from orthrus_jax.checkpoint.tensors import (
     FILE_DTYPES,
@@ -36,6 +37,7 @@ from orthrus_jax.checkpoint.tensors import (
 )
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
+from orthrus_jax.model.pairwise import Head
 from orthrus_jax.model.params import DIFFUSION
 from orthrus_jax.model.transformer import Params
 from orthrus_jax.values import check_switch, check_type, check_whole
@@ -46,6 +48,7 @@ def save_checkpoint(
     config: ModelConfig,
     params: Params,
     *,
+    head: Head | None = None,
     tokenizer: Any = None,
     tokenizer_from: pathlib.Path | None = None,
     dtype: str | None = None,
@@ -63,6 +66,7 @@ def save_checkpoint(
       directory: the target; missing parents are created.
       config: written with the dtype the tensors have.
       params: the frozen tree, or both views merged.
+      head: a pairwise head, written to a file of its own.
       tokenizer: its `save_pretrained` writes the tokenizer files.
       tokenizer_from: or those present in this checkpoint directory are copied.
       dtype: of the tensors; None keeps the dtype of the leaves, which must then be the same in all.
@@ -99,6 +103,8 @@ def save_checkpoint(
             _write_shard(folder / name, members, config.dtype, bar.update)
         for name, value in texts.items():
             (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        if head is not None:
+            save_head(folder, head)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
         for path in sorted(tokenizer_from.iterdir()) if tokenizer_from else ():

@@ -38,13 +38,12 @@ from flax import struct
 
 from orthrus_jax.attention.visibility import TreeMask
 from orthrus_jax.decoding import tree as trees
-from orthrus_jax.decoding.sampling import greedy
+from orthrus_jax.decoding.guesses import given_previous, guess
 from orthrus_jax.decoding.state import (
     DecodeState,
     DecodingModel,
     choose,
     emit,
-    mask_eos_until_min_tokens,
     record_cycle,
     until_done,
 )
@@ -117,8 +116,9 @@ def one_forward_decode(
 
     def cycle(state: DecodeState) -> DecodeState:
         old: TopK = state.drafter
-        tree = tree_of(state.anchor, old, strategy)
-        blocks = choose_blocks(tree, old, strategy)
+        guesses = with_odds(model, params, state, old, strategy)
+        tree = tree_of(state.anchor, guesses, strategy)
+        blocks = choose_blocks(tree, guesses, strategy)
         segments = [
             tree_segment(tree, state, strategy),
             blocks_segment(blocks, model, state, strategy),
@@ -131,7 +131,7 @@ def one_forward_decode(
         state = record_cycle(state, active, kept)
 
         usable, rows, known = next_draft_states(blocks, tree, verified, drafted, strategy)
-        new = trees.mask_from(guess(state, model.logits(params, rows), strategy), known)
+        new = trees.mask_from(guesses_of(state, model.logits(params, rows), strategy), known)
         old = trees.shift(old, verified.accepted + 1)
         pick = lambda new, old: jnp.where(usable[:, None, None], new, old)
         return state.replace(drafter=jax.tree.map(pick, new, old))
@@ -161,7 +161,9 @@ def two_forward_decode(
         own, logits = logits[:, :1], logits[:, 1:]
         state = state.replace(cache=cache)
         state = emit(state, choose(state, own), jnp.zeros_like(state.count), own)
-        tree = tree_of(state.anchor, guess(state, logits, strategy), strategy)
+        guesses = guesses_of(state, logits, strategy)
+        guesses = with_odds(model, params, state, guesses, strategy)
+        tree = tree_of(state.anchor, guesses, strategy)
         rows = tree_segment(tree, state, strategy)
         (hidden,), cache = model.forward(params, [rows], state.cache)
         state, _, kept = verify_tree(
@@ -170,6 +172,24 @@ def two_forward_decode(
         return record_cycle(state, active, kept)
 
     return until_done(cycle, state, max_cycles, min_active)
+
+
+def guesses_of(state: DecodeState, logits: Array, strategy: Strategy) -> TopK:
+    """The likeliest tokens after the anchor, from the diffusion view's logits [B, D, V]."""
+    return guess(state, logits, strategy.top_k, strategy.draft_temperature or 1.0)
+
+
+def with_odds(
+    model: DecodingModel, params: Any, state: DecodeState, guesses: TopK, strategy: Strategy
+) -> TopK:
+    """The guesses as they are, or by the pairwise head: given the anchor, then one another.
+
+    The anchor is the AR view's own token, so what follows a wrong guess is scored given its
+    correction.
+    """
+    if not strategy.pairwise:
+        return guesses
+    return given_previous(model, params, state, guesses, strategy.draft_temperature or 1.0)
 
 
 def tree_of(anchor: Array, guesses: TopK, strategy: Strategy) -> Tree:
@@ -186,7 +206,7 @@ def choose_blocks(tree: Tree, guesses: TopK, strategy: Strategy) -> DraftBlocks:
         # A draft begins with B(0): where there is no draft, it takes the place of the first.
         begin = blocks_by_length(tree, jnp.zeros_like(blocks.row))
         first = jnp.arange(strategy.fresh_blocks) == 0
-        begins = (guesses.probs[:, :1, 0] == 0) & first
+        begins = trees.unknown(trees.take(guesses, 1)) & first
         wide = lambda like: jnp.expand_dims(begins, range(2, like.ndim))
         return jax.tree.map(lambda new, old: jnp.where(wide(new), new, old), begin, blocks)
     ends = jax.lax.top_k(trees.stop_probs(tree), strategy.early_blocks)[1]
@@ -299,32 +319,3 @@ def next_draft_states(
     rows = which[:, None] * strategy.block_size + jnp.minimum(rows, strategy.block_size - 1)
     states = jnp.take_along_axis(hidden, rows[..., None], axis=1)
     return right.any(axis=1), states, strategy.block_size - skip
-
-
-def guess(state: DecodeState, logits: Array, strategy: Strategy) -> TopK:
-    """The likeliest tokens after the anchor, from the diffusion view's logits [B, D, V]."""
-    scores = logits
-    if state.sampler is not None:
-        temperature = state.sampler.temperature[:, None, None]
-        scores = mask_eos_until_min_tokens(state, logits)
-        scores = scores / jnp.where(temperature > 0, temperature, 1.0)
-    tokens = top_ids(scores, strategy.top_k)
-    scaled = scores / (strategy.draft_temperature or 1.0)
-    mass = jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
-    return TopK(tokens, jnp.exp(jnp.take_along_axis(scaled, tokens, axis=-1) - mass))
-
-
-def top_ids(scores: Array, count: int) -> Array:
-    """The ids of the `count` highest scores [..., V], highest first.
-
-    On a TPU, where top_k sorts the whole vocabulary, all but the highest may be missed one time in
-    twenty (arXiv 2206.14286): guesses only propose.
-    """
-    if count == 1:
-        return greedy(scores)[..., None]
-    least = jnp.finfo(scores.dtype).min  # among nothing but -inf it would name none: -1
-    return jax.lax.platform_dependent(
-        scores,
-        tpu=lambda x: jax.lax.approx_max_k(jnp.maximum(x, least), count)[1],
-        default=lambda x: jax.lax.top_k(x, count)[1],
-    )

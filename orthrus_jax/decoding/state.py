@@ -44,6 +44,9 @@ class DecodingModel(Protocol):
 
     def logits(self, params: Any, hidden: Array) -> Array: ...
 
+    def pair_vectors(self, params: Any, tokens: Array, positions: Array) -> tuple[Array, Array]:
+        """The pairwise head's vectors of tokens; positions broadcast against tokens [B, ...]."""
+
 
 class Drafter(Protocol):
     """Who proposes drafts to `speculative_decode`. Instances are hashable and static.

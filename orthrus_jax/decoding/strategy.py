@@ -11,7 +11,7 @@ from typing import Any
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding.sampling import AcceptRule
 from orthrus_jax.errors import UserError
-from orthrus_jax.values import check_number, check_type, check_whole
+from orthrus_jax.values import check_number, check_switch, check_type, check_whole
 
 FORWARDS = {"ar": 1, "orthrus": 2, "orthrus-2f": 2, "orthrus-1f": 1}  # of each method, per cycle
 METHODS = tuple(FORWARDS)
@@ -42,6 +42,8 @@ class Strategy:
       draft_temperature: the temperature at which the drafter's probabilities are believed where
         they decide between nodes and blocks; None is the model's calibrated one, or 1.
       candidates: tokens kept per guessed position, where more than the likeliest can be of use.
+      pairwise: score these candidates by the model's pairwise head, each given the token before;
+        None is: if the model has a head. False is the paper's drafting.
 
     Raises:
       UserError: for a value of a wrong type; `resolve` checks it against a model.
@@ -55,6 +57,7 @@ class Strategy:
     accept: str = AcceptRule.REJECTION
     draft_temperature: float | None = None
     candidates: int = CANDIDATES
+    pairwise: bool | None = None
 
     def __post_init__(self) -> None:
         check_type("method", self.method, str, f"one of {', '.join(METHODS)}")
@@ -67,20 +70,35 @@ class Strategy:
         check_whole("candidates", self.candidates, 1)
         if self.draft_temperature is not None:
             check_number("draft_temperature", self.draft_temperature)
+        if self.pairwise is not None:
+            check_switch("pairwise", self.pairwise)
 
-    def resolve(self, config: ModelConfig, draft_temperature: float = 1.0) -> "Strategy":
+    def resolve(
+        self, config: ModelConfig, draft_temperature: float = 1.0, *, head: bool = False
+    ) -> "Strategy":
         """Fill in what is None and cut blocks to what a draft of this size can use.
+
+        Args:
+          config: the model's.
+          draft_temperature: the model's calibrated one.
+          head: whether the model has a pairwise head.
 
         Raises:
           UserError: naming the field, for what this model cannot run.
         """
         self._check(config)
+        if self.pairwise and not head:
+            raise UserError(
+                "pairwise=True: this model has no pairwise head; leave it out, or train one with "
+                "train.head"
+            )
         block = 1 if self.method == "ar" else self.draft_length or config.block_size
         whole = dataclasses.replace(
             self,
             draft_length=block,
             draft_temperature=self.draft_temperature or draft_temperature,
             candidates=min(self.candidates, config.vocab_size),
+            pairwise=self.method != "ar" and (head if self.pairwise is None else self.pairwise),
         )
         if self.method != "orthrus-1f":
             return dataclasses.replace(whole, early_blocks=0, fresh_blocks=0)
@@ -156,7 +174,7 @@ class Strategy:
     @property
     def top_k(self) -> int:
         """Guesses kept per position."""
-        return self.candidates if self.tree_nodes or self.fresh_blocks else 1
+        return self.candidates if self.tree_nodes or self.fresh_blocks or self.pairwise else 1
 
     @property
     def forward_rows(self) -> tuple[int, ...]:

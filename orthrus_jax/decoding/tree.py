@@ -16,6 +16,8 @@ that equals the prediction, as far as there is one. The nodes decide how long it
 tokens are emitted.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -28,7 +30,9 @@ class TopK(struct.PyTreeNode):
 
     Attributes:
       tokens: int32[B, D, M], the M likeliest, likeliest first.
-      probs: float32[B, D, M], their probabilities; 0 where no guess is known.
+      probs: float32[B, D, M], their probabilities; 0 where no guess is known. Or [B, D, M, M], of
+        each guess (last axis) given each guess of the position before; at the first position given
+        the anchor, M times the same.
     """
 
     tokens: Array
@@ -81,26 +85,56 @@ def mask_from(guesses: TopK, count: Array) -> TopK:
     return jax.tree.map(lambda x: jnp.where(inside, x, 0), guesses)
 
 
-def build_tree(anchor: Array, guesses: TopK, nodes: int) -> Tree:
-    """The `nodes` likeliest prefixes after `anchor` [B], if positions were independent.
+def follow(scores: Array) -> Array:
+    """Which guess is best at each position given the one chosen before it: int32[B, D].
 
-    Built level by level: a node among the best of all levels is among the best `nodes` of its own,
-    and so is its parent, which is no less likely. Ties go to the shallower node, so a parent is
-    always chosen with its child.
+    To choose is a map from a guess to the next one, and maps compose in any grouping: all positions
+    take log2(D) steps instead of D.
+
+    Args:
+      scores: [B, D, M, M], laid out as TopK.probs.
+    """
+    best = jnp.argmax(scores, axis=-1)  # [B, D, M]
+    compose = lambda first, then: jnp.take_along_axis(then, first, axis=-1)
+    return jax.lax.associative_scan(compose, best, axis=1)[..., 0]
+
+
+def chosen(values: Array, ranks: Array) -> Array:
+    """Of values [B, D, M], those of the guesses `ranks` [B, D]."""
+    return jnp.take_along_axis(values, ranks[..., None], axis=-1)[..., 0]
+
+
+def unknown(guesses: TopK) -> Array:
+    """bool[B, D]: the positions without a guess."""
+    probs = guesses.probs if guesses.probs.ndim == 3 else guesses.probs.max(axis=2)
+    return probs[..., 0] == 0
+
+
+def build_tree(anchor: Array, guesses: TopK, nodes: int) -> Tree:
+    """The `nodes` likeliest prefixes after `anchor` [B].
+
+    Probabilities multiply along a prefix: a guess's own, or its own given its parent. Built level
+    by level: a node among the best of all levels is among the best `nodes` of its own, and so is
+    its parent, which is no less likely. Ties go to the shallower node, so a parent is always chosen
+    with its child.
     """
     batch, _, candidates = guesses.tokens.shape
     levels = min(nodes, guesses.tokens.shape[1])
+    by_parent = guesses.probs.ndim == 4
     # Unknown positions get the smallest probability, not zero, so that the tree keeps its shape.
     least = jnp.finfo(jnp.float32).tiny
     log_p = jnp.log(jnp.maximum(guesses.probs[:, :levels], least)).swapaxes(0, 1)
 
-    def level(above: Array, at: Array) -> tuple[Array, tuple[Array, Array]]:
-        scores = (above[:, :, None] + at[:, None]).reshape(batch, nodes * candidates)
+    def level(above: tuple[Array, Array | None], at: Array) -> tuple[Any, tuple[Array, Array]]:
+        above_p, rank = above  # of the nodes one level up
+        own = at[:, None] if rank is None else jnp.take_along_axis(at, rank[..., None], axis=1)
+        scores = (above_p[:, :, None] + own).reshape(batch, nodes * candidates)
         best, index = jax.lax.top_k(scores, nodes)
-        return best, (best, index)
+        return (best, index % candidates if by_parent else None), (best, index)
 
-    root = jnp.where(jnp.arange(nodes) == 0, 0.0, -jnp.inf)
-    _, (scores, index) = jax.lax.scan(level, jnp.broadcast_to(root, (batch, nodes)), log_p)
+    root = jnp.broadcast_to(jnp.where(jnp.arange(nodes) == 0, 0.0, -jnp.inf), (batch, nodes))
+    root_rank = jnp.zeros((batch, nodes), jnp.int32) if by_parent else None
+    _, (scores, index) = jax.lax.scan(level, (root, root_rank), log_p)
     by_level = lambda x: x.swapaxes(0, 1).reshape(batch, levels * nodes)
     scores, index = by_level(scores), by_level(index)
     chosen = jnp.sort(jax.lax.top_k(scores, nodes)[1], axis=1)  # numbered level by level
@@ -128,15 +162,26 @@ def build_tree(anchor: Array, guesses: TopK, nodes: int) -> Tree:
 
 
 def chain(anchor: Array, guesses: TopK) -> Tree:
-    """The likeliest guess of each position, one after the other: `build_tree` of one candidate."""
+    """The likeliest guess of each position, one after the other.
+
+    Without probabilities given the guess before, `build_tree` of one candidate.
+    """
     rows = guesses.tokens.shape[1] + 1
     depth = jnp.broadcast_to(jnp.arange(rows), (anchor.shape[0], rows))
-    path_prob = jnp.cumprod(guesses.probs[..., 0], axis=1)
+    if guesses.probs.ndim == 4:
+        ranks = follow(guesses.probs)
+        tokens = chosen(guesses.tokens, ranks)
+        before = jnp.pad(ranks[:, :-1], ((0, 0), (1, 0)))[..., None, None]
+        probs = chosen(jnp.take_along_axis(guesses.probs, before, axis=2)[:, :, 0], ranks)
+        rank = jnp.pad(ranks, ((0, 0), (1, 0)))
+    else:
+        tokens, probs, rank = guesses.tokens[..., 0], guesses.probs[..., 0], jnp.zeros_like(depth)
+    path_prob = jnp.cumprod(probs, axis=1)
     return Tree(
-        tokens=jnp.concatenate([anchor[:, None], guesses.tokens[..., 0]], axis=1),
+        tokens=jnp.concatenate([anchor[:, None], tokens], axis=1),
         parent=jnp.maximum(depth - 1, 0),
         depth=depth,
-        rank=jnp.zeros_like(depth),
+        rank=rank,
         path=jnp.broadcast_to(jnp.tri(rows, dtype=bool), (anchor.shape[0], rows, rows)),
         path_prob=jnp.pad(path_prob, ((0, 0), (1, 0)), constant_values=1.0),
     )
@@ -174,9 +219,14 @@ def bonus_probs(tree: Tree, guesses: TopK) -> Array:
     Returns:
       float32[B, R, M]: for each row, the guesses of the next position; 0 for its children.
     """
-    probs = jnp.pad(guesses.probs, ((0, 0), (0, 1), (0, 0)))  # after the last: nothing known
-    after = jnp.take_along_axis(probs, jnp.minimum(tree.depth, probs.shape[1] - 1)[..., None], 1)
-    ranks = jax.nn.one_hot(tree.rank, guesses.tokens.shape[2])
+    count = guesses.tokens.shape[2]
+    none = ((0, 0), (0, 1), *((0, 0),) * (guesses.probs.ndim - 2))
+    probs = jnp.pad(guesses.probs, none)  # after the last: nothing known
+    index = jnp.minimum(tree.depth, probs.shape[1] - 1)
+    if probs.ndim == 4:  # given each row's own token
+        probs, index = probs.reshape(probs.shape[0], -1, count), index * count + tree.rank
+    after = jnp.take_along_axis(probs, index[..., None], 1)
+    ranks = jax.nn.one_hot(tree.rank, count)
     taken = _children(tree).astype(jnp.float32) @ ranks  # by no or one child
     return jnp.where(taken > 0, 0.0, tree.path_prob[..., None] * after)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from orthrus_jax.decoding.guesses import coupled_chain, pairwise_chain
 from orthrus_jax.decoding.sampling import AcceptRule, Drafts, greedy
 from orthrus_jax.decoding.state import (
     DecodeState,
@@ -33,11 +34,14 @@ class DiffusionDrafter:
       model: whose diffusion view drafts.
       block_size: rows of a block, K; None is the trained K. Every value from 2 on is exact.
       rule: the rule that its drafts will be accepted by.
+      candidates: tokens per position that the pairwise head chooses among, each given the one
+        before; 0 is without a head, positions by themselves.
     """
 
     model: DecodingModel
     block_size: int | None = None
     rule: AcceptRule = AcceptRule.REJECTION
+    candidates: int = 0
 
     def __post_init__(self) -> None:
         trained = self.model.config.block_size
@@ -70,6 +74,10 @@ class DiffusionDrafter:
         (hidden,), _ = self.model.forward(params, [block], state.cache)
         # Row j guesses the token after its own position, so the last row's guess is one too many.
         logits = self.model.logits(params, hidden[:, :-1])
+        if self.candidates:
+            coupled = state.sampler is not None and self.rule == AcceptRule.COUPLED
+            chain = coupled_chain if coupled else pairwise_chain
+            return Drafts(chain(self.model, params, state, logits, self.candidates)), None
         if state.sampler is None or self.rule == AcceptRule.COUPLED:
             return Drafts(choose(state, logits)), None
         return Drafts(greedy(mask_eos_until_min_tokens(state, logits))), None

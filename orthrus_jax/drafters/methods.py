@@ -13,7 +13,8 @@ from orthrus_jax.drafters.diffusion import DiffusionDrafter
 
 def drafter_of(strategy: Strategy, model: DecodingModel) -> Drafter:
     """The drafter of a resolved strategy whose method is "orthrus"."""
-    return DiffusionDrafter(model, strategy.block_size, AcceptRule(strategy.accept))
+    candidates = strategy.candidates if strategy.pairwise else 0
+    return DiffusionDrafter(model, strategy.block_size, AcceptRule(strategy.accept), candidates)
 
 
 def loop_of(

@@ -31,6 +31,7 @@ from orthrus_jax.engine.session import Session
 from orthrus_jax.errors import PromptLengthError, UserError
 from orthrus_jax.memory import check_memory, decoding_bytes
 from orthrus_jax.model import Model, Params
+from orthrus_jax.model.pairwise import HEAD
 from orthrus_jax.tokenizer import Tokenizer
 from orthrus_jax.values import check_type, check_whole, is_whole, shown
 
@@ -70,7 +71,7 @@ class Engine:
           UserError: naming the value and its limit.
         """
         check_type("plan", plan, Plan, "a Plan")
-        plan.strategy.resolve(self.config)
+        self._resolved(plan.strategy)
         if plan.stream and self.tokenizer is None:
             raise UserError("streaming needs a tokenizer: this model was loaded without one")
         for i, request in enumerate(requests):
@@ -297,8 +298,10 @@ class Engine:
         state = state.replace(**dict.fromkeys(aside))
         pause = {"max_cycles": jnp.int32(max_cycles), "min_active": jnp.int32(min_active)}
         sampled = state.sampler is not None
-        loop, static = loop_of(self._resolved(plan.strategy), self.model, sampled=sampled)
-        return self._run(loop, state, **pause, static=static).replace(**aside)
+        strategy = self._resolved(plan.strategy)
+        loop, static = loop_of(strategy, self.model, sampled=sampled)
+        state = self._run(loop, state, head=bool(strategy.pairwise), **pause, static=static)
+        return state.replace(**aside)
 
     def propose(self, state: decoding.DecodeState, plan: Plan) -> jax.Array:
         """The drafts of the next cycle, int32[B, K-1], for one of MASKED_METHODS."""
@@ -306,7 +309,8 @@ class Engine:
         if strategy.method == "ar":
             return jnp.zeros((len(state.anchor), 0), jnp.int32)
         drafter = drafter_of(strategy, self.model)
-        return self._run(constrained.propose, state, static={"drafter": drafter})
+        head = bool(strategy.pairwise)
+        return self._run(constrained.propose, state, head=head, static={"drafter": drafter})
 
     def masked_cycle(
         self, state: decoding.DecodeState, plan: Plan, drafts: jax.Array, allowed: np.ndarray
@@ -318,8 +322,13 @@ class Engine:
         )
 
     def _resolved(self, strategy: Strategy) -> Strategy:
-        return strategy.resolve(self.config, self.draft_temperature)
+        return strategy.resolve(self.config, self.draft_temperature, head=HEAD in self.params)
 
-    def _run(self, function: Any, *arguments: Any, **named: Any) -> Any:
-        """Run a function of decoding/ that takes this model and its parameters first."""
-        return self.programs.run(function, *arguments, model=(self.model, self.params), **named)
+    def _run(self, function: Any, *arguments: Any, head: bool = False, **named: Any) -> Any:
+        """Run a function of decoding/ that takes this model and its parameters first.
+
+        One that does not use the pairwise head does not get it: its program is that of a model
+        without.
+        """
+        params = {name: part for name, part in self.params.items() if head or name != HEAD}
+        return self.programs.run(function, *arguments, model=(self.model, params), **named)

@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import STACKED, Model, Params
+from orthrus_jax.model.pairwise import HEAD
 
 DIFFUSION = "self_attn_diff"
 
@@ -20,12 +21,14 @@ DIFFUSION = "self_attn_diff"
 def split(params: Params, *, freeze: Sequence[str] = ()) -> tuple[Params, Params]:
     """Part a whole tree into (frozen, diffusion); together they hold every leaf once.
 
-    Diffusion modules named in `freeze`, such as "o_proj", go to the frozen part.
+    Diffusion modules named in `freeze`, such as "o_proj", go to the frozen part. A pairwise head is
+    of the diffusion part: it is no weight of the base.
     """
     flat = traverse_util.flatten_dict(params)
     parts: tuple[dict, dict] = ({}, {})
     for path, leaf in flat.items():
-        parts[DIFFUSION in path and not set(freeze) & set(path)][path] = leaf
+        trained = DIFFUSION in path or HEAD in path
+        parts[trained and not set(freeze) & set(path)][path] = leaf
     frozen, diffusion = (traverse_util.unflatten_dict(part) for part in parts)
     return frozen, diffusion
 

@@ -28,6 +28,7 @@ from orthrus_jax.attention.attend import (
 from orthrus_jax.attention.cache import KVCache, LayerCache
 from orthrus_jax.attention.rotary import rope_cos_sin
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.model import pairwise
 from orthrus_jax.model.layers import (
     AttentionProjections,
     RMSNorm,
@@ -393,3 +394,12 @@ class Model:
         if self.config.dtype == "float32":
             return jax.default_matmul_precision("highest")
         return contextlib.nullcontext()
+
+    def pair_vectors(self, params: Params, tokens: Array, positions: Array) -> tuple[Array, Array]:
+        """The pairwise head's two vectors of each token, float32[..., R]; see pairwise.vectors.
+
+        `positions` are those of the tokens. A token's vectors do not depend on them.
+        """
+        del positions
+        embedding = params["embed_tokens"]["embedding"]
+        return pairwise.vectors(params[pairwise.HEAD], embedding, tokens)

@@ -19,9 +19,10 @@ from orthrus_jax.engine.planner import Calibration, LengthRates, Measurement
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import params
+from orthrus_jax.model.pairwise import HEAD, KINDS, TABLE
 from tests.support.configs import tiny_config
 from tests.support.tokenizers import small_tokenizer
-from tests.support.weights import random_params
+from tests.support.weights import random_head, random_params
 
 VOCAB = 400
 CONFIG = tiny_config(vocab_size=VOCAB, mask_token_id=VOCAB - 1, num_hidden_layers=1, block_size=6)
@@ -48,19 +49,18 @@ def answered():
     return model, prompts, answers
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        Strategy("orthrus", 6, early_blocks=0),
-        Strategy("orthrus-2f", 6, early_blocks=0),
-        Strategy("orthrus-2f", 6, 9, 0),
-        Strategy("orthrus-1f", 6, 0, 2),
-        Strategy("orthrus-1f", 6, 8, 2, 2),
-        Strategy("orthrus-1f", 6, 0, 0, 3),
-        Strategy("orthrus-1f", 6, 8, 0, 2),
-    ],
-    ids=lambda s: f"{s.method} {s.tree_nodes} {s.early_blocks}+{s.fresh_blocks}",
-)
+REPLAYED = [
+    Strategy("orthrus", 6, early_blocks=0),
+    Strategy("orthrus-2f", 6, early_blocks=0),
+    Strategy("orthrus-2f", 6, 9, 0),
+    Strategy("orthrus-1f", 6, 0, 2),
+    Strategy("orthrus-1f", 6, 8, 2, 2),
+    Strategy("orthrus-1f", 6, 0, 0, 3),
+    Strategy("orthrus-1f", 6, 8, 0, 2),
+]
+
+
+@pytest.mark.parametrize("strategy", REPLAYED, ids=lambda s: str(s.flags()))
 def test_replay_takes_the_cycles_that_decoding_takes(answered, strategy: Strategy) -> None:
     model, prompts, answers = answered
     recording = record(model, prompts, answers, strategy.draft_length)
@@ -72,6 +72,23 @@ def test_replay_takes_the_cycles_that_decoding_takes(answered, strategy: Strateg
         assert real.forwards == replayed.forwards[i]
     assert replayed.accepted > 0.2, "a drafter that is never right tests little"
     assert 0 < replayed.hit_rate <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replay_with_a_pairwise_head_takes_the_cycles_that_decoding_takes(answered, kind) -> None:
+    """And the head matters: some answers take other numbers of forwards with it."""
+    plain, prompts, answers = answered
+    model = LLM(CONFIG, plain.params | {HEAD: random_head(CONFIG, 5, kind=kind)})
+    recording, differ = record(model, prompts, answers, 6), 0
+    for strategy in REPLAYED if kind == TABLE else REPLAYED[:1]:
+        replayed = simulate(recording, strategy)
+        without = simulate(recording, dataclasses.replace(strategy, pairwise=False))
+        differ += (replayed.forwards != without.forwards).sum()
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            real = model.complete([prompt], max_new_tokens=len(answer), strategy=strategy)[0]
+            assert real.tokens == answer
+            assert real.forwards == replayed.forwards[i], strategy
+    assert differ
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import params as params_lib
+from orthrus_jax.model.pairwise import HEAD
 from tests.support import cases as cases_lib
 from tests.support.configs import FAMILIES, tiny_config
-from tests.support.weights import random_params
+from tests.support.weights import random_head, random_params
 
 VOCAB = 24
 PIECES = ["", *("".join(p) for n in (1, 2, 3) for p in itertools.product("abc", repeat=n))][:VOCAB]
@@ -70,7 +71,7 @@ def weights_of(shape: str, seed: int, copy: bool) -> dict:
     config = config_of(shape)
     tree = random_params(config, seed, gain=2.0, copy=copy)
     liked = 1 + 1.5 * jnp.isin(jnp.arange(VOCAB), jnp.array([3, 4, 9, 14]))
-    frozen, diffusion = params_lib.split(tree)
+    frozen, diffusion = params_lib.split(tree | {HEAD: random_head(config, seed % 3)})
     if config.tie_word_embeddings:
         table = frozen["embed_tokens"]["embedding"] * liked[:, None]
         frozen = frozen | {"embed_tokens": {"embedding": table}}

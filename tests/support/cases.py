@@ -5,6 +5,7 @@ in one of these tables. FAST holds pairs in which every row of every table occur
 product, for the slow suite.
 """
 
+import dataclasses
 import itertools
 from typing import NamedTuple
 
@@ -32,6 +33,13 @@ STRATEGIES = {
     "both blocks": Strategy("orthrus-1f", early_blocks=2, fresh_blocks=2),
     "tree, length blocks": Strategy("orthrus-1f", tree_nodes=6, early_blocks=3),
     "tree, both blocks": Strategy("orthrus-1f", tree_nodes=9, early_blocks=2, fresh_blocks=2),
+}
+STRATEGIES = {name: dataclasses.replace(s, pairwise=False) for name, s in STRATEGIES.items()} | {
+    f"{name}, pairwise": dataclasses.replace(STRATEGIES[name], pairwise=True)
+    for name in (
+        *("paper", "two-forward", "two-forward, tree", "length blocks", "outcome blocks"),
+        *("tree, length blocks", "tree, both blocks"),
+    )
 }
 CACHES = {  # slots, and changes of Model: which way of storing and reading a cache is taken
     "few slots": (64, {}),

@@ -8,6 +8,7 @@ from flax import traverse_util
 
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import params as params_lib
+from orthrus_jax.model.pairwise import TABLE, Head, shapes
 
 
 @functools.cache
@@ -30,3 +31,14 @@ def random_params(config: ModelConfig, seed: int, *, gain: float = 1.5, copy: bo
     if not copy:
         return whole
     return params_lib.merge(params_lib.split(whole)[0], params_lib.diffusion_from_base(whole))
+
+
+@functools.cache
+def random_head(config: ModelConfig, seed: int, *, kind: str = TABLE, gain: float = 1.0) -> Head:
+    """A pairwise head of rank 3 that orders candidates otherwise than the block does."""
+    rng = np.random.default_rng(seed)
+    flat = {}
+    for path, shape in shapes(config, kind, 3).items():
+        value = rng.normal(0, gain / (shape[0] ** 0.5 if kind != TABLE and shape else 1), shape)
+        flat[path] = jnp.asarray(value if shape else 1.3, jnp.float32)
+    return traverse_util.unflatten_dict(flat)

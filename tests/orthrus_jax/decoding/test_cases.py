@@ -11,9 +11,10 @@ from orthrus_jax import decoding
 from orthrus_jax.decoding import AcceptRule, Sampler, Strategy
 from orthrus_jax.drafters import first_carry, loop_of
 from orthrus_jax.model import Model
+from orthrus_jax.model.pairwise import HEAD
 from tests.support.cases import CACHES, CASES, EVERY, FAST, SHAPES, STRATEGIES, Case
 from tests.support.configs import NO_EOS, tiny_config
-from tests.support.weights import random_params
+from tests.support.weights import random_head, random_params
 
 BATCH, PROMPT, NEW = 3, 9, 20
 LENGTHS, BUDGETS = [1, 5, 9], [NEW, 7, NEW]
@@ -21,7 +22,7 @@ LENGTHS, BUDGETS = [1, 5, 9], [NEW, 7, NEW]
 
 def decode(model: Model, params, strategy: Strategy, slots: int, sampler: Sampler | None):
     """The final state, its arrays in numpy."""
-    strategy = strategy.resolve(model.config)
+    strategy = strategy.resolve(model.config, head=HEAD in params)
     prompts = np.random.default_rng(0).integers(0, 63, (BATCH, PROMPT)).astype(np.int32)
     numbers = lambda values: jnp.asarray(values, jnp.int32)
     state = decoding.prefill(
@@ -34,8 +35,11 @@ def decode(model: Model, params, strategy: Strategy, slots: int, sampler: Sample
 
 
 def opinionated(config) -> dict:
-    """Random weights that prefer a few tokens, so that drafts are accepted now and then."""
-    tree = random_params(config, 1, gain=2.0, copy=True)
+    """Random weights that prefer a few tokens, so that drafts are accepted now and then.
+
+    With them a pairwise head, which only strategies that name it use.
+    """
+    tree = random_params(config, 1, gain=2.0, copy=True) | {HEAD: random_head(config, 3, gain=0.5)}
     liked = 1 + 3 * jnp.isin(jnp.arange(config.vocab_size), jnp.array([3, 9, 14, 30, 41]))
     if config.tie_word_embeddings:
         table = tree["embed_tokens"]["embedding"] * liked[:, None]

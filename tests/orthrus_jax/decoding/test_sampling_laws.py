@@ -17,6 +17,7 @@ import pytest
 from orthrus_jax import decoding
 from orthrus_jax.decoding import AcceptRule, Strategy, speculative
 from orthrus_jax.drafters import DiffusionDrafter
+from orthrus_jax.model.pairwise import HEAD
 from tests.support.decoding import DrawingDrafter, orthrus_decode
 from tests.support.fake_models import tabular
 from tests.support.fake_models.tabular import EOS, MASK, VOCAB, Setting, TabularModel
@@ -30,6 +31,7 @@ from tests.support.sampling import (
     sampler_of,
     together,
 )
+from tests.support.weights import random_head
 
 K = tabular.SMALL.block_size
 N, SLOTS = 6, 16  # tokens a text, so two to five block ends
@@ -43,7 +45,8 @@ SETTINGS = [
     for j, cut in enumerate(CUTS)
 ]
 GREEDY = Setting(0.0, prompt=(1, 2))
-TABLES = tabular.tables(0)
+HEADED = functools.partial(DiffusionDrafter, candidates=3)  # of 5 tokens
+TABLES = tabular.tables(0) | {HEAD: random_head(tabular.SMALL, 4)}
 CONTRARY = tabular.contrary(TABLES)
 
 
@@ -90,8 +93,9 @@ def sampled(
     }
     if loop in ("two", "ahead"):
         method = "orthrus-2f" if loop == "two" else "orthrus-1f"
+        how = {"pairwise": False} | how
         strategy = Strategy(method, how.pop("block_size", K), candidates=3, **how)
-        how = {"strategy": strategy.resolve(model.config)}
+        how = {"strategy": strategy.resolve(model.config, head=True)}
         if loop == "ahead":
             state = state.replace(drafter=decoding.no_draft(how["strategy"], batch))
     state = loops[loop](model, tables, state, **how)
@@ -127,6 +131,16 @@ RULES = {
     "a draw from q": {"loop": "orthrus", "drafter": DrawingDrafter},
     "the likeliest of q": {"loop": "orthrus", "drafter": DiffusionDrafter},
     "coupled": {"loop": "orthrus", "rule": AcceptRule.COUPLED},
+    "the likeliest given the one before": {"loop": "orthrus", "drafter": HEADED},
+    "coupled, pairwise": {"loop": "orthrus", "rule": AcceptRule.COUPLED, "drafter": HEADED},
+    "ahead, a tree, fresh, pairwise": {
+        "loop": "ahead",
+        "early_blocks": 2,
+        "fresh_blocks": 2,
+        "tree_nodes": 5,
+        "pairwise": True,
+    },
+    "two forwards, pairwise": {"loop": "two", "pairwise": True},
     "ahead": {"loop": "ahead", "early_blocks": 2},
     "ahead, all ends": {"loop": "ahead", "early_blocks": 3},
     "ahead, fresh": {"loop": "ahead", "early_blocks": 1, "fresh_blocks": 3},
@@ -167,6 +181,8 @@ def test_ar_texts_are_distributed_as_the_law_has_it() -> None:
         *("a draw from q", "the likeliest of q", "ahead", "ahead, a tree, fresh"),
         *slow("ahead, all ends", "ahead, fresh", "ahead, fresh alone", "ahead, a tree"),
         *slow("two forwards", "two forwards, a tree"),
+        *("the likeliest given the one before", "ahead, a tree, fresh, pairwise"),
+        *slow("two forwards, pairwise"),
     ],
 )
 def test_rejection_keeps_the_law_of_whole_texts(rule: str, block_size: int) -> None:
@@ -180,7 +196,8 @@ def test_rejection_keeps_the_law_of_whole_texts(rule: str, block_size: int) -> N
     assert (state.cycles >= (2 if rule.startswith("two") else 3)).mean() > 0.2
 
 
-DRAWN = ["ahead", "ahead, a tree, fresh", "ahead, a tree", "two forwards", "two forwards, a tree"]
+DRAWN = ["ahead", "ahead, a tree, fresh, pairwise", "ahead, a tree, fresh", "ahead, a tree"]
+DRAWN += ["two forwards", "two forwards, a tree", "two forwards, pairwise"]
 
 
 @pytest.mark.parametrize("block_size", [SIZES[0], *slow(*SIZES[1:])])
@@ -199,8 +216,9 @@ def test_overlapped_sampled_texts_are_the_ar_texts(rule: str, block_size: int) -
 
 
 @pytest.mark.parametrize("block_size", [SIZES[0], *slow(*SIZES[1:])])
-def test_coupled_texts_are_the_ar_texts(block_size: int) -> None:
-    state = mixture("coupled", block_size)
+@pytest.mark.parametrize("rule", ["coupled", "coupled, pairwise"])
+def test_coupled_texts_are_the_ar_texts(rule: str, block_size: int) -> None:
+    state = mixture(rule, block_size)
     np.testing.assert_array_equal(state.tokens, mixture("ar").tokens)
     assert (state.accepted[state.accepted >= 0] == block_size - 1).mean() > 0.1
 

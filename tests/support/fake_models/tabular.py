@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from orthrus_jax.config import ModelConfig
-from orthrus_jax.model import Segment
+from orthrus_jax.model import Segment, pairwise
+from orthrus_jax.model.pairwise import HEAD
 from tests.support.configs import tiny_config
 from tests.support.fake_models.lockstep import in_lockstep
 from tests.support.fake_models.token_cache import TokenCache, seen_tokens
@@ -61,6 +62,9 @@ class TabularModel:
 
     def logits(self, params, hidden):
         return hidden
+
+    def pair_vectors(self, params, tokens, positions):
+        return pairwise.vectors(params[HEAD], None, tokens)
 
 
 def _sum(cache: TokenCache, ends: jax.Array, segment: Segment) -> jax.Array:
