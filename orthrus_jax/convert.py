@@ -1,15 +1,17 @@
-"""Turn a Qwen3 into an Orthrus checkpoint, ready to be trained: `python -m orthrus_jax.convert`.
+"""Turn a base into an Orthrus checkpoint, ready to be trained: `python -m orthrus_jax.convert`.
 
-A Qwen3 gets a diffusion view that copies its attention; an Orthrus keeps its own, so the command
+A base gets a diffusion view that copies its attention; an Orthrus keeps its own, so the command
 also changes a checkpoint's dtype. Knows no tensors: checkpoint/ reads and writes them.
 """
 
 import argparse
+import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from orthrus_jax.config import DTYPES
+from orthrus_jax.config import DTYPES, ModelConfig
 from orthrus_jax.errors import program_name, run_command
+from orthrus_jax.tokenizer import load_tokenizer, require_mask_token
 
 
 def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
@@ -24,10 +26,13 @@ def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
     from orthrus_jax.model import params  # jax takes seconds: --help does not wait for it
 
     checkpoint.check_target(args.target, overwrite=args.overwrite)
-    loaded = checkpoint.load_checkpoint(args.source, dtype=args.dtype, progress=progress)
+    source = checkpoint.resolve(args.source)
+    config = _masked(checkpoint.read_config(source).config, source, args.mask_token)
+    loaded = checkpoint.load_checkpoint(source, dtype=args.dtype, progress=progress)
+    config = dataclasses.replace(loaded.config, mask_token_id=config.mask_token_id)
     checkpoint.save_checkpoint(
         args.target,
-        loaded.config,
+        config,
         loaded.params,
         tokenizer_from=loaded.directory,
         overwrite=args.overwrite,
@@ -42,18 +47,26 @@ def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
     )
 
 
+def _masked(config: ModelConfig, source: pathlib.Path, named: str) -> ModelConfig:
+    """The config with a MASK token; the tokenizer is asked where config.json does not say."""
+    if config.mask_token_id is not None and not named:
+        return config
+    return require_mask_token(config, load_tokenizer(source), named)
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         program_name("convert"),
-        description="Turn a Qwen3 into an Orthrus checkpoint, its diffusion view a copy of its "
-        "attention, ready to be trained; or change the dtype of an Orthrus.",
+        description="Turn a base (Qwen3, Qwen2, Llama, Mistral) into an Orthrus checkpoint, its "
+        "diffusion view a copy of its attention, ready to be trained; or change the dtype of an "
+        "Orthrus.",
     )
     parser.add_argument(
         "--from",
         dest="source",
         required=True,
         metavar="DIR_OR_ID",
-        help="a Qwen3 or Orthrus: a directory, or a hub id such as Qwen/Qwen3-1.7B",
+        help="a base or an Orthrus: a directory, or a hub id such as Qwen/Qwen3-1.7B",
     )
     parser.add_argument(
         "--to",
@@ -64,6 +77,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="where the Orthrus checkpoint goes",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the source's")
+    parser.add_argument(
+        "--mask-token",
+        default="",
+        metavar="TOKEN_OR_ID",
+        help="what the diffusion view reads in place of unknown tokens; default: config.json's, or "
+        "a row past the tokenizer, or a special token that chats leave unused",
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the checkpoint that --to holds"
     )

@@ -28,7 +28,13 @@ from orthrus_jax.engine import (
 from orthrus_jax.engine.planner import Calibration
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Params
-from orthrus_jax.tokenizer import Tokenizer, check_vocabulary, encode_messages, load_tokenizer
+from orthrus_jax.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    encode_messages,
+    load_tokenizer,
+    with_mask_token,
+)
 from orthrus_jax.tokenizer import encode as encode_text
 
 Messages = Sequence[Mapping[str, str]]  # of a dialogue: {"role": "user", "content": "Hi"}, ...
@@ -257,9 +263,10 @@ def _with_fields(sampling: SamplingParams | None, fields: dict[str, Any]) -> Sam
 
 
 def load(source: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> LLM:
-    """Load a Qwen3 or Orthrus checkpoint, from a directory or a hub id, with its tokenizer.
+    """Load a base or an Orthrus checkpoint, from a directory or a hub id, with its tokenizer.
 
-    A plain Qwen3 gets a diffusion view that copies its attention: exact, and slow until trained.
+    A base (Qwen3, Qwen2, Llama, Mistral) gets a diffusion view that copies its attention: exact,
+    and slow until trained.
     The default draft length is the one that eval.calibrate measured on this kind of device, if any.
 
     Args:
@@ -274,9 +281,10 @@ def load(source: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh | N
     checkpoint = load_checkpoint(source, dtype=dtype, mesh=mesh)
     tokenizer = load_tokenizer(checkpoint.directory)
     check_vocabulary(tokenizer, checkpoint.config)
+    config = with_mask_token(checkpoint.config, tokenizer)
     calibration = planner.load(checkpoint.directory)
     return LLM(
-        checkpoint.config,
+        config,
         checkpoint.params,
         tokenizer,
         trained=checkpoint.trained,

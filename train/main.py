@@ -5,11 +5,12 @@ same command resumes an interrupted run.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,7 +24,12 @@ from orthrus_jax.files import write_atomic
 from orthrus_jax.llm import LLM
 from orthrus_jax.metrics import acceptance_length
 from orthrus_jax.model import REMAT, Model, params
-from orthrus_jax.tokenizer import encode_messages, load_tokenizer
+from orthrus_jax.tokenizer import (
+    encode_messages,
+    load_tokenizer,
+    require_mask_token,
+    with_mask_token,
+)
 from train import cli, distill, hosts, model_card, trainer
 from train.checkpoints import Checkpoints
 from train.data import Loader, Rows, write_rows
@@ -62,11 +68,15 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     hosts.first_host_then_rest(lambda: _check_recipe(run, config, change_recipe))
 
     clock = _Clock()
+    _check_mask_token(config.base)  # refused before hours of distillation
     responses = pathlib.Path(config.responses or distill.ensure_responses(config))
     clock.lap("distill")
     base = checkpoint.load_checkpoint(config.base, dtype=config.train.dtype, mesh=mesh)
-    sizes = dataclasses.replace(base.config, block_size=config.train.block_size)
     tokenizer = load_tokenizer(base.directory)
+    sizes = dataclasses.replace(
+        with_mask_token(base.config, tokenizer, answers=_sample(responses, tokenizer)),
+        block_size=config.train.block_size,
+    )
     freeze = () if config.train.train_o_proj else ("o_proj",)
     frozen, diffusion = params.split(base.params, freeze=freeze)
     source, base_parameters = base.directory, params.count(params.split(base.params)[0])
@@ -116,6 +126,18 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
     print(f"Orthrus checkpoint written to {run / 'model'}")
 
 
+def _check_mask_token(base: str) -> None:
+    directory = checkpoint.resolve(base)
+    require_mask_token(checkpoint.read_config(directory).config, load_tokenizer(directory))
+
+
+def _sample(responses: pathlib.Path, tokenizer: Any) -> Iterator[int]:
+    """Ids of the first thousand answers."""
+    for dialogue in itertools.islice(read_responses(responses, tokenizer), 1000):
+        ids, is_answer = dialogue.arrays()
+        yield from ids[is_answer].tolist()
+
+
 def _mesh(sizes: Any) -> Any:
     """The mesh of the configuration; None for one device, which needs none."""
     mesh = sharding.make_mesh(sizes.data, sizes.fsdp, sizes.tensor)
@@ -158,7 +180,7 @@ def _rows(config: Any, responses: pathlib.Path, tokenizer: Any, overwrite: bool)
         pathlib.Path(config.run) / "rows",
         dialogues,
         length=config.train.row_length,
-        pad=tokenizer.pad_token_id,
+        pad=tokenizer.pad_token_id or 0,  # read by nobody: Llama 3 has no such token
         document_masks=config.train.document_masks,
         recipe={"responses": dialogues.identity},
         overwrite=overwrite,
