@@ -8,10 +8,11 @@ import argparse
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from orthrus_jax.config import DTYPES, ModelConfig
 from orthrus_jax.errors import program_name, run_command
-from orthrus_jax.tokenizer import load_tokenizer, require_mask_token
+from orthrus_jax.tokenizer import check_vocabulary, load_tokenizer, require_mask_token
 
 
 def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
@@ -26,17 +27,27 @@ def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
     from orthrus_jax.model import params  # jax takes seconds: --help does not wait for it
 
     checkpoint.check_target(args.target, overwrite=args.overwrite)
-    source = checkpoint.resolve(args.source)
-    config = _masked(checkpoint.read_config(source).config, source, args.mask_token)
-    loaded = checkpoint.load_checkpoint(source, dtype=args.dtype, progress=progress)
+    options: dict[str, Any] = {"dtype": args.dtype, "progress": progress}
+    if args.source.endswith(".gguf"):
+        file = checkpoint.open_gguf(pathlib.Path(args.source))
+        config, tokenizer = checkpoint.gguf_config(file), checkpoint.gguf_tokenizer(file)
+        check_vocabulary(tokenizer, config)
+        config = require_mask_token(config, tokenizer, args.mask_token)
+        loaded = checkpoint.load_gguf(file, **options)
+        files: dict[str, Any] = {"tokenizer": tokenizer}
+    else:
+        source = checkpoint.resolve(args.source)
+        config = _masked(checkpoint.read_config(source).config, source, args.mask_token)
+        loaded = checkpoint.load_checkpoint(source, **options)
+        files = {"tokenizer_from": source}
     config = dataclasses.replace(loaded.config, mask_token_id=config.mask_token_id)
     checkpoint.save_checkpoint(
         args.target,
         config,
         loaded.params,
-        tokenizer_from=loaded.directory,
         overwrite=args.overwrite,
         progress=progress,
+        **files,
     )
     frozen, diffusion = (params.count(part) for part in params.split(loaded.params))
     gigabytes = sum(path.stat().st_size for path in args.target.glob("*.safetensors")) / 1e9
@@ -66,7 +77,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         dest="source",
         required=True,
         metavar="DIR_OR_ID",
-        help="a base or an Orthrus: a directory, or a hub id such as Qwen/Qwen3-1.7B",
+        help="a base or an Orthrus: a directory, or a hub id such as Qwen/Qwen3-1.7B; or a base in "
+        "a file that ends in .gguf",
     )
     parser.add_argument(
         "--to",
@@ -76,7 +88,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=pathlib.Path,
         help="where the Orthrus checkpoint goes",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the source's")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="default: the source's; float32 of a quantised one"
+    )
     parser.add_argument(
         "--mask-token",
         default="",

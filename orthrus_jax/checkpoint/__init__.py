@@ -1,8 +1,11 @@
 """Checkpoints in and out: files to a parameter tree and back. Knows no decoding."""
 
 from orthrus_jax.checkpoint.directory import TOKENIZER_FILE, check_target, resolve
+from orthrus_jax.checkpoint.gguf_file import open_gguf
+from orthrus_jax.checkpoint.gguf_model import gguf_config
+from orthrus_jax.checkpoint.gguf_tokenizer import gguf_tokenizer
 from orthrus_jax.checkpoint.hf_config import config_from_hf, config_to_hf, read_config
-from orthrus_jax.checkpoint.reader import Checkpoint, load_checkpoint
+from orthrus_jax.checkpoint.reader import Checkpoint, load_checkpoint, load_gguf
 from orthrus_jax.checkpoint.tensors import tensor_specs
 from orthrus_jax.checkpoint.writer import save_checkpoint
 
@@ -12,7 +15,11 @@ __all__ = [
     "check_target",
     "config_from_hf",
     "config_to_hf",
+    "gguf_config",
+    "gguf_tokenizer",
     "load_checkpoint",
+    "load_gguf",
+    "open_gguf",
     "read_config",
     "resolve",
     "save_checkpoint",

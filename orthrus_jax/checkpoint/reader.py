@@ -1,4 +1,4 @@
-"""Read a checkpoint: a directory of config.json and safetensors becomes a config and a tree.
+"""Read a checkpoint: config.json and safetensors, or a GGUF file, become a config and a tree.
 
 Decides which tensors a directory must hold. Knows no training state.
 """
@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from orthrus_jax import sharding
 from orthrus_jax.checkpoint.directory import checked_path, resolve, weight_files
+from orthrus_jax.checkpoint.gguf_file import GgufFile
+from orthrus_jax.checkpoint.gguf_model import GgufTensors, gguf_config
 from orthrus_jax.checkpoint.hf_config import read_config
 from orthrus_jax.checkpoint.tensors import (
     FILE_DTYPES,
@@ -89,17 +91,52 @@ def load_checkpoint(
         orthrus = orthrus or any("_diff." in name for name in tensors)
         specs = tensor_specs(config, diffusion=orthrus)
         _check_tensors(directory, config, specs, tensors)
-        named = tqdm(specs.items(), "load", unit="tensor", disable=None if progress else True)
-        flat = {
-            spec.path: to_device(
-                cast_on_host(tensors[name].get_tensor(name), config.dtype, name), spec, mesh
-            )
-            for name, spec in named
-        }
+        flat = _read_tensors(config, specs, tensors, mesh, progress)
     params = traverse_util.unflatten_dict(flat)
     if not orthrus:
         return Checkpoint(config, merge(params, diffusion_from_base(params)), False, directory)
     return Checkpoint(config, params, _is_trained(flat), directory)
+
+
+def load_gguf(file: GgufFile, *, dtype: str | None = None, progress: bool = False) -> Checkpoint:
+    """Load the base of a GGUF file; its diffusion view is a copy of its attention.
+
+    Quantised tensors are dequantised, one at a time, in float32.
+
+    Args:
+      file: see `open_gguf`.
+      dtype: of the parameters; None is float16 or bfloat16 if all matrices are, else float32.
+      progress: show a bar on stderr, if that is a terminal.
+
+    Raises:
+      UserError: for a setting that is not computed, and once for all tensors that do not fit.
+    """
+    config = gguf_config(file)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
+    held = GgufTensors(file, config)
+    tensors: dict[str, Handle] = dict.fromkeys(held.names, held)
+    specs = tensor_specs(config, diffusion=False)
+    _check_tensors(file.path, config, specs, tensors)
+    params = traverse_util.unflatten_dict(_read_tensors(config, specs, tensors, None, progress))
+    whole = merge(params, diffusion_from_base(params))
+    return Checkpoint(config, whole, False, file.path.parent)
+
+
+def _read_tensors(
+    config: ModelConfig,
+    specs: dict[str, TensorSpec],
+    tensors: dict[str, Handle],
+    mesh: Mesh | None,
+    progress: bool,
+) -> dict[tuple[str, ...], jax.Array]:
+    named = tqdm(specs.items(), "load", unit="tensor", disable=None if progress else True)
+    return {
+        spec.path: to_device(
+            cast_on_host(tensors[name].get_tensor(name), config.dtype, name), spec, mesh
+        )
+        for name, spec in named
+    }
 
 
 def _is_trained(flat: dict[tuple[str, ...], jax.Array]) -> bool:
@@ -132,7 +169,7 @@ def _open_file(path: pathlib.Path) -> Handle:
 
 
 def _check_tensors(
-    directory: pathlib.Path,
+    source: pathlib.Path,
     config: ModelConfig,
     specs: dict[str, TensorSpec],
     tensors: dict[str, Handle],
@@ -159,7 +196,8 @@ def _check_tensors(
     }
     listed = [f"{len(names)} {kind}: {shorten(names)}" for kind, names in problems.items() if names]
     if listed:
-        raise UserError(f"{directory}: the tensors do not fit config.json; " + "; ".join(listed))
+        settings = "config.json" if source.is_dir() else "its settings"
+        raise UserError(f"{source}: the tensors do not fit {settings}; " + "; ".join(listed))
 
 
 def _is_copy(tensors: dict[str, Handle], *names: str) -> bool:
