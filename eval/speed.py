@@ -282,6 +282,8 @@ def _loaded(args: argparse.Namespace) -> LLM:
     options = cli.runtime_options(args)
     if args.model:
         return orthrus_jax.load(args.model, **options)
+    if args.view:
+        raise UserError(f"--view {args.view} needs --model: --random-weights has a view of its own")
     sizes = dataclasses.replace(PRESETS[args.random_weights], dtype=args.dtype or "bfloat16")
     make = lambda key: jax.tree.map(lambda x: x.astype(sizes.dtype), params.init(Model(sizes), key))
     key, mesh = jax.random.key(0), options["mesh"]

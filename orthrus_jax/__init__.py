@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from orthrus_jax.decoding import Strategy
     from orthrus_jax.engine import Completion, SamplingParams
-    from orthrus_jax.llm import LLM, Conversation, load
+    from orthrus_jax.llm import LLM, Conversation, load, save_view
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
@@ -22,6 +22,7 @@ _HOMES = {
     "SamplingParams": "engine",
     "Strategy": "decoding",
     "load": "llm",
+    "save_view": "llm",
 }
 __all__ = [
     "LLM",
@@ -31,6 +32,7 @@ __all__ = [
     "Strategy",
     "__version__",
     "load",
+    "save_view",
 ]
 
 

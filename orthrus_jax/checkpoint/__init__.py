@@ -7,6 +7,7 @@ from orthrus_jax.checkpoint.gguf_tokenizer import gguf_tokenizer
 from orthrus_jax.checkpoint.hf_config import config_from_hf, config_to_hf, read_config
 from orthrus_jax.checkpoint.reader import Checkpoint, load_checkpoint, load_gguf
 from orthrus_jax.checkpoint.tensors import tensor_specs
+from orthrus_jax.checkpoint.view import open_view, save_view, view_file
 from orthrus_jax.checkpoint.writer import save_checkpoint
 
 __all__ = [
@@ -20,8 +21,11 @@ __all__ = [
     "load_checkpoint",
     "load_gguf",
     "open_gguf",
+    "open_view",
     "read_config",
     "resolve",
     "save_checkpoint",
+    "save_view",
     "tensor_specs",
+    "view_file",
 ]

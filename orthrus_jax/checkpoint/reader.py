@@ -28,6 +28,7 @@ from orthrus_jax.checkpoint.tensors import (
     tensor_specs,
     to_device,
 )
+from orthrus_jax.checkpoint.view import View, check_base, with_view
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line
@@ -61,6 +62,7 @@ def load_checkpoint(
     *,
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    view: View | None = None,
     progress: bool = False,
 ) -> Checkpoint:
     """Load an Orthrus, or a base model, whose diffusion view is then a copy of its attention.
@@ -73,12 +75,13 @@ def load_checkpoint(
       source: a directory or a hub id, see `resolve`.
       dtype: of the parameters; None takes the one in config.json.
       mesh: devices to share the parameters out over, each tensor straight to where it belongs.
+      view: a view that takes the place of the checkpoint's own.
       progress: show a bar on stderr, if that is a terminal.
 
     Raises:
       UserError: for a source that cannot be fetched, a config.json that is refused, a damaged or
-        missing file; and once for all tensors that are missing, unexpected, or of a wrong shape
-        or dtype.
+        missing file; a view of another base; and once for all tensors that are missing, unexpected,
+        or of a wrong shape or dtype.
     """
     directory = resolve(source)
     config, orthrus = read_config(directory)
@@ -86,6 +89,8 @@ def load_checkpoint(
         config = dataclasses.replace(config, dtype=dtype)
     if mesh is not None:
         sharding.check_divides(config, mesh)
+    if view is not None:
+        check_base(view, config)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(directory, stack)
         orthrus = orthrus or any("_diff." in name for name in tensors)
@@ -94,8 +99,12 @@ def load_checkpoint(
         flat = _read_tensors(config, specs, tensors, mesh, progress)
     params = traverse_util.unflatten_dict(flat)
     if not orthrus:
-        return Checkpoint(config, merge(params, diffusion_from_base(params)), False, directory)
-    return Checkpoint(config, params, _is_trained(flat), directory)
+        params = merge(params, diffusion_from_base(params))
+    if view is not None:
+        config, params = with_view(view, config, params, mesh)
+    own = orthrus or view is not None
+    trained = own and _is_trained(traverse_util.flatten_dict(params))
+    return Checkpoint(config, params, trained, directory)
 
 
 def load_gguf(file: GgufFile, *, dtype: str | None = None, progress: bool = False) -> Checkpoint:
