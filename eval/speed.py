@@ -321,6 +321,8 @@ def _loaded(args: argparse.Namespace, config: ModelConfig) -> LLM:
     options = cli.runtime_options(args)
     if args.model:
         return orthrus_jax.load(args.model, **options)
+    if args.view:
+        raise UserError(f"--view {args.view} needs --model: --random-weights has a view of its own")
     make = lambda key: jax.tree.map(
         lambda x: x.astype(config.dtype), params.init(Model(config), key)
     )

@@ -13,7 +13,7 @@ from orthrus_jax.errors import interrupt_quietly
 if TYPE_CHECKING:
     from orthrus_jax.decoding import Strategy
     from orthrus_jax.engine import Completion, SamplingParams
-    from orthrus_jax.llm import LLM, Conversation, load
+    from orthrus_jax.llm import LLM, Conversation, load, save_view
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
@@ -24,6 +24,7 @@ _HOMES = {
     "SamplingParams": "engine",
     "Strategy": "decoding",
     "load": "llm",
+    "save_view": "llm",
 }
 __all__ = [
     "LLM",
@@ -33,6 +34,7 @@ __all__ = [
     "Strategy",
     "__version__",
     "load",
+    "save_view",
 ]
 
 

@@ -190,7 +190,12 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """Add --dtype, --mesh and --compile-cache."""
+    """Add --view, --dtype, --mesh and --compile-cache."""
+    parser.add_argument(
+        "--view",
+        metavar="FILE_OR_DIR_OR_ID",
+        help="a diffusion view that was saved without its base, to draft for --model",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's")
     parser.add_argument(
         "--mesh",
@@ -213,14 +218,14 @@ def add_compile_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Set up devices and compilation cache; return dtype and mesh as `llm.load` takes them.
+    """Set up devices and compilation cache; return view, dtype, mesh as `llm.load` takes them.
 
     Raises:
       UserError: for a device or a directory that is not there.
     """
     check_devices()
     enable_compilation_cache(args.compile_cache)
-    return {"dtype": args.dtype, "mesh": parse_mesh(args.mesh)}
+    return {"view": args.view, "dtype": args.dtype, "mesh": parse_mesh(args.mesh)}
 
 
 def parse_mesh(text: str | None) -> jax.sharding.Mesh | None:

@@ -133,8 +133,8 @@ class ModelConfig:
         """
         if self.mask_token_id is None:
             raise UserError(
-                "config.json names no mask_token_id, which drafting needs: use mode ar "
-                "(strategy='ar')"
+                "config.json names no mask_token_id, which drafting needs: name a token with "
+                "orthrus_jax.convert --mask-token, or use mode ar (strategy='ar')"
             )
         return self.mask_token_id
 

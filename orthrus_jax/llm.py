@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from orthrus_jax.checkpoint import load_checkpoint
+from orthrus_jax import checkpoint as checkpoint_lib
+from orthrus_jax.checkpoint import load_checkpoint, open_view
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import (
@@ -30,7 +31,13 @@ from orthrus_jax.engine.planner import Calibration
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import Params
 from orthrus_jax.model.pairwise import HEAD
-from orthrus_jax.tokenizer import Tokenizer, check_vocabulary, encode_messages, load_tokenizer
+from orthrus_jax.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    encode_messages,
+    load_tokenizer,
+    with_mask_token,
+)
 from orthrus_jax.tokenizer import encode as encode_text
 from orthrus_jax.values import check_switch, check_type, check_whole, shown
 
@@ -287,36 +294,77 @@ def _with_fields(sampling: SamplingParams | None, fields: dict[str, Any]) -> Sam
     return dataclasses.replace(sampling, **fields)
 
 
-def load(source: str | pathlib.Path, *, dtype: str | None = None, mesh: Mesh | None = None) -> LLM:
-    """Load a Qwen3 or Orthrus checkpoint, from a directory or a hub id, with its tokenizer.
+def load(
+    source: str | pathlib.Path,
+    *,
+    view: str | pathlib.Path | None = None,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+) -> LLM:
+    """Load a base or an Orthrus checkpoint, from a directory or a hub id, with its tokenizer.
 
-    A plain Qwen3 gets a diffusion view that copies its attention: exact, and slow until trained.
+    A base (Qwen3, Qwen2, Llama, Mistral) gets a diffusion view that copies its attention: exact,
+    and slow until trained.
     The default draft length is the one that eval.calibrate measured on this kind of device, if any.
 
     Args:
       source: directory or "owner/name".
+      view: a diffusion view that `save_view` wrote, in place of the checkpoint's own: its file, or
+        a directory or "owner/name" that holds it.
       dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
       mesh: devices to decode on, from sharding.make_mesh: weights go straight to their shards, the
         rows of a batch are divided over its data axis, heads over its tensor axis.
 
     Raises:
-      UserError: naming the file that is missing or broken.
+      UserError: naming the file that is missing or broken, or what differs between the base and
+        the one that the view was trained for.
     """
     if mesh is not None:
         check_type("mesh", mesh, Mesh, "a Mesh, from sharding.make_mesh")
-    checkpoint = load_checkpoint(source, dtype=dtype, mesh=mesh)
+    opened = None if view is None else open_view(view)
+    checkpoint = load_checkpoint(source, dtype=dtype, mesh=mesh, view=opened)
     tokenizer = load_tokenizer(checkpoint.directory)
     check_vocabulary(tokenizer, checkpoint.config)
+    config = with_mask_token(checkpoint.config, tokenizer)
     calibration = planner.load(checkpoint.directory)
     head = {} if checkpoint.head is None else {HEAD: checkpoint.head}
     return LLM(
-        checkpoint.config,
+        config,
         checkpoint.params | head,
         tokenizer,
         trained=checkpoint.trained,
         draft_length=planner.preferred_draft_length(calibration, checkpoint.config.block_size),
         mesh=mesh,
         calibration=calibration,
+    )
+
+
+def save_view(
+    model: LLM,
+    target: str | pathlib.Path,
+    *,
+    rank: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> pathlib.Path:
+    """Write a model's diffusion view alone, to be used as `load(base, view=...)`.
+
+    Args:
+      model: whose view; its base is remembered by checksums.
+      target: a file that ends in .safetensors, or a directory, for view.safetensors.
+      rank: keep each projection as its best difference of this rank to the AR view's; None keeps
+        it whole. Fewer accepted drafts, never another text.
+      dtype: of the tensors; None keeps the model's.
+      overwrite: replace a file that is there.
+
+    Returns:
+      The file's path.
+
+    Raises:
+      UserError: when the file is there, or cannot be written.
+    """
+    return checkpoint_lib.save_view(
+        target, model.config, model.params, rank=rank, dtype=dtype, overwrite=overwrite
     )
 
 

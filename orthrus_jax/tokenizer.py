@@ -5,11 +5,13 @@ user opens a turn. Refuses by name a tokenizer of another model and text that is
 ids would be meaningless. Knows no weights.
 """
 
+import contextlib
+import dataclasses
 import itertools
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from orthrus_jax.config import ModelConfig
@@ -58,6 +60,79 @@ def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
         )
 
 
+def with_mask_token(
+    config: ModelConfig, tokenizer: Tokenizer, named: str = "", answers: Iterable[int] = ()
+) -> ModelConfig:
+    """Return the config with the id of its MASK token, as far as one can be had.
+
+    In this order: the token that `named` names; the config's own; the first row of the embedding
+    past the tokenizer; the last special token that neither the chat template uses, nor a role of
+    the tokenizer (begin, end, unknown, padding), nor `answers`. Whatever it is, text stays exact: a
+    base may emit its MASK.
+
+    Args:
+      config: of the base.
+      tokenizer: of the base.
+      named: a token of the vocabulary, or an id.
+      answers: ids of a sample of the answers that a view is trained on.
+
+    Raises:
+      UserError: when `named` is neither.
+    """
+    vocabulary = tokenizer.get_vocab()
+    past = max(vocabulary.values(), default=-1) + 1
+    if named:
+        mask = vocabulary.get(named, int(named) if named.isdecimal() else -1)
+        if not 0 <= mask < config.vocab_size:
+            raise UserError(
+                f"--mask-token {named!r} is no token of the vocabulary and no id below "
+                f"{config.vocab_size} (vocab_size)"
+            )
+    elif config.mask_token_id is not None:
+        return config
+    elif past < config.vocab_size:
+        mask = past
+    else:
+        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        unused = special - _ids_in_use(tokenizer) - set(config.eos_token_ids) - set(answers)
+        if not unused:
+            return config
+        mask = max(unused)
+    return dataclasses.replace(config, mask_token_id=mask)
+
+
+def require_mask_token(
+    config: ModelConfig, tokenizer: Tokenizer, named: str = "", answers: Iterable[int] = ()
+) -> ModelConfig:
+    """`with_mask_token`, or an error where there is none.
+
+    Raises:
+      UserError: naming the tokenizer, and how to name a token.
+    """
+    config = with_mask_token(config, tokenizer, named, answers)
+    if config.mask_token_id is None:
+        raise UserError(
+            f"the tokenizer in {tokenizer.name_or_path or 'memory'} has no special token that "
+            "chats leave unused, and drafting needs one: name a token that the model's answers "
+            "hardly use, orthrus_jax.convert --mask-token TOKEN_OR_ID"
+        )
+    return config
+
+
+def _ids_in_use(tokenizer: Tokenizer) -> set[int]:
+    """Ids of roles, and those that the chat template names or writes."""
+    roles = ("bos_token_id", "eos_token_id", "unk_token_id", "pad_token_id")
+    used = {getattr(tokenizer, name) for name in roles}
+    template = str(tokenizer.chat_template)
+    used |= {id for id, t in tokenizer.added_tokens_decoder.items() if t.content in template}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    for messages in (turns, [{"role": "system", "content": "z"}, *turns]):
+        with contextlib.suppress(Exception):  # no template, or one that refuses a system message
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+            used |= set(tokenizer(text)["input_ids"])
+    return used
+
+
 def encode(tokenizer: Tokenizer, text: str, *, chat: bool, thinking: bool = False) -> list[int]:
     """Return the prompt ids of one user message, wrapped in the chat template if `chat`.
 
@@ -72,7 +147,7 @@ def encode(tokenizer: Tokenizer, text: str, *, chat: bool, thinking: bool = Fals
         raise UserError("the prompt is empty: give at least one character of text")
     if chat:
         return encode_messages(tokenizer, [{"role": "user", "content": text}], thinking=thinking)
-    return _ids(tokenizer, text)
+    return _ids(tokenizer, text, special=True)
 
 
 def encode_messages(
@@ -162,7 +237,8 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _ids(tokenizer: Tokenizer, text: str, **options: bool) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str, *, special: bool = False, **options: bool) -> list[int]:
+    """Ids of a text; with `special` also what the tokenizer puts before a text (Llama's begin)."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -170,4 +246,4 @@ def _ids(tokenizer: Tokenizer, text: str, **options: bool) -> list[int]:
         raise UserError(
             f"the text holds the lone surrogate {surrogate!r} after {before!r}: it is not Unicode"
         ) from None
-    return tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+    return tokenizer(text, add_special_tokens=special, **options)["input_ids"]

@@ -5,13 +5,14 @@ same command resumes an interrupted run.
 """
 
 import contextlib
+import itertools
 import json
 import pathlib
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from orthrus_jax.files import write_atomic
 from orthrus_jax.llm import LLM
 from orthrus_jax.metrics import acceptance_length
 from orthrus_jax.model import Model, params
+from orthrus_jax.tokenizer import require_mask_token
 from train import cli, distill, hosts, lock, model_card, recipe, settings, trainer
 from train.checkpoints import Checkpoints
 from train.data import Loader, write_rows
@@ -34,6 +36,7 @@ from train.recipe import Progress
 from train.responses import read_responses, tokenizer_identity
 from train.setup import Setup, prepare
 
+SAMPLE = 1000  # dialogues whose answers are searched for the MASK token
 HALF = re.compile(
     r"\.(model|rows|recipe\.json|train\.json|train\.jsonl|manifest\.json)\.[0-9a-f]{8}\.(tmp|old)"
 )
@@ -66,6 +69,7 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
         clock = _Clock()
         responses = pathlib.Path(config.responses or distill.ensure_responses(config))
         clock.lap("distill")
+        setup = _with_mask_token(setup, responses)
         loader = _loader(config, setup, responses, progress is Progress.NEW or change_recipe)
         clock.lap("pack")
         optimizer = trainer.adamw(
@@ -95,6 +99,19 @@ def _begin(run: pathlib.Path, config: Any, overwrite: bool, change: bool) -> Pro
     return progress
 
 
+def _with_mask_token(setup: Setup, responses: pathlib.Path) -> Setup:
+    """Choose the MASK token, where the base names none, among those that no answer uses."""
+    dialogues = itertools.islice(read_responses(responses, setup.tokenizer), SAMPLE)
+
+    def answers() -> Iterator[int]:
+        for dialogue in dialogues:
+            ids, is_answer = dialogue.arrays()
+            yield from ids[is_answer].tolist()
+
+    sizes = require_mask_token(setup.sizes, setup.tokenizer, answers=answers())
+    return setup._replace(sizes=sizes)
+
+
 def _loader(config: Any, setup: Setup, responses: pathlib.Path, repack: bool) -> Loader:
     """Pack the responses to rows, once, and load them; `repack` replaces rows of another recipe."""
     dialogues = read_responses(responses, setup.tokenizer)
@@ -104,7 +121,7 @@ def _loader(config: Any, setup: Setup, responses: pathlib.Path, repack: bool) ->
             pathlib.Path(config.run) / "rows",
             dialogues,
             length=config.train.row_length,
-            pad=setup.tokenizer.pad_token_id,
+            pad=setup.tokenizer.pad_token_id or 0,  # read by nobody: Llama 3 has no such token
             document_masks=config.train.document_masks,
             recipe={"responses": dialogues.identity, "tokenizer": tokenizer},
             overwrite=repack,

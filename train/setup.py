@@ -18,7 +18,7 @@ from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import params
 from orthrus_jax.model.params import DIFFUSION
-from orthrus_jax.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from orthrus_jax.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, require_mask_token
 from train import settings, trainer
 from train.distill_config import DistillConfig
 from train.objective import Objective, objective_of
@@ -68,7 +68,6 @@ def prepare(config: Any) -> Setup:
         )
     base = checkpoint.read_config(directory).config
     sizes = dataclasses.replace(base, block_size=t.block_size, dtype=t.dtype)
-    _ = sizes.mask_id  # raises where the vocabulary has no row for it
     sharding.check_divides(sizes, mesh)
     if t.row_length > sizes.max_position_embeddings:
         raise UserError(
@@ -77,6 +76,7 @@ def prepare(config: Any) -> Setup:
         )
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, sizes)
+    require_mask_token(sizes, tokenizer)  # chosen after distilling, refused before
     parameters = check_memory(config.base, sizes, t.train_o_proj)
     return Setup(
         objective_of(t),

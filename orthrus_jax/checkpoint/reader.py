@@ -1,4 +1,4 @@
-"""Read a checkpoint: a directory of config.json and safetensors becomes a config and a tree.
+"""Read a checkpoint: config.json and safetensors, or a GGUF file, become a config and a tree.
 
 Decides which tensors a directory must hold. Knows no training state.
 """
@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from orthrus_jax import sharding
 from orthrus_jax.checkpoint.directory import checked_path, resolve, weight_files
+from orthrus_jax.checkpoint.gguf_file import GgufFile
+from orthrus_jax.checkpoint.gguf_model import GgufTensors, gguf_config
 from orthrus_jax.checkpoint.head import load_head
 from orthrus_jax.checkpoint.hf_config import read_config
 from orthrus_jax.checkpoint.tensors import (
@@ -28,6 +30,7 @@ from orthrus_jax.checkpoint.tensors import (
     tensor_specs,
     to_device,
 )
+from orthrus_jax.checkpoint.view import View, check_base, with_view
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line
@@ -65,6 +68,7 @@ def load_checkpoint(
     *,
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    view: View | None = None,
     progress: bool = False,
 ) -> Checkpoint:
     """Load an Orthrus, or a base model, whose diffusion view is then a copy of its attention.
@@ -77,12 +81,13 @@ def load_checkpoint(
       source: a directory or a hub id, see `resolve`.
       dtype: of the parameters; None takes the one in config.json.
       mesh: devices to share the parameters out over, each tensor straight to where it belongs.
+      view: a view that takes the place of the checkpoint's own.
       progress: show a bar on stderr, if that is a terminal.
 
     Raises:
       UserError: for a source that cannot be fetched, a config.json that is refused, a model that
-        the memory has no room for, a damaged or missing file; and once for all tensors that are
-        missing, unexpected, or of a wrong shape or dtype.
+        the memory has no room for, a damaged or missing file; a view of another base; and once for
+        all tensors that are missing, unexpected, or of a wrong shape or dtype.
     """
     directory = resolve(source)
     config, orthrus = read_config(directory)
@@ -90,24 +95,66 @@ def load_checkpoint(
         config = dataclasses.replace(config, dtype=dtype)
     if mesh is not None:
         sharding.check_divides(config, mesh)
-    head = load_head(directory, config, mesh)
+    head = None if view else load_head(directory, config, mesh)  # another view's does not fit
+    if view is not None:
+        check_base(view, config)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(directory, stack)
         orthrus = orthrus or any("_diff." in name for name in tensors)
         specs = tensor_specs(config, diffusion=orthrus)
         _check_tensors(directory, config, specs, tensors)
         _check_room(directory, config, specs, mesh)
-        named = tqdm(specs.items(), "load", unit="tensor", disable=None if progress else True)
-        flat = {
-            spec.path: to_device(
-                cast_on_host(tensors[name].get_tensor(name), config.dtype, name), spec, mesh
-            )
-            for name, spec in named
-        }
+        flat = _read_tensors(config, specs, tensors, mesh, progress)
     params = traverse_util.unflatten_dict(flat)
     if not orthrus:
-        return Checkpoint(config, merge(params, diffusion_from_base(params)), False, directory)
-    return Checkpoint(config, params, _is_trained(flat), directory, head)
+        params = merge(params, diffusion_from_base(params))
+    if view is not None:
+        config, params = with_view(view, config, params, mesh)
+    own = orthrus or view is not None
+    trained = own and _is_trained(traverse_util.flatten_dict(params))
+    return Checkpoint(config, params, trained, directory, head)
+
+
+def load_gguf(file: GgufFile, *, dtype: str | None = None, progress: bool = False) -> Checkpoint:
+    """Load the base of a GGUF file; its diffusion view is a copy of its attention.
+
+    Quantised tensors are dequantised, one at a time, in float32.
+
+    Args:
+      file: see `open_gguf`.
+      dtype: of the parameters; None is float16 or bfloat16 if all matrices are, else float32.
+      progress: show a bar on stderr, if that is a terminal.
+
+    Raises:
+      UserError: for a setting that is not computed, and once for all tensors that do not fit.
+    """
+    config = gguf_config(file)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype)
+    held = GgufTensors(file, config)
+    tensors: dict[str, Handle] = dict.fromkeys(held.names, held)
+    specs = tensor_specs(config, diffusion=False)
+    _check_tensors(file.path, config, specs, tensors)
+    _check_room(file.path, config, specs, None)
+    params = traverse_util.unflatten_dict(_read_tensors(config, specs, tensors, None, progress))
+    whole = merge(params, diffusion_from_base(params))
+    return Checkpoint(config, whole, False, file.path.parent)
+
+
+def _read_tensors(
+    config: ModelConfig,
+    specs: dict[str, TensorSpec],
+    tensors: dict[str, Handle],
+    mesh: Mesh | None,
+    progress: bool,
+) -> dict[tuple[str, ...], jax.Array]:
+    named = tqdm(specs.items(), "load", unit="tensor", disable=None if progress else True)
+    return {
+        spec.path: to_device(
+            cast_on_host(tensors[name].get_tensor(name), config.dtype, name), spec, mesh
+        )
+        for name, spec in named
+    }
 
 
 def _check_room(
@@ -161,7 +208,7 @@ def _open_file(path: pathlib.Path) -> Handle:
 
 
 def _check_tensors(
-    directory: pathlib.Path,
+    source: pathlib.Path,
     config: ModelConfig,
     specs: dict[str, TensorSpec],
     tensors: dict[str, Handle],
@@ -188,7 +235,8 @@ def _check_tensors(
     }
     listed = [f"{len(names)} {kind}: {shorten(names)}" for kind, names in problems.items() if names]
     if listed:
-        raise UserError(f"{directory}: the tensors do not fit config.json; " + "; ".join(listed))
+        settings = "config.json" if source.is_dir() else "its settings"
+        raise UserError(f"{source}: the tensors do not fit {settings}; " + "; ".join(listed))
 
 
 def _is_copy(tensors: dict[str, Handle], *names: str) -> bool:

@@ -126,11 +126,7 @@ class Strategy:
                 raise UserError(f"{name}={value} must be below the model's {positions} positions")
         if self.method == "ar":
             return
-        if config.mask_token_id is None:
-            raise UserError(
-                "config.json names no mask_token_id, which drafting needs: use mode ar "
-                "(strategy='ar')"
-            )
+        _ = config.mask_id  # raises where there is none
         if self.draft_length is not None and not 2 <= self.draft_length <= config.block_size:
             raise UserError(
                 f"draft_length={self.draft_length} must be from 2 to {config.block_size}"

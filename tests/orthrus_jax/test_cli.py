@@ -38,7 +38,7 @@ def test_runtime_options_are_those_of_load(monkeypatch):
     parser = argparse.ArgumentParser()
     cli.add_runtime(parser)
     told = cli.runtime_options(parser.parse_args(["--dtype", "float32", "--compile-cache", "off"]))
-    assert told == {"dtype": "float32", "mesh": None}
+    assert told == {"view": None, "dtype": "float32", "mesh": None}
     assert kept == ["off"]
 
 

@@ -10,10 +10,12 @@ import pytest
 from orthrus_jax.checkpoint import load_checkpoint, save_checkpoint
 from orthrus_jax.convert import main
 from orthrus_jax.errors import UserError
+from orthrus_jax.llm import load
 from orthrus_jax.model import params as params_lib
 from tests.support.compare import flat, same_bits
-from tests.support.configs import tiny_config
+from tests.support.configs import FAMILIES, tiny_config
 from tests.support.paths import DATA, ROOT
+from tests.support.tokenizers import small_tokenizer
 from tests.support.weights import random_params
 
 CONFIG = tiny_config(eos_token_ids=(7, 9), block_size=32)
@@ -95,6 +97,25 @@ def test_tokenizer_files_are_copied(base: pathlib.Path, tmp_path: pathlib.Path) 
     convert(base, tmp_path / "out")
     for path in (DATA / "qwen3_tokenizer").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_mask_token_is_chosen_from_the_tokenizer_or_named_and_written(tmp_path) -> None:
+    tokenizer = small_tokenizer(["a few words of text"], 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|spare|>"]})
+    rows = len(tokenizer)
+    config = tiny_config(vocab_size=rows, mask_token_id=None, **FAMILIES["llama"])
+    tree = params_lib.split(random_params(config, 1))[0]
+    save_checkpoint(tmp_path / "base", config, tree, tokenizer=tokenizer)
+    mask = lambda name: json.loads((tmp_path / name / "config.json").read_text())["mask_token_id"]
+    assert mask("base") is None
+    convert(tmp_path / "base", tmp_path / "chosen")
+    assert mask("chosen") == rows - 1
+    convert(tmp_path / "base", tmp_path / "named", "--mask-token", "e")
+    assert mask("named") == tokenizer.get_vocab()["e"]
+    assert load(tmp_path / "base").config.mask_id == rows - 1
+    with pytest.raises(UserError, match="--mask-token 'none' is no token"):
+        convert(tmp_path / "base", tmp_path / "out", "--mask-token", "none")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_source_ends_in_one_line_and_status_2(tmp_path: pathlib.Path) -> None:

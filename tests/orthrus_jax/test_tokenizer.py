@@ -6,9 +6,17 @@ import pathlib
 import random
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from orthrus_jax.errors import UserError
-from orthrus_jax.tokenizer import check_vocabulary, encode, encode_messages, load_tokenizer
+from orthrus_jax.tokenizer import (
+    check_vocabulary,
+    encode,
+    encode_messages,
+    load_tokenizer,
+    require_mask_token,
+    with_mask_token,
+)
 from tests.support.configs import tiny_config
 from tests.support.paths import DATA
 from tests.support.tokenizers import small_tokenizer
@@ -183,3 +191,66 @@ def test_special_tokens_in_plain_text_are_special(tokenizer) -> None:
     assert encode(tokenizer, "<|im_start|>words", chat=False)[0] == start
     assert encode(tokenizer, "<|im_start|>words", chat=True).count(start) == 2
     assert encode(tokenizer, "<|im_start|>words", chat=False)[0] == start, "no setting stays"
+
+
+def config_of(tokenizer, *, more: int = 0, **changes):
+    """A config whose embedding has `more` rows than the tokenizer has ids."""
+    rows = max(tokenizer.get_vocab().values()) + 1 + more
+    return tiny_config(**{"vocab_size": rows, "mask_token_id": None} | changes)
+
+
+def with_special(tokenizer, *tokens: str):
+    tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
+    return tokenizer
+
+
+def test_mask_is_the_configs_before_a_row_past_the_tokenizer_before_a_special_token(tokenizer):
+    past = len(tokenizer)
+    with_special(tokenizer, "<|spare|>")
+    spare = tokenizer.convert_tokens_to_ids("<|spare|>")
+    assert spare == past
+    named = config_of(tokenizer, more=3, mask_token_id=5)
+    assert with_mask_token(named, tokenizer).mask_token_id == 5
+    assert with_mask_token(config_of(tokenizer, more=3), tokenizer).mask_token_id == past + 1
+    assert with_mask_token(config_of(tokenizer), tokenizer).mask_token_id == spare
+    for name in ("<|spare|>", str(spare)):
+        assert with_mask_token(named, tokenizer, name).mask_token_id == spare
+
+
+def test_special_tokens_of_chats_answers_and_roles_are_no_mask(tokenizer) -> None:
+    with_special(tokenizer, "<|spare|>", "<|tool|>", "<|last|>")
+    spare, tool, last = (
+        tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in ("spare", "tool", "last")
+    )
+    config = config_of(tokenizer)
+    assert with_mask_token(config, tokenizer).mask_token_id == last
+    assert with_mask_token(config, tokenizer, answers=[last, 7]).mask_token_id == tool
+    tokenizer.chat_template += "{# <|tool|> #}"
+    assert with_mask_token(config, tokenizer, answers=[last]).mask_token_id == spare
+    ends = config_of(tokenizer, eos_token_ids=(spare,))
+    assert with_mask_token(ends, tokenizer, answers=[last]).mask_token_id is None
+
+
+def test_tokenizer_without_an_unused_token_is_refused_with_the_remedy(tokenizer) -> None:
+    """Its special tokens are those of ChatML, of which the template writes two."""
+    config = config_of(tokenizer)
+    assert with_mask_token(config, tokenizer) == config
+    message = refusal(require_mask_token, config, tokenizer)
+    assert "convert --mask-token TOKEN_OR_ID" in message
+    assert require_mask_token(config, tokenizer, "e").mask_token_id == tokenizer.get_vocab()["e"]
+
+
+@pytest.mark.parametrize("name", ["no such token", "-1", "100000", "1.5"])
+def test_mask_that_is_neither_token_nor_id_is_refused(tokenizer, name: str) -> None:
+    message = refusal(with_mask_token, config_of(tokenizer), tokenizer, name)
+    assert f"--mask-token {name!r} is no token of the vocabulary and no id below" in message
+
+
+def test_plain_text_begins_as_the_tokenizer_begins_a_text(tokenizer) -> None:
+    plain = encode(tokenizer, "few words", chat=False)
+    begin = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)]
+    )
+    assert encode(tokenizer, "few words", chat=False) == [begin, *plain]
+    assert begin not in encode(tokenizer, "few words", chat=True)  # the template has its own

@@ -123,6 +123,12 @@ def test_mask_is_the_named_id_or_the_unused_row_of_qwen3(vocab, given, mask) -> 
     assert config_from_hf(raw).mask_token_id == mask
 
 
+@pytest.mark.parametrize("value", ["7", [7, None], 7.0, {"id": 7}])
+def test_end_token_that_is_no_id_is_refused(value: object) -> None:
+    with pytest.raises(UserError, match=r"eos_token_id=.*: expected an id or a list of ids"):
+        config_from_hf(RAW | {"eos_token_id": value})
+
+
 @pytest.mark.parametrize("value", ["96", 96.0, None, True])
 def test_size_that_is_no_whole_number_is_refused_by_name(value: object) -> None:
     with pytest.raises(UserError, match=f"expected whole numbers, found hidden_size={value!r}"):

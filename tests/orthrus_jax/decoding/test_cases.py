@@ -13,7 +13,8 @@ from orthrus_jax.drafters import first_carry, loop_of
 from orthrus_jax.model import Model
 from orthrus_jax.model.pairwise import HEAD
 from tests.support.cases import CACHES, CASES, EVERY, FAST, SHAPES, STRATEGIES, Case
-from tests.support.configs import NO_EOS, tiny_config
+from tests.support.configs import FAMILIES, NO_EOS, tiny_config
+from tests.support.marks import slow
 from tests.support.weights import random_head, random_params
 
 BATCH, PROMPT, NEW = 3, 9, 20
@@ -34,13 +35,13 @@ def decode(model: Model, params, strategy: Strategy, slots: int, sampler: Sample
     return jax.tree.map(np.asarray, loop(model, params, state, **static))
 
 
-def opinionated(config) -> dict:
+def opinionated(config, liked: tuple[int, ...] = (3, 9, 14, 30, 41)) -> dict:
     """Random weights that prefer a few tokens, so that drafts are accepted now and then.
 
     With them a pairwise head, which only strategies that name it use.
     """
     tree = random_params(config, 1, gain=2.0, copy=True) | {HEAD: random_head(config, 3, gain=0.5)}
-    liked = 1 + 3 * jnp.isin(jnp.arange(config.vocab_size), jnp.array([3, 9, 14, 30, 41]))
+    liked = 1 + 3 * jnp.isin(jnp.arange(config.vocab_size), jnp.array(liked))
     if config.tie_word_embeddings:
         table = tree["embed_tokens"]["embedding"] * liked[:, None]
         return tree | {"embed_tokens": {"embedding": table}}
@@ -66,6 +67,20 @@ def test_every_case_decodes_the_text_of_ar(case: Case) -> None:
         accepted = orthrus.accepted[orthrus.accepted >= 0]
         if case in FAST:  # these weights suit their shapes; not every pair of the product
             assert accepted.max() > 0, "no draft was accepted: only corrections were compared"
+
+
+@pytest.mark.parametrize(
+    "name", ["paper", *slow(*(name for name in STRATEGIES if name != "paper"))]
+)
+def test_base_that_emits_its_mask_token_is_decoded_exactly(name: str) -> None:
+    config = tiny_config(**FAMILIES["llama"])
+    model, params = Model(config), opinionated(config, liked=(3, 9, config.mask_id))
+    ar = decode(model, params, Strategy("ar"), 64, None)
+    orthrus = decode(model, params, STRATEGIES[name], 64, None)
+    assert (ar.tokens == config.mask_id).sum() > 3
+    assert orthrus.accepted.max() > 0
+    for ours, theirs, count in zip(orthrus.tokens, ar.tokens, ar.count, strict=True):
+        assert ours[:count].tolist() == theirs[:count].tolist()
 
 
 def test_fast_cases_hold_every_row_of_every_table() -> None:
