@@ -31,10 +31,13 @@ def check_devices() -> None:
     neither a TPU nor a GPU plugin the platform is the CPU.
 
     Raises:
-      UserError: when the platform that JAX_PLATFORMS names, or any, is not there.
+      UserError: when the platform that JAX_PLATFORMS names, or any, is not there, or compiling is
+        turned off.
     """
     installed = lambda name: importlib.util.find_spec(name) is not None
     config: Any = jax.config  # its attributes are unknown to type checkers
+    if config.jax_disable_jit:
+        raise UserError("JAX_DISABLE_JIT is set: decoding runs compiled programs only; unset it")
     chosen = config.jax_platforms or any(map(installed, GPU_PLUGINS))
     if installed("libtpu") and not chosen and not has_tpu():
         config.update("jax_platforms", "cpu")

@@ -3,7 +3,9 @@
 Decides when something is compiled, and keeps that time apart. Knows no requests and no text.
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,6 +18,20 @@ from orthrus_jax.sharding import batch_sharding
 
 # Until jax 0.8 it lay in jax.experimental.
 _enable_x64: Any = (jax if hasattr(jax, "enable_x64") else jax.experimental).enable_x64
+
+
+@contextlib.contextmanager
+def _usual_settings() -> Iterator[None]:
+    """Trace with JAX's own defaults, whatever this process has set: no setting changes a text.
+
+    With 64 bits (JAX_ENABLE_X64) a loop's counts would change their type, and a seed its noise.
+    """
+    with (
+        _enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
 
 
 def bucket(n: int) -> int:
@@ -58,8 +74,6 @@ class Programs:
           model: the model (static) and its parameters, as first arguments of `function`.
           static: the other static arguments.
 
-        Programs are of 32 bits even under JAX_ENABLE_X64: with 64 a loop's counts would change
-        their type, and a seed its noise.
         """
         static = static or {}
         arguments, named = self._on_mesh((arguments, named))
@@ -67,7 +81,7 @@ class Programs:
         key = (function, tree, tuple((x.shape, x.dtype) for x in leaves), *static.items())
         if key not in self.compiled:
             begin = time.perf_counter()
-            with _enable_x64(False):
+            with _usual_settings():
                 lowered = function.lower(*(model or ()), *arguments, **named, **static)
                 self.compiled[key] = lowered.compile()
             self.compile_seconds += time.perf_counter() - begin

@@ -161,13 +161,21 @@ CYCLES = (
 )
 
 
+SETTINGS = {  # and their defaults
+    "jax_enable_x64": (True, False),
+    "jax_numpy_rank_promotion": ("raise", "allow"),
+    "jax_numpy_dtype_promotion": ("strict", "standard"),
+}
+
+
 @pytest.mark.parametrize("strategy", CYCLES, ids=lambda s: s.method)
-def test_text_is_the_same_under_jax_enable_x64(model, strategy):
+def test_text_is_the_same_under_other_settings_of_jax(model, strategy):
     options = {"temperature": 0.8, "top_k": 20, "min_new_tokens": 2, "logprobs": True}
     answers = []
     try:
-        for wide in (False, True):
-            jax.config.update("jax_enable_x64", wide)
+        for other in (False, True):
+            for name, values in SETTINGS.items():
+                jax.config.update(name, values[not other])
             fresh = LLM(model.config, model.params, model.tokenizer)
             texts = fresh.generate(
                 ["How many?", "12 and 30", "The"],
@@ -178,7 +186,8 @@ def test_text_is_the_same_under_jax_enable_x64(model, strategy):
             )
             answers.append([completion.tokens for completion in texts])
     finally:
-        jax.config.update("jax_enable_x64", False)
+        for name, values in SETTINGS.items():
+            jax.config.update(name, values[1])
     assert answers[0] == answers[1]
 
 

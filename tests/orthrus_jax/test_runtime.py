@@ -73,7 +73,9 @@ def test_directory_configured_in_jax_stays(tmp_path):
 def test_libtpu_without_a_tpu_leaves_the_cpu(monkeypatch, installed, tpu, platforms, expected):
     chosen = []
     config = types.SimpleNamespace(
-        jax_platforms=platforms, update=lambda name, value: chosen.append(value)
+        jax_platforms=platforms,
+        jax_disable_jit=False,
+        update=lambda name, value: chosen.append(value),
     )
     monkeypatch.setattr(runtime, "jax", types.SimpleNamespace(config=config, devices=list))
     monkeypatch.setattr(runtime, "has_tpu", lambda: tpu)
