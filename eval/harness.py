@@ -32,7 +32,7 @@ from eval.sandbox import admit
 from orthrus_jax import cli
 from orthrus_jax.cli import add_cycle, add_rows, chosen_strategy, strategy_of
 from orthrus_jax.decoding import AcceptRule, Strategy
-from orthrus_jax.engine import Plan, Request, SamplingParams
+from orthrus_jax.engine import Plan, SamplingParams
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import Params
@@ -191,7 +191,13 @@ def _runner(
     plan = Plan(strategy, batch_size=args.batch_size, time_to_first_token=True)
     runner = Runner(model, sampling, names, plan, args.thinking)
     for name in names:
-        model.engine.check([Request([0], sampling)], runner.plan_of(name))
+        model.engine.check([], runner.plan_of(name))
+    positions = model.config.max_position_embeddings
+    if sampling.max_new_tokens >= positions:
+        raise UserError(
+            f"--max-new-tokens {sampling.max_new_tokens} leaves no room for a prompt: the model "
+            f"has {positions} positions"
+        )
     if args.mode != "ar" and not model.trained:
         print(
             "note: this model's diffusion view is untrained: its answers are exact, its acceptance "

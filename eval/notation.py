@@ -144,8 +144,9 @@ def quantity(latex: str) -> Fraction | None:
     while len(latex) > 1 and latex[0] + latex[-1] in ("()", "{}"):
         latex = latex[1:-1].strip()
     if power := POWER.match(latex):
-        sign, base, plain_exponent, braced_exponent = power.groups()
-        value = Fraction(int(f"{sign}{int(base) ** int(plain_exponent or braced_exponent)}"))
+        sign, base, *exponents = power.groups()
+        value = Fraction(int(base) ** int(exponents[0] or exponents[1]))
+        value = -value if sign == "-" else value
         end = power.end()
     elif decimal := NUMBER.match(latex):
         value, end = Fraction(re.sub(r"[,\s]", "", decimal[0])), decimal.end()

@@ -2,8 +2,8 @@
 
 Greedily, the guesses of a block depend on its anchor alone: the text before it is the model's own,
 whichever cycle emitted it. So a model's answers, with the guesses of a block at each of their
-tokens, determine how any cycle would have gone. `simulate` runs the compiled
-loops themselves, with a model that looks its hidden states up in the recording. Knows no clock.
+tokens, determine how any cycle would have gone. `simulate` runs the compiled loops themselves, with
+a model that looks its hidden states up in the recording. Knows no clock.
 """
 
 import dataclasses
@@ -83,9 +83,9 @@ def record(
         for first in range(0, len(answer), ANCHORS):
             at = len(prompt) + np.minimum(first + np.arange(ANCHORS), len(answer) - 1)
             rows = _guesses(inner, weights, cache, jnp.asarray(ids), jnp.asarray(at), block)
-            tokens, probs = (np.asarray(x)[: len(answer) - first] for x in rows)
+            tokens, scores = (np.asarray(x)[: len(answer) - first] for x in rows)
             guesses[n, first : first + len(tokens)] = tokens
-            log_probs[n, first : first + len(tokens)] = probs
+            log_probs[n, first : first + len(tokens)] = scores
         places = np.arange(len(answer) + block)
         truth = ids[0, np.minimum(len(prompt) + places, slots - 1)]
         numbered.append(_number(guesses[n, : len(answer)], truth))
@@ -148,9 +148,9 @@ def _guesses(
     (hidden,), _ = model.forward(weights, [segment], cache)
     scores = jax.nn.log_softmax(model.logits(weights, hidden), axis=-1)
     likeliest_ids = top_ids(scores, min(CANDIDATES, scores.shape[-1]))
-    probs = jnp.take_along_axis(scores, likeliest_ids, axis=-1)
+    log_probs = jnp.take_along_axis(scores, likeliest_ids, axis=-1)
     by_block = lambda x: x.reshape(len(at), block, -1)
-    return by_block(likeliest_ids), by_block(probs)
+    return by_block(likeliest_ids), by_block(log_probs)
 
 
 class NoCache(struct.PyTreeNode):
