@@ -17,6 +17,7 @@ code use a virtual machine.
 """
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -31,7 +32,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal, cast
 
-from eval.confined.limits import FOLDER_BYTES, FOLDER_FILES
+from eval.confined.limits import FOLDER_BYTES, FOLDER_FILES, SET_DUMPABLE
 from orthrus_jax.errors import UserError
 
 START = pathlib.Path(__file__).parent / "confined" / "start.py"
@@ -265,6 +266,9 @@ def describe(held: Sequence[str]) -> str:
 def admit(unconfined: bool) -> tuple[str, ...]:
     """Print which layers hold here; return them.
 
+    Where none of them keeps a program from this process's memory and environment, the kernel is
+    told to show those to no other process of this user.
+
     Args:
       unconfined: whether programs may run without namespaces too.
 
@@ -278,6 +282,8 @@ def admit(unconfined: bool) -> tuple[str, ...]:
             f"--allow-code-execution: this system offers no namespaces; {describe(held)}; "
             "give --unconfined too to run programs all the same, or use another machine"
         )
+    if sys.platform == "linux" and not {"namespaces", "landlock"} & {*held}:
+        ctypes.CDLL(None).prctl(SET_DUMPABLE, *[ctypes.c_long(0)] * 4)
     print(describe(held), file=sys.stderr)
     return held
 

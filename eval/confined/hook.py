@@ -5,6 +5,7 @@ files and the network, and a program that looks for it can evade it.
 """
 
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -57,6 +58,16 @@ CHANGES: dict[str, tuple[tuple[int, int | None], ...]] = {
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
+def _refuse_silent(refuse: Callable[..., NoReturn]) -> None:
+    """Put `refuse` in the place of the functions of SILENT; `os` holds those of posix once more."""
+    for module, names in SILENT.items():
+        with contextlib.suppress(ImportError):
+            holders = [__import__(module), *([os] if module == "posix" else [])]
+            for holder, name in itertools.product(holders, names):
+                if hasattr(holder, name):
+                    setattr(holder, name, lambda *args, name=name, **_: refuse(name, *args))
+
+
 def watch(directory: str, report: Callable[[str], object]) -> None:
     """End this process, with a report, at the first audit event that a program may not cause."""
     join, real, link, decode = os.path.join, os.path.realpath, os.readlink, os.fsdecode
@@ -107,13 +118,7 @@ def watch(directory: str, report: Callable[[str], object]) -> None:
             refuse("open", path)
         return open_file(path, flags, mode, dir_fd=dir_fd)
 
-    for module, names in SILENT.items():
-        with contextlib.suppress(ImportError):
-            holder = __import__(module)
-            for name in names:
-                for place in (holder, os) if module == "posix" else (holder,):
-                    if hasattr(place, name):
-                        setattr(place, name, lambda *args, name=name, **_: refuse(name, *args))
+    _refuse_silent(refuse)
     vars(os)["open"] = vars(sys.modules["posix"])["open"] = open_at  # its event lacks dir_fd
     os.supports_dir_fd.add(open_at)
     for name in ("ctypes", "_ctypes"):  # to be loaded anew, under the hook's eyes

@@ -21,9 +21,9 @@ def main() -> None:
 
     settings = json.load(sys.stdin)
     layers = settings["layers"]
-    held = limits.confine(settings, layers)
-    # In case the process outside, which stops it, has died.
-    faulthandler.dump_traceback_later(settings["seconds"] + 5, exit=True)
+    if sys.platform != "linux":  # where the kernel does not end it with its parent
+        faulthandler.dump_traceback_later(settings["seconds"] + 5, exit=True)
+    held = limits.confine(settings, layers)  # of this thread, so it has to be the only one
     if sys.argv[1] == "judge":
         judge.main(settings, held)
     elif "audit" in layers:

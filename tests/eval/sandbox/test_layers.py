@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -10,7 +12,16 @@ from eval import harness, report, sandbox
 from eval.confined import filter
 from eval.sandbox import SandboxResult
 from orthrus_jax.errors import UserError
-from tests.support.sandbox import WEAKER, needs_filter, needs_posix, require, run, run_in
+from tests.support.paths import ROOT
+from tests.support.sandbox import (
+    WEAKER,
+    needs_filter,
+    needs_linux,
+    needs_posix,
+    require,
+    run,
+    run_in,
+)
 
 pytestmark = needs_posix
 WITH_NAMESPACES, WITHOUT = ("namespaces", "seccomp"), ("landlock", "seccomp")
@@ -321,6 +332,17 @@ def test_kernel_filter_grants_what_is_listed_and_no_more(machine):
     assert answer(machine, number["read"], audit=0x40000003) == filter.KILL
 
 
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "shown"), [(("landlock",), 1), (("seccomp",), 0)])
+def test_memory_is_hidden_from_programs_that_no_layer_keeps_off(layers, shown):
+    source = (
+        f"import ctypes; from eval import sandbox; sandbox.layers = lambda: {layers}\n"
+        f"sandbox.admit(unconfined=True)\nassert ctypes.CDLL(None).prctl(3) == {shown}"
+    )
+    subprocess.run([sys.executable, "-c", source], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("layers", WEAKER)
 def test_system_without_namespaces_needs_one_more_flag(layers, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sandbox, "layers", lambda: layers)
@@ -334,6 +356,7 @@ def test_system_without_namespaces_needs_one_more_flag(layers, monkeypatch, caps
     assert f"sandbox: {', '.join(layers)}" in str(error.value)
     assert "give --unconfined too" in str(error.value)
     assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(sandbox, "SET_DUMPABLE", 3)  # only asks
     assert sandbox.admit(unconfined=True) == layers
     assert f"sandbox: {', '.join(layers)}" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ import pytest
 from eval import sandbox
 from eval.sandbox import SandboxResult, Suite, run_program
 from orthrus_jax.errors import UserError
-from tests.support.sandbox import needs_linux, needs_posix, own_processes, run
+from tests.support.sandbox import WEAKER, needs_linux, needs_posix, own_processes, require, run
 
 pytestmark = needs_posix
 
@@ -152,11 +152,15 @@ def test_order_of_sets_is_the_same_in_all_runs():
     assert run_program(source).stderr == run_program(source).stderr
 
 
-def test_program_ends_with_its_caller(tmp_path):
+@pytest.mark.parametrize("layers", [sandbox.LAYERS, *WEAKER], ids="+".join)
+def test_program_ends_with_its_caller(layers, tmp_path):
     """Even where nobody is left to kill it: killed callers cannot clean up."""
+    require(*layers)
     caller = (
-        "import sys; from eval import sandbox; sandbox.layers(); print('on', flush=True)\n"
-        "sandbox.run_program('import time; time.sleep(600)', seconds=1)"
+        "import pathlib; from eval import sandbox\n"
+        f"sandbox.START = pathlib.Path({str(sandbox.START)!r})\n"
+        f"sandbox.layers = lambda: {layers}\nprint('on', flush=True)\n"
+        "sandbox.run_program('import time; time.sleep(600)', seconds=600)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", caller],
