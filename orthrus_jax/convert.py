@@ -34,7 +34,8 @@ def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
         checkpoint.view_file(args.target, overwrite=args.overwrite)
     else:
         checkpoint.check_target(args.target, overwrite=args.overwrite)
-    loaded, files = _load(args, progress)
+    # Of a view alone the differences are taken in the source's dtype, then rounded.
+    loaded, files = _load(args, None if alone else args.dtype, progress)
     frozen, diffusion = (params.count(part) for part in params.split(loaded.params))
     written: dict[str, Any] = {"overwrite": args.overwrite}
     if alone:
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
         held = f"{frozen:,} frozen parameters, {diffusion:,} in the diffusion view ({state})"
         sizes = list(args.target.glob("*.safetensors"))
     gigabytes = sum(path.stat().st_size for path in sizes) / 1e9
-    print(f"wrote {args.target}: {held}, {gigabytes:.3g} GB, {loaded.config.dtype}")
+    dtype = args.dtype or loaded.config.dtype
+    print(f"wrote {args.target}: {held}, {gigabytes:.3g} GB, {dtype}")
 
 
 def _check_flags(args: argparse.Namespace, alone: bool) -> None:
@@ -62,11 +64,13 @@ def _check_flags(args: argparse.Namespace, alone: bool) -> None:
         raise UserError(f"--view {args.view}: convert {args.source} first, then add the view")
 
 
-def _load(args: argparse.Namespace, progress: bool) -> tuple[Any, dict[str, Any]]:
+def _load(
+    args: argparse.Namespace, dtype: str | None, progress: bool
+) -> tuple[Any, dict[str, Any]]:
     """Return the checkpoint, its config with a MASK token, and the source of its tokenizer."""
     from orthrus_jax import checkpoint
 
-    options: dict[str, Any] = {"dtype": args.dtype, "progress": progress}
+    options: dict[str, Any] = {"dtype": dtype, "progress": progress}
     if args.source.endswith(".gguf"):
         file = checkpoint.open_gguf(pathlib.Path(args.source))
         config, tokenizer = checkpoint.gguf_config(file), checkpoint.gguf_tokenizer(file)

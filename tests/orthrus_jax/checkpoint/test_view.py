@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from orthrus_jax.convert import main
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import params as params_lib
-from tests.support.compare import flat, same_bits
+from tests.support.compare import flat, relative_error, same_bits
 from tests.support.configs import FAMILIES, tiny_config
 from tests.support.tokenizers import small_tokenizer
 from tests.support.weights import random_params
@@ -75,6 +76,20 @@ def test_merging_writes_the_published_layout(base, tmp_path, capsys) -> None:
     )
     assert written == config
     assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+def test_differences_are_taken_before_they_are_rounded(base, tmp_path) -> None:
+    """A view near its base: rounded first, most of what it learnt would be gone."""
+    twin = random_params(CONFIG, 1, copy=True)
+    frozen, diffusion = params_lib.split(twin)
+    moved = params_lib.merge(frozen, jax.tree.map(lambda leaf: leaf * 1.0005, diffusion))
+    save_checkpoint(tmp_path / "whole", CONFIG, moved)
+    flags = ["--to", str(tmp_path / "v.safetensors"), "--rank", "64", "--dtype", "bfloat16"]
+    main(["--from", str(tmp_path / "whole"), *flags], progress=False)
+    merged = load_checkpoint(base, view=open_view(tmp_path / "v.safetensors")).params
+    kernel = lambda tree: tree["layers_0"]["self_attn_diff"]["q_proj"]["kernel"]
+    learnt = kernel(moved) - kernel(twin)
+    assert relative_error(kernel(merged) - kernel(twin), learnt) < 0.02
 
 
 def test_loaded_view_drafts_the_bases_own_text(base, tmp_path) -> None:

@@ -1,0 +1,123 @@
+"""Prompts to train SmolLM2's view on: `python -m train.smollm2_prompts --out runs/smollm2/prompts`.
+
+GSM8K's and MBPP's training questions, never their test rows, and questions that the model writes
+itself: after the chat template has opened a user's turn, its own continuation is a prompt (Magpie,
+arXiv 2406.08464). Knows no answers: train.distill has the base write those.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+import orthrus_jax
+from orthrus_jax.errors import UserError, run_command
+from orthrus_jax.files import read_jsonl, write_atomic
+from orthrus_jax.llm import LLM
+
+HELD_OUT = 473  # of GSM8K's 7,473 training questions, the last, to evaluate during training
+MBPP_SPLITS = {"mbpp": (601, 974), "mbpp_held_out": (511, 600)}  # task_id: train, validation
+TOKENS = 160  # of a question of the model's own; a longer one is dropped
+ROUND = 32  # questions written together
+SHORTEST = 12  # characters
+
+Prompts = list[dict[str, str]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; writes one JSONL file per source, and one per held-out part.
+
+    Raises:
+      UserError: when a file cannot be read, or lacks rows of the training split.
+    """
+    parser = argparse.ArgumentParser("python -m train.smollm2_prompts", description=__doc__)
+    add: Callable[..., Any] = parser.add_argument
+    add("--model", default="runs/smollm2/base", metavar="DIR", help="default: %(default)s")
+    add("--gsm8k", default="../shared/data/gsm8k_train.jsonl.gz", metavar="FILE")
+    add("--mbpp", default="../shared/data/mbpp.jsonl", metavar="FILE", help="all 974 rows")
+    add("--own", type=int, default=3000, metavar="N", help="questions of the model's own")
+    add("--out", default="runs/smollm2/prompts", metavar="DIR", type=pathlib.Path)
+    args = parser.parse_args(argv)
+    questions = gsm8k(args.gsm8k)
+    parts = {"gsm8k": questions[:-HELD_OUT], "gsm8k_held_out": questions[-HELD_OUT:]}
+    parts |= {name: mbpp(args.mbpp, *split) for name, split in MBPP_SPLITS.items()}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, prompts in parts.items():
+        write(args.out / f"{name}.jsonl", prompts)
+    with tqdm(total=args.own, desc="own questions", unit="prompt") as bar:
+        own = []
+        for text in questions_of(orthrus_jax.load(args.model)) if args.own > 0 else ():
+            own.append({"prompt": text})
+            bar.update()
+            if len(own) == args.own:
+                break
+    write(args.out / "own.jsonl", own)
+
+
+def gsm8k(path: str) -> Prompts:
+    """The questions of GSM8K's training rows."""
+    prompts = [{"prompt": row["question"]} for row in _rows(path, "question")]
+    if len(prompts) <= HELD_OUT:
+        raise UserError(f"--gsm8k {path} has {len(prompts)} rows, expected over {HELD_OUT}")
+    return prompts
+
+
+def mbpp(path: str, first: int, last: int) -> Prompts:
+    """The tasks with numbers `first` to `last`, each with its first test."""
+    rows = [row for row in _rows(path, "task_id") if first <= row["task_id"] <= last]
+    if not rows:
+        raise UserError(f"--mbpp {path} has no task_id from {first} to {last}")
+    return [{"prompt": f"{row['text']} For example:\n{row['test_list'][0]}"} for row in rows]
+
+
+def questions_of(model: LLM, batch: int = ROUND) -> Iterator[str]:
+    """Yield questions that the model writes in a user's place, each once, without end.
+
+    Raises:
+      UserError: when it writes none in 100 rounds.
+    """
+    prefix, written, fruitless = opened_turn(model), set(), 0
+    for seed in range(2**32):
+        answers = model.complete(
+            [prefix], strategy="ar", temperature=1.0, top_p=0.95, seed=seed, n=batch,
+            batch_size=batch, max_new_tokens=TOKENS,
+        )  # fmt: skip
+        # A question that was cut off, or one too short to ask anything, is none.
+        ended = [a.text.strip() for a in answers if len(a.tokens) < TOKENS]
+        fresh = [text for text in ended if len(text) >= SHORTEST and text not in written]
+        written |= set(fresh)
+        fruitless = 0 if fresh else fruitless + 1
+        if fruitless == 100:
+            raise UserError("the model writes no questions: give --own 0")
+        yield from dict.fromkeys(fresh)
+
+
+def opened_turn(model: LLM) -> list[int]:
+    """Ids of a dialogue up to where the user's first message would begin."""
+    mark = "\x00"
+    template = model.tokenizer.apply_chat_template
+    text = template([{"role": "user", "content": mark}], tokenize=False)
+    return model.tokenizer(text.split(mark)[0], add_special_tokens=False)["input_ids"]
+
+
+def write(path: pathlib.Path, prompts: Prompts) -> None:
+    """Write one {"prompt": TEXT} per line."""
+    write_atomic(path, "".join(f"{json.dumps(row)}\n" for row in prompts))
+    print(f"{path}: {len(prompts):,} prompts")
+
+
+def _rows(path: str, key: str) -> list[Any]:
+    try:
+        rows = [row for _, row in read_jsonl(path)]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    if not all(isinstance(row, dict) and key in row for row in rows):
+        raise UserError(f'{path}: expected a "{key}" in every row')
+    return rows
+
+
+if __name__ == "__main__":
+    run_command(main)
