@@ -28,11 +28,9 @@ def build(arguments: Mapping[str, Any]) -> Any:
         flag = f"--{name.replace('_', '-')}"
         argv += [flag] if str(value).lower() == "true" else [flag, str(value)]
     parsed(argv)
-    return Replica.bind(argv)
+    return DEPLOYMENT.bind(argv)
 
 
-@serve.deployment(name="orthrus", max_ongoing_requests=256)
-@serve.ingress()
 class Replica:
     """One model on the devices of one host, behind Ray's proxy."""
 
@@ -47,3 +45,8 @@ class Replica:
         """Ray replaces a replica that raises here."""
         if not self._service.healthy:
             raise RuntimeError("the engine does not run")
+
+
+DEPLOYMENT: Any = serve.deployment(name="orthrus", max_ongoing_requests=256)(
+    serve.ingress()(Replica)
+)

@@ -31,7 +31,7 @@ CHAT |= {"temperature": 0, "max_tokens": 60}
         (["--max-batch", "0"], "--max-batch 0: expected at least 1"),
         (["--request-timeout", "0"], "--request-timeout 0.0: expected seconds above 0"),
         (["--served-name", "a:b"], "--served-name 'a:b'"),
-        (["--port", "70000"], "--host 127.0.0.1 --port 70000"),
+        (["--port", "70000"], "--port 70000: expected 0 to 65535"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
     ],
 )

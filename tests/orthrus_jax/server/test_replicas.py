@@ -9,7 +9,6 @@ import httpx
 import pytest
 
 import orthrus_jax
-from orthrus_jax.engine import SamplingParams
 
 pytestmark = pytest.mark.slow
 ray = pytest.importorskip("ray")
@@ -27,7 +26,7 @@ def ask(i: int) -> httpx.Response:
 def deploy(arguments: dict, replicas: int) -> None:
     from orthrus_jax import replicas as module
 
-    module.Replica = module.Replica.options(num_replicas=replicas)
+    module.DEPLOYMENT = module.DEPLOYMENT.options(num_replicas=replicas)
     serve.run(module.build(arguments), name="orthrus")
 
 
@@ -51,12 +50,7 @@ def arguments(tiny_base):
 
 def test_replicas_answer_survive_a_death_and_change_their_number(arguments) -> None:
     model = orthrus_jax.load(arguments["model"], dtype="float32")
-    expected = [
-        model.generate([[{"role": "user", "content": p}]], SamplingParams(max_new_tokens=30))[
-            0
-        ].text
-        for p in PROMPTS
-    ]
+    expected = [completion.text for completion in model.generate(PROMPTS, max_new_tokens=30)]
     deploy(arguments, 2)
     right = lambda i, response: text_of(response) == expected[i % len(PROMPTS)]
     assert all(right(i, r) for i, r in enumerate(served(100)))
