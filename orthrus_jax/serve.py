@@ -25,7 +25,7 @@ from orthrus_jax.cli import (
     strategy_of,
 )
 from orthrus_jax.errors import UserError, check_extra, missing_packages, program_name, run_command
-from orthrus_jax.llm import LLM, load
+from orthrus_jax.llm import load
 
 if TYPE_CHECKING:
     from orthrus_jax.server import Service, Settings
@@ -94,32 +94,53 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    args = _parser().parse_args(argv)
-    strategy_of(args)  # flags that do not fit each other are refused before a model is loaded
-    check_extra("serve")
-    if args.structured:
-        check_extra("structured")
-    from orthrus_jax.server import Service
-
-    settings = settings_of(args)
+    args = parsed(argv)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     for name in ("orthrus_jax", "uvicorn"):
         logging.getLogger(name).setLevel(logging.INFO)
+    settings_of(args)  # refused before an address is taken and a model is loaded
     with listening(args.host, args.port) as bound:
-        model = load(args.model, **runtime_options(args))
-        strategy = chosen_strategy(args, model, settings.max_batch)
-        if args.mode == "orthrus" and not model.trained:
-            print(
-                "note: this model's diffusion view is untrained: texts are exact, but --mode ar is "
-                "faster until train.main has trained it",
-                file=sys.stderr,
-            )
-        service = Service(model, strategy, settings_for(settings, model, args.max_context))
-        serve(service, bound)
+        serve(service_of(args), bound)
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, with what is not installed and what does not fit refused.
+
+    Raises:
+      UserError: naming the flag or the package.
+    """
+    args = _parser().parse_args(argv)
+    strategy_of(args)
+    check_extra("serve")
+    if args.structured:
+        check_extra("structured")
+    return args
+
+
+def service_of(args: argparse.Namespace) -> "Service":
+    """Load the model and prepare its service.
+
+    Raises:
+      UserError: for a model that cannot be loaded, or that the flags do not fit.
+    """
+    from orthrus_jax.server import Service
+
+    settings = settings_of(args)
+    model = load(args.model, **runtime_options(args))
+    if args.max_context is None:
+        context = min(CONTEXT, model.config.max_position_embeddings)
+        settings = dataclasses.replace(settings, max_context=context)
+    if args.mode == "orthrus" and not model.trained:
+        print(
+            "note: this model's diffusion view is untrained: texts are exact, but --mode ar is "
+            "faster until train.main has trained it",
+            file=sys.stderr,
+        )
+    return Service(model, chosen_strategy(args, model, settings.max_batch), settings)
 
 
 def settings_of(args: argparse.Namespace) -> "Settings":
-    """The settings given by the flags; the context is the least until the model is known.
+    """The settings given by the flags; without --max-context, of a model that can hold CONTEXT.
 
     Raises:
       UserError: naming the flag.
@@ -144,18 +165,14 @@ def settings_of(args: argparse.Namespace) -> "Settings":
     )
 
 
-def settings_for(settings: "Settings", model: LLM, context: int | None) -> "Settings":
-    """The settings with the context of --max-context, or the default that this model can hold."""
-    limit = model.config.max_position_embeddings
-    return dataclasses.replace(settings, max_context=context or min(CONTEXT, limit))
-
-
 def listening(host: str, port: int) -> socket.socket:
     """A socket bound to the address, before minutes are spent on a model.
 
     Raises:
       UserError: naming the flag.
     """
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port {port}: expected 0 to {(1 << 16) - 1}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -163,7 +180,7 @@ def listening(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--host {host} --port {port}: {reason}") from None
     return bound

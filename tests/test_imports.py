@@ -13,7 +13,7 @@ LONGEST = 450  # lines
 ORDER = (
     *("errors", "values", "files", "metrics", "config", "sharding", "tokenizer", "runtime"),
     *("attention", "model", "memory", "checkpoint", "decoding", "drafters", "engine", "llm", "cli"),
-    *("server", "generate", "chat", "serve", "convert", "aot"),
+    *("server", "generate", "chat", "serve", "replicas", "convert", "aot"),
     *("__init__", "__main__"),
 )
 # ... less these: files and decoding meet in llm alone.

@@ -23,8 +23,9 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-        self.retry_after = retry_after
+        # A wrong value that the message shows may be no Unicode text.
+        self.message, self.param = _text(message), param and _text(param)
+        self.status, self.code, self.retry_after = status, code, retry_after
 
     def body(self) -> dict[str, Any]:
         """The error object."""
@@ -36,6 +37,10 @@ class ApiError(Exception):
                 "code": self.code,
             }
         }
+
+
+def _text(value: str) -> str:
+    return value.encode(errors="replace").decode()
 
 
 TYPES = {  # of error objects, by status; every other is an invalid_request_error

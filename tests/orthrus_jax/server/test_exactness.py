@@ -40,7 +40,7 @@ def requests_of(count: int, seed: int) -> list[dict]:
     dice, histories, requests = random.Random(seed), [[]], []
     for i in range(count):
         history = dice.choice(histories)[-4:]
-        text = " ".join(dice.choices(WORDS.split(), k=dice.randint(1, 12)))
+        text = " ".join(dice.choices(WORDS, k=dice.randint(1, 12)))
         messages = [*history, {"role": "user", "content": text}]
         options = {"messages": messages, "max_tokens": dice.randint(1, 60), "temperature": 0}
         if i % 3 == 1:

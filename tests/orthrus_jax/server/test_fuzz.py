@@ -56,9 +56,8 @@ def mutated(body, dice: random.Random):
     if kind < 0.15:
         del inside[last]
     elif kind < 0.3 and isinstance(inside, dict):
-        inside[dice.choice(["x", "top_logprobs", "suffix", "\u0000", "n", "seed"])] = dice.choice(
-            VALUES
-        )
+        name = dice.choice(["x", "top_logprobs", "suffix", "\u0000", "\ud800", "n", "seed"])
+        inside[name] = dice.choice(VALUES)
     else:
         inside[last] = dice.choice(VALUES)
     return body
