@@ -4,7 +4,6 @@ In all layers, and in those of a container without namespaces, there with and wi
 """
 
 import os
-import resource
 import secrets
 import socket
 
@@ -13,9 +12,10 @@ import pytest
 from eval import sandbox
 from eval.sandbox import SandboxResult, Suite
 from tests.support.attacks import ATTACKS
-from tests.support.sandbox import needs_posix, require
+from tests.support.sandbox import needs_linux, require
 
-pytestmark = needs_posix
+resource = pytest.importorskip("resource")
+pytestmark = needs_linux
 KERNEL, NO_NAMESPACES, NO_HOOK = sandbox.LAYERS, sandbox.LAYERS[1:], sandbox.LAYERS[1:3]
 QUICK = ("forging", "equality")
 TOKEN = secrets.token_hex(16)
