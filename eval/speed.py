@@ -323,9 +323,8 @@ def _loaded(args: argparse.Namespace, config: ModelConfig) -> LLM:
         return orthrus_jax.load(args.model, **options)
     if args.view:
         raise UserError(f"--view {args.view} needs --model: --random-weights has a view of its own")
-    make = lambda key: jax.tree.map(
-        lambda x: x.astype(config.dtype), params.init(Model(config), key)
-    )
+    cast = lambda x: x.astype(config.dtype)
+    make = lambda key: jax.tree.map(cast, params.init(Model(config), key))
     key, mesh = jax.random.key(0), options["mesh"]
     where = mesh and sharding.tree_shardings(jax.eval_shape(make, key), mesh)
     return LLM(config, jax.jit(make, out_shardings=where)(key), mesh=mesh)

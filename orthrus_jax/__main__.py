@@ -16,7 +16,7 @@ COMMANDS = {
     "chat": "hold a dialogue",
     "serve": "answer over HTTP, as the OpenAI protocol has it",
     "convert": "turn a base into an Orthrus checkpoint, untrained",
-    "aot": "compile for a TPU or GPU that is not attached: does it fit, how long does it take?",
+    "aot": "compile for a TPU or GPU that is not attached: does it fit?",
 }
 
 

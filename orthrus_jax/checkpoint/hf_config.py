@@ -290,7 +290,4 @@ def _eos_ids(raw: Raw) -> tuple[int, ...]:
     eos = raw.get("eos_token_id")
     if eos is None:
         return ()
-    ids = tuple(eos) if isinstance(eos, list) else (eos,)
-    if any(type(i) is not int for i in ids):
-        raise UserError(f"eos_token_id={eos!r}: expected an id or a list of ids")
-    return ids
+    return tuple(eos) if isinstance(eos, list) else (eos,)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -184,8 +185,18 @@ def test_place_that_cannot_be_written_is_refused_before_anything_is_loaded(
         gsm8k("no/such/model", data, tmp_path / "file" / "run")
 
 
+@pytest.fixture
+def signals_are_not_ignored() -> Iterator[None]:
+    """A shell starts its background jobs with SIGINT ignored, and what it starts inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_ends_a_run_in_one_line_that_says_how_to_go_on(tmp_path, number, capsys):
+def test_signal_ends_a_run_in_one_line_that_says_how_to_go_on(
+    tmp_path, number, capsys, signals_are_not_ignored
+):
     before = signal.getsignal(signal.SIGTERM)
 
     def interrupted() -> None:

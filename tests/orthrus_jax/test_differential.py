@@ -155,7 +155,7 @@ unhurried = functools.partial(
 def test_orthrus_is_ar_on_a_few_random_cases() -> None:
     accepted.clear()
 
-    @unhurried(max_examples=25)
+    @unhurried(max_examples=40)
     @hypothesis.given(cases(["small", "two layers"], [3], [None], [False], STRATEGIES[::3], [True]))
     def check(case) -> None:
         assert_orthrus_is_ar(case)
