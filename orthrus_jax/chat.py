@@ -20,7 +20,7 @@ from orthrus_jax.cli import (
     sampling_options,
     strategy_of,
 )
-from orthrus_jax.engine import Completion
+from orthrus_jax.engine import Completion, Plan
 from orthrus_jax.errors import PromptLengthError, UserError, program_name, run_command
 from orthrus_jax.llm import Conversation, load
 
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdin.reconfigure(errors="surrogateescape")
     model = load(args.model, **runtime_options(args))
     options = sampling | {"strategy": chosen_strategy(args, model, 1)}
+    model.engine.check([], Plan(model.strategy(options["strategy"]), stream=True))
     conversation = Conversation(model, system=args.system, thinking=args.thinking)
     print(HELP, file=sys.stderr)
     while True:

@@ -146,18 +146,18 @@ def _check_positive(name: str, value: Any) -> None:
 
 def _check_types(config: ModelConfig) -> None:
     """Refuse fields of a wrong type, and sizes that no program can have."""
-    is_whole = lambda value: type(value) is int and 0 <= value <= INT32
-    names = {int: f"a whole number from 0 to {INT32}", bool: "True or False", str: "a string"}
+    is_whole = lambda value, least: type(value) is int and least <= value <= INT32
+    names = {int: f"a whole number from 1 to {INT32}", bool: "True or False", str: "a string"}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.type in names:
-            holds = is_whole(value) if field.type is int else isinstance(value, field.type)
+            holds = is_whole(value, 1) if field.type is int else isinstance(value, field.type)
             if not holds:
                 raise UserError(f"{field.name}={value!r:.60}: expected {names[field.type]}")
     mask, ends = config.mask_token_id, config.eos_token_ids
     if mask is not None and type(mask) is not int:
         raise UserError(f"mask_token_id={mask!r:.60}: expected a whole number or None")
-    if not isinstance(ends, tuple) or not all(map(is_whole, ends)):
+    if not isinstance(ends, tuple) or not all(is_whole(i, 0) for i in ends):
         raise UserError(f"eos_token_ids={ends!r:.60}: expected a tuple of token ids")
     if config.num_hidden_layers > LAYERS_LIMIT:
         raise UserError(f"num_hidden_layers={config.num_hidden_layers} is over {LAYERS_LIMIT}")

@@ -259,7 +259,10 @@ REFUSED: dict[str, tuple[Call, str]] = {
     "config list": (lambda s: config_from_hf([]), r"config.json=\[\] must be an object"),
     "config empty": (lambda s: config_from_hf({}), "model_type=None"),
     "config layers": (lambda s: changed(s, num_hidden_layers=10**6), "num_hidden_layers=1000000"),
-    "config no heads": (lambda s: changed(s, num_key_value_heads=0), "num_key_value_heads=0 must"),
+    "config no heads": (
+        lambda s: changed(s, num_key_value_heads=0),
+        "num_key_value_heads=0: expected",
+    ),
     "config block": (lambda s: changed(s, block_size=9999), "block_size=9999 is over max_position"),
     "config text": (lambda s: changed(s, vocab_size="9"), "vocab_size='9': expected a whole"),
     "config ends": (lambda s: changed(s, eos_token_ids=[2]), r"eos_token_ids=\[2\]: expected"),
