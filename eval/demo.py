@@ -19,22 +19,23 @@ import jax
 
 import orthrus_jax
 from eval import calibrate, harness, plots, report, run_directory
-from eval.arguments import positive
+from eval.arguments import check_directory, positive
 from eval.benchmarks import BENCHMARKS
 from eval.records import LOOPS, Row
 from eval.run_directory import RunDirectory
 from eval.speed import time_forwards
 from orthrus_jax import cli
-from orthrus_jax.cli import strategy_of
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine import planner
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.files import read_jsonl, write_atomic
+from orthrus_jax.files import first_line, read_jsonl, write_atomic
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, Params, params
 from orthrus_jax.tokenizer import encode
 from train.problems import problems
 
+PARAMETERS = ("base_parameters", "trained_parameters")  # in train.json, and in the report
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 PROMPTS, NEW_TOKENS = 120, 224  # the longest answers fit
 LARGER: dict[str, Any] = {
     "hidden_size": 640,
@@ -157,8 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.mode != "both" or args.temperature:
         raise UserError("eval.demo compares both loops greedily: leave out --mode, --temperature")
     run, finished = pathlib.Path(args.run), args.model is None
-    if finished and not (run / "train.json").exists():
-        raise UserError(f"{run} holds no finished training: run train.main first")
+    stages, training = _training(run) if finished else ({"seconds": {}}, [])
     out = pathlib.Path(args.out or run / "benchmark")
     replaced = args.out is None and not args.resume
     if not replaced:
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     args.model = args.model or str(run / "model")
     model = orthrus_jax.load(args.model, **cli.runtime_options(args))
-    model.strategy(strategy_of(args)).resolve(model.config)
+    harness.measured_strategy(args, model).resolve(model.config)
     if replaced:
         run_directory.remove(out)
     rates = _tune(model, args) if finished else None
@@ -177,16 +177,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         results.append(harness.measure(BENCHMARKS["demo"], args, model))
     figures = summarize(results)
     figures |= _costs(model, figures["block_size"])
-    training: list[dict[str, Any]] = []
-    seconds: dict[str, float] = {}
-    if finished:
-        stages = json.loads((run / "train.json").read_text())
-        figures |= {name: stages[name] for name in ("base_parameters", "trained_parameters")}
-        seconds = stages["seconds"]
-        training = [record for _, record in read_jsonl(run / "train.jsonl")]
+    figures |= {name: stages[name] for name in PARAMETERS if name in stages}
     if rates is not None:
         figures["tokens_per_second_by_block_size"] = rates.tokens_per_second
-    figures["seconds"] = seconds | {"measure": time.perf_counter() - begin}
+    figures["seconds"] = stages["seconds"] | {"measure": time.perf_counter() - begin}
     where = run if finished else out
     write_atomic(where / "report.json", json.dumps(figures, indent=2) + "\n")
     draw(where / "report.png", figures, training)
@@ -194,6 +188,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(report.text({out.name: results[0]}), end="\n\n")
     print(text(figures, args))
     print(f"written: {where / 'report.json'}, {where / 'report.png'}, {out / report.PAGE}")
+
+
+def _training(run: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The stages and the logged steps of a finished training.
+
+    Raises:
+      UserError: for a directory that holds none, holds damaged files or cannot be written to.
+    """
+    if not (run / "train.json").exists():
+        raise UserError(f"{run} holds no finished training: run train.main first")
+    check_directory("--run", run)
+    try:
+        stages = json.loads((run / "train.json").read_text(encoding="utf-8"))
+        seconds = {name: float(value) for name, value in stages["seconds"].items()}
+        records = [record for _, record in read_jsonl(run / "train.jsonl")]
+        for record in records:
+            float(record["step"]), float(record["loss"]), float(record.get("acceptance_length", 0))
+        counts = {name: int(stages[name]) for name in PARAMETERS}
+    except OSError as error:
+        raise UserError(f"{run} cannot be read: {first_line(error)}") from None
+    except UserError:
+        raise
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise UserError(
+            f"{run}: train.json or train.jsonl is damaged ({first_line(error)}): give --model "
+            f"{run / 'model'} to measure without them"
+        ) from None
+    return {"seconds": seconds, **counts}, records
 
 
 def _tune(model: LLM, args: argparse.Namespace) -> planner.LengthRates | None:

@@ -207,7 +207,7 @@ def _runner(
     return runner
 
 
-def _strategy(args: argparse.Namespace, model: LLM) -> Strategy:
+def measured_strategy(args: argparse.Namespace, model: LLM) -> Strategy:
     """The strategy of the loop "orthrus": by its flags, or the planner's with --rows.
 
     Raises:
@@ -262,7 +262,7 @@ def measure(
     layers = admit(args.unconfined) if benchmark.runs_code else ()
     if model is None:
         model = orthrus_jax.load(args.model, **cli.runtime_options(args))
-    strategy = _strategy(args, model)
+    strategy = measured_strategy(args, model)
     runner = _runner(args, model, sampling, strategy).fitted(problems)
     loaded = _recorded(strategy, model) | {
         "weights": fingerprint(model.params),

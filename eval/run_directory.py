@@ -10,14 +10,12 @@ import pathlib
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping
-from types import FrameType
 from typing import Any, BinaryIO
 
 from eval.arguments import check_directory
 from eval.records import ANSWERS, RECIPE, read_answers, read_recipe
-from orthrus_jax.errors import UserError
+from orthrus_jax.errors import Terminated, UserError
 from orthrus_jax.files import first_line, write_atomic
 
 
@@ -131,24 +129,16 @@ def _is_unbegun(directory: pathlib.Path) -> bool:
 @contextlib.contextmanager
 def _ending_in_a_line(directory: pathlib.Path, answers: Answers) -> Iterator[None]:
     """End the process in one line on Ctrl-C or SIGTERM, with how to go on."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if on_main_thread else None
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as error:
+    except (KeyboardInterrupt, Terminated) as error:
         print(
             f"stopped: {directory} keeps {len(answers.done)} problems; the same command with "
             "--resume goes on",
             file=sys.stderr,
         )
-        sys.exit(128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else error.code)
-    finally:
-        if on_main_thread:
-            signal.signal(signal.SIGTERM, before)
+        number = signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM
+        sys.exit(128 + number)
 
 
 def _lock(file: BinaryIO, path: pathlib.Path) -> None:

@@ -1,12 +1,13 @@
 """Damaged files: each reader of eval takes them, or refuses them with a UserError."""
 
 import gzip
+import json
 import pathlib
 
 import pytest
 from hypothesis import strategies as st
 
-from eval import records, report
+from eval import demo, records, report
 from eval.benchmarks import BENCHMARKS, load
 from eval.metrics import across, numbers
 from eval.records import read_run
@@ -99,6 +100,39 @@ def test_benchmark_takes_or_refuses_any_compressed_file(slow, tmp_path):
         slow=slow,
         path=tmp_path / "rows.jsonl.gz",
         contents=cut | changed,
+    )
+
+
+STAGES = {"base_parameters": 7, "trained_parameters": 3, "seconds": {"distil": 1.5, "train": 2}}
+STEPS = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5, "acceptance_length": 0.5}]
+
+
+@pytest.fixture
+def training(tmp_path: pathlib.Path) -> pathlib.Path:
+    """The directory of a finished training."""
+    (tmp_path / "train.json").write_text(json.dumps(STAGES))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(step) + "\n" for step in STEPS))
+    assert demo._training(tmp_path) == (STAGES, STEPS)
+    return tmp_path
+
+
+@both_profiles
+def test_demo_takes_or_refuses_any_stages(slow, training):
+    check_reader(
+        lambda path: demo._training(training),
+        slow=slow,
+        path=training / "train.json",
+        contents=damaged_json(STAGES),
+    )
+
+
+@both_profiles
+def test_demo_takes_or_refuses_any_steps(slow, training):
+    check_reader(
+        lambda path: demo._training(training),
+        slow=slow,
+        path=training / "train.jsonl",
+        contents=damaged_lines(STEPS),
     )
 
 
