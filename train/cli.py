@@ -7,6 +7,7 @@ import contextlib
 import pathlib
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -75,7 +76,7 @@ def run(
         return rest
 
     def call() -> None:
-        logging.set_verbosity(logging.FATAL)  # Orbax logs every file, and every error it raises
+        _quiet_libraries()
         if jax.config.read("jax_enable_x64"):
             raise UserError("JAX_ENABLE_X64 is set: training computes in 32 bits; unset it")
         if cache is not None:
@@ -83,6 +84,18 @@ def run(
         main(holder.value, **{name: flag.value for name, flag in values.items()})
 
     app.run(lambda _: run_command(call), flags_parser=parse)
+
+
+def _quiet_libraries() -> None:
+    """Let an error be one line: Orbax logs it too, and its threads print what they meet later."""
+    logging.set_verbosity(logging.FATAL)
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            usual(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def load_config(path: str) -> ConfigDict:

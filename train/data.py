@@ -22,6 +22,9 @@ from train.prompts import Messages, Skip
 
 Array = Any  # numpy on the host, jax inside a step
 Ids = Sequence[int] | np.ndarray
+EPOCHS = (
+    1 << 31
+)  # in effect endless; grain's own endless repetition overflows in batches of one row
 ABOUT = "rows.json"  # next to the arrays of packed rows: their recipe and counts
 
 
@@ -204,7 +207,7 @@ def write_rows(
     target = pathlib.Path(directory)
     wanted = {"length": length, "pad": pad, "document_masks": document_masks, **recipe}
     if (target / ABOUT).exists():
-        existing = json.loads((target / ABOUT).read_text(encoding="utf-8"))["recipe"]
+        existing = _recipe_of(target / ABOUT)
         if existing == wanted:
             return open_rows(target)
         if not overwrite:
@@ -227,6 +230,15 @@ def write_rows(
     return open_rows(target)
 
 
+def _recipe_of(path: pathlib.Path) -> dict[str, Any]:
+    """The recipe in rows.json; {}, which is no rows' recipe, if the file is damaged."""
+    try:
+        existing = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return existing if isinstance(existing, dict) else {}
+
+
 def open_rows(directory: str | pathlib.Path) -> Rows:
     """Map the rows of a directory that `write_rows` wrote; `start` may be a narrower integer.
 
@@ -236,7 +248,7 @@ def open_rows(directory: str | pathlib.Path) -> Rows:
     paths = [pathlib.Path(directory, f"{name}.npy") for name in Rows._fields]
     try:
         return Rows(*(np.load(path, mmap_mode="r") for path in paths))
-    except (OSError, ValueError) as error:  # numpy raises ValueError for a file cut short
+    except (OSError, EOFError, ValueError) as error:  # the latter two for a file cut short
         raise UserError(f"{directory} holds no whole packed rows: {error}") from None
 
 
@@ -330,7 +342,7 @@ class Loader:
         batches = (
             grain.MapDataset.range(count)
             .shuffle(seed=int(spread))[: count - count % batch_size]
-            .repeat()
+            .repeat(EPOCHS)
             .batch(batch_size)
             .map(lambda index: _take(rows, index[own]))
         )

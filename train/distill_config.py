@@ -85,7 +85,7 @@ class DistillConfig:
           UserError: for a value that is missing, unknown or refused.
         """
         settings.check(config, "run", "base", "seed")
-        values = dict(config.distill) if "distill" in config else {}
+        values = dict(settings.group(config, "distill"))
         known = {field.name for field in dataclasses.fields(cls)} - {"seed"}
         if unknown := sorted(set(values) - known):
             raise UserError(f"the configuration's distill has no {', '.join(unknown)}")

@@ -124,9 +124,10 @@ def _full_disk(error: BaseException | None) -> str | None:
 
     Libraries that write from threads of their own report it as text in an error of another type.
     """
-    while error is not None:
-        for number, reason in FULL.items():
-            if getattr(error, "errno", None) == number or reason in str(error):
-                return reason
-        error = error.__cause__ or error.__context__
-    return None
+    if error is None:
+        return None
+    for number, reason in FULL.items():
+        if getattr(error, "errno", None) == number or reason in str(error):
+            return reason
+    origins = [error.__cause__ or error.__context__, *getattr(error, "exceptions", ())]
+    return next(filter(None, map(_full_disk, origins)), None)

@@ -159,7 +159,7 @@ def sizes(config: Any, ends: tuple[int, ...] = ()) -> ModelConfig:
     Raises:
       UserError: for sizes that are missing, unknown or refused.
     """
-    model = dict(config.model) if "model" in config else {}
+    model = dict(settings.group(config, "model"))
     fields = {field.name for field in dataclasses.fields(ModelConfig)} - set(FIXED)
     for name in sorted(fields.symmetric_difference(model)):
         if name in REQUIRED or name in model:

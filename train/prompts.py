@@ -13,6 +13,7 @@ import gzip
 import itertools
 import json
 import logging
+import os
 import pathlib
 import re
 import urllib.parse
@@ -84,7 +85,7 @@ def parse_source(text: str) -> Source:
     options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
     if name == "problems":
         kind = "problems"
-    elif name.endswith(SUFFIXES) or pathlib.Path(name).exists() or glob.glob(name):
+    elif name.endswith(SUFFIXES) or os.path.exists(name) or glob.glob(name):
         kind = "files"
     elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         kind = "hub"

@@ -7,6 +7,7 @@ import collections
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from train.data import ChatEncoder, TokenizedDialogue
 from train.prompts import COLUMNS, Messages, Skip, dialogue_of, file_rows, local_files, opening
 
 MANIFEST = "manifest.json"
+IDS = ["prompt_ids", "answer_ids"]  # columns of a shard
+SHARD = re.compile(r"responses-\d{5,}-of-\d{5,}\.parquet")
 ANSWERS = ("response", "answer", "output")  # columns in which other engines' files hold the answer
 
 
@@ -51,8 +54,9 @@ class Responses:
         manifest = read_manifest(path)
         if not manifest["complete"]:
             raise UserError(f"{path} lacks shards of its responses: run python -m train.distill")
-        directory = pathlib.Path(self._tokenizer.name_or_path)
-        if directory.is_dir():
+        name = self._tokenizer.name_or_path  # "" for one made in memory
+        directory = pathlib.Path(name)
+        if name and directory.is_dir():
             expected = manifest["asked"]["model"]["tokenizer"]
             if tokenizer_identity(directory) != expected:
                 raise UserError(f"{path} holds ids of another tokenizer than that of {directory}")
@@ -62,10 +66,13 @@ class Responses:
         """Read a distilled shard, without making Python lists of the ids."""
         try:
             with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(1024, columns=["prompt_ids", "answer_ids"]):
+                columns = [file.schema_arrow.field(name).type for name in IDS]
+                if columns != [pa.list_(pa.int32())] * len(IDS):
+                    raise pa.ArrowInvalid("other columns than those of train.distill")
+                for batch in file.iter_batches(1024, columns=IDS):
                     self.read += len(batch)
                     yield from map(TokenizedDialogue, *(map(_slices, batch.columns)))
-        except (OSError, pa.ArrowException):
+        except (OSError, KeyError, pa.ArrowException):  # KeyError: a column is missing
             raise UserError(
                 f"{path} is damaged: delete it and run python -m train.distill"
             ) from None
@@ -131,10 +138,17 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        parts = {name: dict(manifest[name]) for name in ("asked", "prompts")}
-        return {**manifest, **parts}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{directory / MANIFEST} is missing or damaged: use --overwrite") from None
+        parts = (manifest["prompts"]["skipped"], manifest["asked"]["model"]["tokenizer"])
+        valid = (
+            list(map(type, parts)) == [dict, str]
+            and type(manifest["complete"]) is bool
+            and all(SHARD.fullmatch(name) for name in manifest["shards"])
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        valid = False
+    if not valid:
+        raise UserError(f"{directory / MANIFEST} is missing or damaged: use --overwrite")
+    return manifest
 
 
 def prompt_encoder(tokenizer: Tokenizer, thinking: bool) -> Any:

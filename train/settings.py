@@ -7,6 +7,8 @@ and no devices; distill.py checks its own part, ModelConfig the sizes of `model`
 import math
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from orthrus_jax.config import DTYPES, INT32
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import REMAT
@@ -81,12 +83,11 @@ def check(config: Any, *parts: str) -> None:
 
 
 def _check_names(config: Any, part: str, known: list[str]) -> None:
-    if part not in config:
-        raise UserError(f"the configuration has no {part}: see configs/paper.py")
     if known == [part]:
+        if part not in config:
+            raise UserError(f"the configuration has no {part}: see configs/paper.py")
         return
-    if not hasattr(config[part], "keys"):
-        raise UserError(f"config.{part}={config[part]!r:.60} must be a ConfigDict")
+    group(config, part)
     names = {name.partition(".")[2] for name in known}
     if missing := sorted(names - set(config[part])):
         raise UserError(f"the configuration's {part} lacks {', '.join(missing)}")
@@ -95,6 +96,18 @@ def _check_names(config: Any, part: str, known: list[str]) -> None:
             f"the configuration's {part} has no {', '.join(unknown)}; known: "
             f"{', '.join(sorted(names))}"
         )
+
+
+def group(config: Any, part: str) -> ConfigDict:
+    """A part of a configuration that has values of its own.
+
+    Raises:
+      UserError: when it is missing or something else.
+    """
+    if part not in config:
+        raise UserError(f"the configuration has no {part}: see configs/paper.py")
+    check_type(f"config.{part}", config[part], ConfigDict, "a ConfigDict")
+    return config[part]
 
 
 def _value(config: Any, name: str) -> Any:
@@ -120,10 +133,14 @@ def _check_value(flag: str, name: str, value: Any) -> None:
         check_type(flag, value, str, "a text")
         if not value and name not in MAY_BE_EMPTY:
             raise UserError(f"{flag} is empty: give --{flag}=PATH")
-        if "\0" in value:
-            raise UserError(f"{flag}={value!r:.60} holds a null byte")
+        try:
+            valid = b"\0" not in value.encode()
+        except UnicodeEncodeError:
+            valid = False
+        if not valid:
+            raise UserError(f"{flag}={shown(value)} is no name that a file can have")
     elif name in CHOICES and value not in CHOICES[name]:
-        raise UserError(f"{flag}={value!r:.60} is not one of {', '.join(CHOICES[name])}")
+        raise UserError(f"{flag}={shown(value)} is not one of {', '.join(CHOICES[name])}")
 
 
 def _check_schedule(part: str, t: Any) -> None:

@@ -93,6 +93,12 @@ def run_until_killed(
         return process.wait()
 
 
+def start(arguments: Sequence[str], cwd: pathlib.Path) -> "subprocess.Popen[bytes]":
+    """Start a command that a test signals or waits for; its streams are pipes."""
+    command, pipe = [sys.executable, "-m", *arguments], subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=_environment(), stdout=pipe, stderr=pipe)
+
+
 def _environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT)} | dict(changes or {})
 

@@ -135,9 +135,10 @@ def first_tokens(loader, count):
     return [batch.tokens[:, 0].tolist() for batch in itertools.islice(loader, count)]
 
 
-def test_epoch_visits_every_row_once_and_epochs_differ():
-    stream = Loader(numbered(6), 2, seed=0)
-    epochs = [first_tokens(stream, 3) for _ in range(3)]
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_epoch_visits_every_row_once_and_epochs_differ(size):
+    stream = Loader(numbered(6), size, seed=0)
+    epochs = [first_tokens(stream, 6 // size) for _ in range(3)]
     for epoch in epochs:
         assert sorted(itertools.chain.from_iterable(epoch)) == [0, 1, 2, 3, 4, 5]
     assert epochs[0] != epochs[1]
