@@ -97,9 +97,6 @@ class ModelConfig:
           UserError: naming the field, its value and what it must satisfy.
         """
         _check_types(self)
-        for name in (*SIZES, "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "

@@ -19,7 +19,7 @@ SIZES = ("0.6B", "1.7B", "4B", "8B", "14B", "32B")
     ("change", "message"),
     [
         ({"num_key_value_heads": 3}, "num_attention_heads=4 .* num_key_value_heads=3"),
-        ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be at least 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0: expected a whole number from 1"),
         ({"num_hidden_layers": -1}, "num_hidden_layers=-1: expected a whole number"),
         ({"head_dim": 15}, "head_dim=15 must be even"),
         ({"block_size": 1}, "block_size=1"),
