@@ -206,6 +206,8 @@ def server_of(service: "Service", bound: socket.socket) -> Any:
                 print(f"ready: http://{host}:{port}", file=sys.stderr, flush=True)
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if not self.started:  # no answer runs, and what compiles cannot be interrupted
+                os._exit(128 + sig)
             super().handle_exit(sig, frame)
             drain = lambda: self.loop.create_task(service.drain())
             self.loop.call_soon_threadsafe(drain)

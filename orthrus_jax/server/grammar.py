@@ -4,6 +4,7 @@ Needs the extra `structured`. Knows no device: the masks are words of bits on th
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import llguidance
 import llguidance.hf
@@ -16,6 +17,9 @@ from orthrus_jax.server.problems import invalid
 from orthrus_jax.server.schema import GrammarSpec
 from orthrus_jax.tokenizer import Tokenizer
 
+# Between the parts of JSON: enough to indent. Without an end, a model that likes spaces writes
+# nothing else (the demo's base filled 500 tokens with them).
+JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \t\n]{1,20}"}
 SHOWN = 300  # characters of the library's message
 
 
@@ -49,7 +53,7 @@ class Grammars:
             if spec.kind == "regex":
                 grammar = llguidance.LLMatcher.grammar_from_regex(spec.source)
             else:
-                grammar = llguidance.LLMatcher.grammar_from_json_schema(spec.source)
+                grammar = llguidance.LLMatcher.grammar_from_json_schema(spec.source, JSON_OPTIONS)
             matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         except ValueError as error:
             raise invalid(f"{spec.param}: {_first_line(str(error))}", spec.param) from None

@@ -12,7 +12,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import Capacity, Matcher, Plan, Request, SamplingParams
@@ -27,7 +27,6 @@ from orthrus_jax.tokenizer import encode as encode_text
 from orthrus_jax.tokenizer import encode_messages
 
 BASELINE = "ar"  # the lane without drafts: the model NAME:ar
-T = TypeVar("T")
 LONGEST_RETRY = 60  # seconds
 
 
@@ -90,6 +89,7 @@ class Service:
         self._worker = Worker(queues, self.figures.stepped)
         self._encoder = concurrent.futures.ThreadPoolExecutor(1, "encoder")
         self._calls: dict[Call, set[int]] = {}  # the answers that have not ended
+        self._preparing = 0  # requests that are being encoded
         self._seconds = 1.0  # that an answer took of late
         self._stopping = False
 
@@ -121,7 +121,13 @@ class Service:
           ApiError: naming the field.
         """
         self.find_model(request.options.model)
-        return await self._encoding(lambda: self._prepare(request))
+        self._admit(1)
+        self._preparing += 1
+        try:
+            prepare = lambda: self._prepare(request)
+            return await asyncio.get_running_loop().run_in_executor(self._encoder, prepare)
+        finally:
+            self._preparing -= 1
 
     def find_model(self, name: str) -> Strategy:
         """The strategy of a model of the protocol.
@@ -135,9 +141,6 @@ class Service:
                 404, f"model={name[:80]!r}: this server has {known}", "model", "model_not_found"
             )
         return self.strategies[name]
-
-    async def _encoding(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, function)
 
     def _prepare(self, request: ChatRequest | CompletionRequest) -> Prepared:
         options = request.options
@@ -226,24 +229,29 @@ class Service:
         Raises:
           ApiError: 429 if too many answers wait, 503 if the server stops or its engine is dead.
         """
+        wanted, limit = len(prepared.requests), self.settings.max_batch + self.settings.max_queue
+        if wanted > limit:
+            raise invalid(f"{wanted} answers in one request: this server takes {limit}", "n")
+        self._admit(wanted)
+        call = Call(prepared.requests, prepared.lane, asyncio.get_running_loop())
+        self._calls[call] = set(range(wanted))
+        self._worker.submit(call)
+        return call
+
+    def _admit(self, wanted: int) -> None:
+        """Refuse so many more answers if there is no room, or nobody to write them."""
         if self._stopping:
             raise stopping()
         if not self._worker.alive:
             raise ApiError(503, "the engine does not run", code="engine_dead")
-        wanted, limit = len(prepared.requests), self.settings.max_batch + self.settings.max_queue
-        if wanted > limit:
-            raise invalid(f"{wanted} answers in one request: this server takes {limit}", "n")
-        if self.open_answers + wanted > limit:
+        limit = self.settings.max_batch + self.settings.max_queue
+        if self.open_answers + self._preparing + wanted > limit:
             raise ApiError(
                 429,
                 f"{self.open_answers} answers run or wait: this server takes {limit}",
                 code="queue_full",
                 retry_after=self._retry_after(),
             )
-        call = Call(prepared.requests, prepared.lane, asyncio.get_running_loop())
-        self._calls[call] = set(range(wanted))
-        self._worker.submit(call)
-        return call
 
     async def news(self, call: Call) -> AsyncGenerator[News, None]:
         """The news of a call until all of its answers have ended; then it is closed.

@@ -137,10 +137,15 @@ class Worker:
             return
         finally:
             self._warm.set()
-        while self._read_mail():
-            for lane in self._lanes.values():
-                if lane.queue.busy:
-                    self._step(lane)
+        try:
+            while self._read_mail():
+                for lane in self._lanes.values():
+                    if lane.queue.busy:
+                        self._step(lane)
+        except BaseException:  # a bug: nobody will answer any more, and `alive` says so
+            logger.exception("the engine's thread ended")
+        finally:
+            self._abort(step_failed())
 
     def _read_mail(self) -> bool:
         """Do what has come by mail, waiting for it if no lane has work; False is the end."""

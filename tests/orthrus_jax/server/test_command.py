@@ -133,3 +133,21 @@ def test_sigterm_under_load_ends_every_answer_with_a_word(tiny_base, tmp_path, d
                 whole = response.status_code == 200
             assert whole or drain != "60"
         assert process.wait(60) in (0, -signal.SIGTERM)
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_server_is_ready_ends_it_at_once(tiny_base, tmp_path) -> None:
+    command = [sys.executable, "-m", "orthrus_jax.serve", "--model", str(tiny_base), "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "Waiting for application startup" in line:
+                break
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert time.monotonic() - begin < 10

@@ -153,6 +153,26 @@ def test_grammars_that_cannot_be_followed_are_refused(grammars, kind, source) ->
     assert "\n" not in error.value.message
 
 
+@pytest.mark.parametrize(
+    ("text", "fits"),
+    [
+        ('{"a":1}', True),
+        ('{ "a" : 1 }', True),
+        ('{\n    "a": 1\n}', True),
+        ("{" + " " * 30 + '"a":1}', False),
+    ],
+)
+def test_space_between_the_parts_of_json_has_an_end(grammars, text, fits) -> None:
+    """Otherwise a model that likes spaces writes nothing else."""
+    schema = '{"type": "object", "properties": {"a": {"type": "integer"}}}'
+    matcher = grammars.compile(GrammarSpec("json_schema", schema, "response_format"))()
+    tokens = tokenizer()(text, add_special_tokens=False)["input_ids"]
+    mask = np.zeros((len(tokens) + 1, WORDS), np.uint32)
+    matcher.fill(tokens, mask)
+    allowed = all(bits(mask[j])[token] for j, token in enumerate(tokens) if mask[j].any())
+    assert (allowed and mask[:-1].any(axis=1).all()) == fits
+
+
 def test_tokenizer_of_an_llm_is_left_as_it_was() -> None:
     before = hashing().tokenizer.backend_tokenizer.to_str()
     Grammars(tokenizer(), CONFIG)
