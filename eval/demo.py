@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     args.model = args.model or str(run / "model")
     model = orthrus_jax.load(args.model, **cli.runtime_options(args))
-    harness.measured_strategy(args, model).resolve(model.config)
+    model.engine.resolve(harness.measured_strategy(args, model))
     if replaced:
         run_directory.remove(out)
     rates = _tune(model, args) if finished else None
