@@ -59,7 +59,7 @@ def related_blocks(count: int, seed: int) -> pairwise.RecordedBlocks:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_head_learns_which_token_follows_which(kind: str) -> None:
-    """And how often none of the guesses does: on blocks that it was not trained on."""
+    """And where none of the guesses does: on blocks that it was not trained on."""
     recipe = config_of("", kind=kind, rank=12, steps=400, batch_size=64).head
     embedding = np.random.default_rng(0).normal(size=(VOCAB, CONFIG.hidden_size))
     embedding = embedding.astype(np.float32)
@@ -75,7 +75,8 @@ def test_head_learns_which_token_follows_which(kind: str) -> None:
     assert right[guessed].mean() > share
     if kind == "table":
         assert loss < 0.5
-        assert float(jnp.exp(none).mean()) == pytest.approx(0.1, abs=0.05)
+        none = np.exp(none)
+        assert none[~guessed].mean() > 5 * none[guessed].mean()
 
 
 def test_fresh_head_orders_as_the_block_does() -> None:
