@@ -67,7 +67,7 @@ def recipe() -> ConfigDict:
 
     c.head = ConfigDict()  # the pairwise head, trained after the view; not the paper's
     c.head.steps = 3000  # 0 trains none: the paper's drafting
-    c.head.kind = "table"  # of the vocabulary; or "map", of the frozen embedding
+    c.head.kind = "map"  # of the frozen embedding; or "table", of the vocabulary
     c.head.rank = 16
     c.head.blocks = 65_536  # recorded on the training answers
     c.head.batch_size = 512
@@ -97,4 +97,7 @@ def small_model() -> ConfigDict:
     c.train.eval_prompts = 32
     c.train.remat = "none"
     c.train.stack_layers = False
+
+    c.head.kind = "table"  # of a small vocabulary
+    c.head.blocks = 32_768  # twice as many give no more (docs/log.md)
     return c
