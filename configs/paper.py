@@ -64,6 +64,15 @@ def recipe() -> ConfigDict:
     # Prompts decoded every eval_every steps to choose the best checkpoint: no training data and no
     # test data.
     c.train.eval_sources = (("openai/gsm8k?config=main&split=train", 1.0),)
+
+    c.head = ConfigDict()  # the pairwise head, trained after the view; not the paper's
+    c.head.steps = 3000  # 0 trains none: the paper's drafting
+    c.head.kind = "map"  # of the frozen embedding; or "table", of the vocabulary
+    c.head.rank = 16
+    c.head.blocks = 65_536  # recorded on the training answers
+    c.head.batch_size = 512
+    c.head.learning_rate = 1e-2
+    c.head.gamma = 4.0  # weigh block position i by exp(-i / gamma)
     return c
 
 
@@ -88,4 +97,7 @@ def small_model() -> ConfigDict:
     c.train.eval_prompts = 32
     c.train.remat = "none"
     c.train.stack_layers = False
+
+    c.head.kind = "table"  # of a small vocabulary
+    c.head.blocks = 32_768  # twice as many give no more (docs/log.md)
     return c

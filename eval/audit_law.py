@@ -51,7 +51,7 @@ def audit_law(
     "undecided" has the reason.
     """
     answers = run.decode(requests, "rejection")
-    block = run.plan.strategy.resolve(run.model.config).block_size
+    block = run.model.engine.resolve(run.plan.strategy).block_size
     stats = run.read_again(one_row, requests, answers, answers, block=block)
     pooled = TokenStats(*(np.concatenate(x).astype(np.float64) for x in zip(*stats, strict=True)))
     figures: dict[str, Any] = {"tokens": len(pooled.own), "z": {}}

@@ -50,7 +50,7 @@ from orthrus_jax.tokenizer import encode
 PARTS = ("acceptance", "costs", "draft-length")
 BUDGETS = (16, 32, 64, 96, 160, 256)
 COUNTS = (1, 2, 4, 6, 10, 14, 20)  # of blocks
-TEMPERATURES = (1.0, 0.8, 0.65, 0.5)
+TEMPERATURES = (1.3, 1.0, 0.8, 0.65, 0.5)
 LENGTHS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 LENGTH_PROMPTS = 16  # at most: each is decoded at every draft length, several times
 FORWARDS = 8  # per timed call

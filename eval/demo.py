@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     args.model = args.model or str(run / "model")
     model = orthrus_jax.load(args.model, **cli.runtime_options(args))
-    harness.measured_strategy(args, model).resolve(model.config)
+    model.engine.resolve(harness.measured_strategy(args, model))
     if replaced:
         run_directory.remove(out)
     rates = _tune(model, args) if finished else None
@@ -202,7 +202,8 @@ def _training(run: pathlib.Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         stages = json.loads((run / "train.json").read_text(encoding="utf-8"))
         seconds = {name: float(value) for name, value in stages["seconds"].items()}
-        records = [record for _, record in read_jsonl(run / "train.jsonl")]
+        every = (record for _, record in read_jsonl(run / "train.jsonl"))
+        records = [record for record in every if "pairwise_loss" not in record]  # the head's
         for record in records:
             float(record["step"]), float(record["loss"]), float(record.get("acceptance_length", 0))
         counts = {name: int(stages[name]) for name in PARAMETERS}

@@ -225,7 +225,7 @@ def measured_strategy(args: argparse.Namespace, model: LLM) -> Strategy:
 def _recorded(strategy: Strategy, model: LLM) -> dict[str, Any]:
     """The strategy as recipe.json holds it."""
     plain = Strategy() if strategy.method == "ar" else strategy
-    flags = model.strategy(plain).resolve(model.config).flags()
+    flags = model.engine.resolve(model.strategy(plain)).flags()
     return {name: value for name, value in flags.items() if name != "mode"}
 
 

@@ -83,12 +83,20 @@ def add_mode(parser: argparse.ArgumentParser) -> None:
 
 
 def add_cycle(parser: argparse.ArgumentParser) -> None:
-    """Add --cycle and `add_blocks`, which all commands that decode share."""
+    """Add --cycle, --no-pairwise and `add_blocks`, which all commands that decode share."""
     parser.add_argument(
         "--cycle",
         choices=tuple(CYCLES),
         help="draft and verify in turn (paper), the same with a draft forward that emits too "
         "(two-forward), or draft while verifying (one-forward); default: paper",
+    )
+    parser.add_argument(
+        "--no-pairwise",
+        dest="pairwise",
+        action="store_false",
+        default=None,
+        help="draft each position by itself, as the paper does, though the model has a pairwise "
+        "head",
     )
     add_blocks(parser)
 
@@ -127,7 +135,7 @@ def add_blocks(parser: argparse.ArgumentParser, selector: str = "--cycle") -> No
 def strategy_of(
     args: argparse.Namespace, method: str | None = None, selector: str = "--cycle"
 ) -> Strategy:
-    """The strategy given by --mode, --cycle, --draft-length, --accept and `add_blocks`.
+    """The strategy given by --mode, --cycle, --draft-length, --accept, --no-pairwise, `add_blocks`.
 
     Args:
       args: parsed; an option that the command lacks counts as not given.
@@ -156,9 +164,16 @@ def strategy_of(
         if name in SPENT_BY and method not in SPENT_BY[name]:
             cycles = [cycle for cycle, method in CYCLES.items() if method in SPENT_BY[name]]
             raise UserError(f"{flag} needs {selector} {' or '.join(cycles)}")
+    pairwise = get("pairwise", None)
+    if pairwise is False and method == "ar":
+        raise UserError("--no-pairwise: decoding one token per forward (ar) drafts nothing")
     counts: dict[str, Any] = {name: given[name] for name in SPENT_BY if name in given}
     return Strategy(
-        method, given.get("draft_length"), accept=get("accept", AcceptRule.REJECTION), **counts
+        method,
+        given.get("draft_length"),
+        accept=get("accept", AcceptRule.REJECTION),
+        pairwise=pairwise,
+        **counts,
     )
 
 
@@ -171,7 +186,7 @@ def chosen_strategy(args: argparse.Namespace, model: LLM, batch: int) -> Strateg
     flags = {name: value for name, value in choice.strategy.flags().items() if value}
     spelled = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
     print(f"--rows {args.rows}: {spelled}\n  {choice.why}", file=sys.stderr)
-    return dataclasses.replace(choice.strategy, accept=strategy.accept)
+    return dataclasses.replace(choice.strategy, accept=strategy.accept, pairwise=strategy.pairwise)
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None, *, progress: bool = True) -> None:
     frozen, diffusion = (params.count(part) for part in params.split(loaded.params))
     written: dict[str, Any] = {"overwrite": args.overwrite}
     if alone:
-        options = {"rank": args.rank, "dtype": args.dtype, **written}
+        options = {"head": loaded.head, "rank": args.rank, "dtype": args.dtype, **written}
         checkpoint.save_view(args.target, loaded.config, loaded.params, **options)
         held, sizes = "a diffusion view alone", [args.target]
     else:

@@ -349,6 +349,8 @@ def save_view(
 ) -> pathlib.Path:
     """Write a model's diffusion view alone, to be used as `load(base, view=...)`.
 
+    Its pairwise head, if it has one, lies in the same file.
+
     Args:
       model: whose view; its base is remembered by checksums.
       target: a file that ends in .safetensors, or a directory, for view.safetensors.
@@ -364,7 +366,13 @@ def save_view(
       UserError: when the file is there, or cannot be written.
     """
     return checkpoint_lib.save_view(
-        target, model.config, model.params, rank=rank, dtype=dtype, overwrite=overwrite
+        target,
+        model.config,
+        model.params,
+        head=model.params.get(HEAD),
+        rank=rank,
+        dtype=dtype,
+        overwrite=overwrite,
     )
 
 

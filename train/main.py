@@ -1,7 +1,7 @@
 """Train the diffusion view of a frozen base: `python -m train.main --config configs/qwen3_4b.py`.
 
-Self-distils responses from the base, trains the view on them, exports an Orthrus checkpoint. The
-same command resumes an interrupted run.
+Self-distils responses from the base, trains the view on them, then the pairwise head of its drafts,
+and exports an Orthrus checkpoint. The same command resumes an interrupted run.
 """
 
 import contextlib
@@ -27,10 +27,11 @@ from orthrus_jax.files import write_atomic
 from orthrus_jax.llm import LLM
 from orthrus_jax.metrics import acceptance_length
 from orthrus_jax.model import Model, params
+from orthrus_jax.model.pairwise import Head
 from orthrus_jax.tokenizer import require_mask_token
-from train import cli, distill, hosts, lock, model_card, recipe, settings, trainer
+from train import cli, distill, hosts, lock, model_card, pairwise, recipe, settings, trainer
 from train.checkpoints import Checkpoints
-from train.data import Loader, write_rows
+from train.data import Loader, open_rows, write_rows
 from train.log import Log
 from train.recipe import Progress
 from train.responses import read_responses, tokenizer_identity
@@ -78,11 +79,16 @@ def main(config: Any, overwrite: bool, change_recipe: bool = False) -> None:
         with contextlib.closing(_saver(config, setup)) as saver:
             frozen, state = _start(config, setup, optimizer, saver, loader, change_recipe)
             hosts.on_first_host(lambda: recipe.write(run, config))
-            trained = _train(config, setup, optimizer, saver, loader, frozen, state)
+            evaluate = held_out(config, setup, frozen)
+            trained = _train(config, setup, optimizer, saver, loader, frozen, state, evaluate)
         if trained is None:
             return
         clock.lap("train")
-        _export(config, setup, frozen, trained.diffusion)
+        view = pairwise.TrainedView(Model(setup.sizes, setup.mesh), frozen, trained.diffusion)
+        rows, step = open_rows(run / "rows"), int(trained.step)
+        head = pairwise.train_head(config, view, rows, evaluate, step)
+        clock.lap("head")
+        _export(config, setup, frozen, trained.diffusion, head)
         clock.lap("export")
         hosts.on_first_host(lambda: _finish(config, setup, clock.seconds))
 
@@ -187,11 +193,11 @@ def _train(
     loader: Loader,
     frozen: params.Params,
     state: trainer.TrainState,
+    evaluate: Callable[[params.Params], dict[str, Any]],
 ) -> trainer.TrainState | None:
     """Train to the last step; None after a signal, when the state is saved."""
     run = pathlib.Path(config.run)
     model = Model(setup.sizes, setup.mesh, config.train.remat)
-    evaluate = _held_out(config, setup, frozen)
     with hosts.stop_on_signal() as stopping, Log(run, int(state.step)) as log:
         try:
             return trainer.fit(
@@ -221,10 +227,13 @@ def _stacked(tree: params.Params, mesh: Any) -> params.Params:
     return params.stack(tree, join)
 
 
-def _held_out(
+def held_out(
     config: Any, setup: Setup, frozen: params.Params
 ) -> Callable[[params.Params], dict[str, Any]]:
-    """Return a function that decodes the held-out prompts with a given diffusion subtree."""
+    """Return a function that decodes the held-out prompts with a given diffusion subtree.
+
+    A pairwise head in the subtree, under its name, is used.
+    """
     if not setup.held_out:
         return lambda diffusion: {}
     generator = LLM(setup.sizes, frozen, setup.tokenizer, mesh=setup.mesh)
@@ -248,7 +257,13 @@ def _held_out(
     return evaluate
 
 
-def _export(config: Any, setup: Setup, frozen: params.Params, diffusion: params.Params) -> None:
+def _export(
+    config: Any,
+    setup: Setup,
+    frozen: params.Params,
+    diffusion: params.Params,
+    head: Head | None,
+) -> None:
     # Unstacked in host memory: a device may have no room for a second copy of the weights.
     whole = sharding.to_host(params.merge(frozen, diffusion))
     if not hosts.is_first():
@@ -259,6 +274,7 @@ def _export(config: Any, setup: Setup, frozen: params.Params, diffusion: params.
         pathlib.Path(config.run) / "model",
         setup.sizes,
         whole,
+        head=head,
         tokenizer_from=setup.directory,
         overwrite=True,  # checked when the run began
     )
@@ -281,7 +297,8 @@ def _delete_outputs(run: pathlib.Path, keep_responses: bool) -> None:
     The recipe stays until training begins: it says whose the model is. Responses that the
     configuration names are no output, wherever they lie.
     """
-    names = ["rows", "checkpoints", "best", "tensorboard", "train.jsonl", recipe.FINISHED]
+    names = ["rows", "checkpoints", "best", "tensorboard", pairwise.FOLDER, "train.jsonl"]
+    names.append(recipe.FINISHED)
     for name in names if keep_responses else ["responses", *names]:
         _delete(run / name)
 

@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+from orthrus_jax.checkpoint import HEAD_FILE
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import read_jsonl, write_atomic
 from train.responses import MANIFEST
@@ -36,12 +37,28 @@ The text equals the base's: in float32 token for token, in bfloat16 up to near-t
 
 
 def last_record(run: pathlib.Path) -> dict[str, Any]:
-    """The last record of a run's log, which has its held-out acceptance; {} without a log."""
+    """The last step's record in a run's log, with its held-out acceptance; {} without a log."""
+    return next((r for r in reversed(_records(run)) if "loss" in r), {})
+
+
+def _records(run: pathlib.Path) -> list[dict[str, Any]]:
     try:
-        records = [record for _, record in read_jsonl(run / "train.jsonl")]
+        return [record for _, record in read_jsonl(run / "train.jsonl")]
     except (OSError, UserError):
-        return {}
-    return records[-1] if records else {}
+        return []
+
+
+def _head_line(path: pathlib.Path, config: Any, run: pathlib.Path) -> list[str]:
+    """What the exported pairwise head does, if there is one and it was measured."""
+    record = next((r for r in reversed(_records(run)) if "pairwise_acceptance_length" in r), None)
+    if record is None or not (path.parent / HEAD_FILE).exists():
+        return []
+    return [
+        f"- the same with the pairwise head (rank {config.head.rank}, {config.head.kind}; on "
+        "unless a strategy turns it off): acceptance length "
+        f"{record['pairwise_acceptance_length']:.2f}, "
+        f"{record['pairwise_tokens_per_forward']:.2f} tokens per forward"
+    ]
 
 
 def warning(record: dict[str, Any]) -> str | None:
@@ -66,6 +83,7 @@ def write(path: pathlib.Path, config: Any, run: pathlib.Path) -> None:
             f"{last['acceptance_length']:.2f} of {config.train.block_size - 1} drafts per cycle, "
             f"{last['tokens_per_forward']:.2f} tokens per forward (mean over prompts)"
         )
+    lines += _head_line(path, config, run)
     if "tokens_per_second" in last:
         lines.append(f"- {last['tokens_per_second']:.0f} training tokens/s")
     if weak := warning(last):

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from orthrus_jax.config import DTYPES, INT32
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import REMAT
+from orthrus_jax.model.pairwise import KINDS
 from orthrus_jax.values import check_number, check_switch, check_type, check_whole, shown
 from train.divergence import Divergence
 
@@ -34,6 +35,10 @@ WHOLE: dict[str, tuple[int, int]] = {  # the least and the most
     "train.save_every": COUNT,
     "train.keep": COUNT,
     "train.eval_prompts": (0, INT32),
+    "head.steps": (0, INT32),
+    "head.rank": COUNT,
+    "head.blocks": COUNT,
+    "head.batch_size": COUNT,
     "pretrain.steps": (2, INT32),
     "pretrain.batch_size": COUNT,
     "pretrain.row_length": (2, INT32),
@@ -44,6 +49,8 @@ REAL = {
     "train.learning_rate": POSITIVE,
     "train.warmup": SHARE,
     "train.gamma": WEIGHT,
+    "head.learning_rate": POSITIVE,
+    "head.gamma": POSITIVE,
     "pretrain.learning_rate": POSITIVE,
     "pretrain.warmup": SHARE,
     "pretrain.question_weight": WEIGHT,
@@ -55,6 +62,7 @@ CHOICES = {
     "train.dtype": DTYPES,
     "train.divergence": tuple(divergence.value for divergence in Divergence),
     "train.remat": tuple(REMAT),
+    "head.kind": KINDS,
 }
 OTHERS = ("train.eval_sources",)  # checked where they are read
 

@@ -53,7 +53,7 @@ def prepare(config: Any) -> Setup:
     Raises:
       UserError: for a value, base, source of held-out prompts or machine that cannot do.
     """
-    parts = ("run", "base", "seed", "responses", "distributed", "mesh", "train")
+    parts = ("run", "base", "seed", "responses", "distributed", "mesh", "train", "head")
     settings.check(config, *parts)
     runtime.check_devices()
     t, distill = config.train, DistillConfig.of(config)

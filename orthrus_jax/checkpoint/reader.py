@@ -30,7 +30,7 @@ from orthrus_jax.checkpoint.tensors import (
     tensor_specs,
     to_device,
 )
-from orthrus_jax.checkpoint.view import View, check_base, with_view
+from orthrus_jax.checkpoint.view import View, check_base, view_head, with_view
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line
@@ -95,9 +95,10 @@ def load_checkpoint(
         config = dataclasses.replace(config, dtype=dtype)
     if mesh is not None:
         sharding.check_divides(config, mesh)
-    head = None if view else load_head(directory, config, mesh)  # another view's does not fit
     if view is not None:
         check_base(view, config)
+    # A head belongs to its view: another one's does not fit.
+    head = view_head(view, config, mesh) if view else load_head(directory, config, mesh)
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(directory, stack)
         orthrus = orthrus or any("_diff." in name for name in tensors)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from orthrus_jax.checkpoint.directory import checked_path, resolve
+from orthrus_jax.checkpoint.head import PREFIX, head_of, head_tensors
 from orthrus_jax.checkpoint.tensors import (
     FILE_DTYPES,
     TensorSpec,
@@ -32,6 +33,7 @@ from orthrus_jax.checkpoint.tensors import (
 from orthrus_jax.config import DTYPES, SIZES, ModelConfig
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line, write_atomic
+from orthrus_jax.model.pairwise import Head
 from orthrus_jax.model.params import DIFFUSION
 from orthrus_jax.model.transformer import Params
 
@@ -68,6 +70,7 @@ def save_view(
     config: ModelConfig,
     params: Params,
     *,
+    head: Head | None = None,
     rank: int | None = None,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -78,6 +81,7 @@ def save_view(
       target: a file that ends in .safetensors, or a directory, which then holds FILE.
       config: of the model; its `block_size` and `mask_token_id` are the view's.
       params: the whole tree, both views.
+      head: the view's pairwise head, kept in the same file.
       rank: keep each projection as the best difference of this rank to the AR view's; None keeps
         it whole.
       dtype: of the tensors; None keeps the dtype of the leaves.
@@ -111,6 +115,7 @@ def save_view(
             parts = {f"{name}{FACTORS[0]}": a, f"{name}{FACTORS[1]}": b}
         kept = dtype or str(flat[spec.path].dtype)
         tensors |= {part: cast_on_host(array, kept, part) for part, array in parts.items()}
+    tensors |= {} if head is None else head_tensors(head)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, save(tensors, {ABOUT: json.dumps(about)}))
@@ -216,6 +221,18 @@ def with_view(
     return config, traverse_util.unflatten_dict(flat)
 
 
+def view_head(view: View, config: ModelConfig, mesh: Mesh | None = None) -> Head | None:
+    """The pairwise head that lies in a view's file; None if there is none.
+
+    Raises:
+      UserError: for tensors that do not fit the config.
+    """
+    with safe_open(view.path, framework="np") as file:
+        names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in names}
+    return head_of(view.path, tensors, config, mesh) if tensors else None
+
+
 def base_checksums(config: ModelConfig, params: Params) -> dict[str, int]:
     """A checksum of each tensor of the base, by name, of its weights rounded to bfloat16.
 
@@ -276,7 +293,8 @@ def _check_tensors(view: View, specs: dict[str, TensorSpec], file: Any) -> None:
             rank = min(view.rank, *spec.shape)
             sizes = (rank, spec.shape[1]), (spec.shape[0], rank)
             expected |= {name + end: size for end, size in zip(FACTORS, sizes, strict=True)}
-    held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    names = [name for name in file.keys() if not name.startswith(PREFIX)]  # noqa: SIM118
+    held = {name: file.get_slice(name) for name in names}
     wrong = sorted(
         name
         for name in expected.keys() | held.keys()

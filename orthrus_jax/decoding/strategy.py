@@ -196,10 +196,14 @@ class Strategy:
         return int(self.method == "orthrus-2f")
 
     def flags(self) -> dict[str, Any]:
-        """The strategy as command lines and JSON files spell it: mode, cycle and the row counts."""
+        """The strategy as command lines and JSON files spell it: mode, cycle and the row counts.
+
+        And "pairwise", where the head is used.
+        """
         if self.method == "ar":
             return {"mode": "ar"}
         cycle = next(name for name, method in CYCLES.items() if method == self.method)
         names = ("draft_length", "early_blocks", "fresh_blocks", "tree_nodes")
         counts = {name: getattr(self, name) for name in names}
-        return {"mode": "orthrus", "cycle": cycle} | counts
+        head = {"pairwise": True} if self.pairwise else {}
+        return {"mode": "orthrus", "cycle": cycle} | counts | head

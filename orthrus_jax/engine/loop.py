@@ -71,7 +71,7 @@ class Engine:
           UserError: naming the value and its limit.
         """
         check_type("plan", plan, Plan, "a Plan")
-        self._resolved(plan.strategy)
+        self.resolve(plan.strategy)
         if plan.stream and self.tokenizer is None:
             raise UserError("streaming needs a tokenizer: this model was loaded without one")
         for i, request in enumerate(requests):
@@ -175,7 +175,7 @@ class Engine:
 
     def _check_memory(self, plan: Plan, capacity: Capacity) -> None:
         """Refuse a queue whose cache and largest forward do not fit the devices."""
-        batch, rows = plan.batch_size, self._resolved(plan.strategy).rows
+        batch, rows = plan.batch_size, self.resolve(plan.strategy).rows
         mesh = self.programs.mesh
         check_memory(
             decoding_bytes(self.model, batch, capacity.slots, rows),
@@ -256,7 +256,7 @@ class Engine:
                 "lookahead": self.lookahead(plan),
             },
         )
-        strategy = self._resolved(plan.strategy)
+        strategy = self.resolve(plan.strategy)
         carry = first_carry(strategy, self.model, len(rows), capacity.slots)
         return state.replace(drafter=carry)
 
@@ -298,14 +298,14 @@ class Engine:
         state = state.replace(**dict.fromkeys(aside))
         pause = {"max_cycles": jnp.int32(max_cycles), "min_active": jnp.int32(min_active)}
         sampled = state.sampler is not None
-        strategy = self._resolved(plan.strategy)
+        strategy = self.resolve(plan.strategy)
         loop, static = loop_of(strategy, self.model, sampled=sampled)
         state = self._run(loop, state, head=bool(strategy.pairwise), **pause, static=static)
         return state.replace(**aside)
 
     def propose(self, state: decoding.DecodeState, plan: Plan) -> jax.Array:
         """The drafts of the next cycle, int32[B, K-1], for one of MASKED_METHODS."""
-        strategy = self._resolved(plan.strategy)
+        strategy = self.resolve(plan.strategy)
         if strategy.method == "ar":
             return jnp.zeros((len(state.anchor), 0), jnp.int32)
         drafter = drafter_of(strategy, self.model)
@@ -321,7 +321,12 @@ class Engine:
             constrained.masked_cycle, state, drafts, jnp.asarray(allowed), static=static
         )
 
-    def _resolved(self, strategy: Strategy) -> Strategy:
+    def resolve(self, strategy: Strategy) -> Strategy:
+        """The strategy with every value filled in for this model.
+
+        Raises:
+          UserError: naming the field, for what this model cannot run.
+        """
         return strategy.resolve(self.config, self.draft_temperature, head=HEAD in self.params)
 
     def _run(self, function: Any, *arguments: Any, head: bool = False, **named: Any) -> Any:

@@ -68,8 +68,7 @@ class Service:
         # A copy for the thread that encodes: encoding may change a tokenizer's settings.
         self._tokenizer = copy.deepcopy(model.tokenizer)
         self._grammars = _grammars(model, settings)
-        temperature = model.engine.draft_temperature
-        resolve = lambda one: model.strategy(one).resolve(model.config, temperature)
+        resolve = lambda one: model.engine.resolve(model.strategy(one))
         self.strategies = {settings.name: resolve(strategy)}
         if settings.baseline and strategy.method != "ar":
             self.strategies[f"{settings.name}:{BASELINE}"] = resolve(Strategy("ar"))

@@ -109,7 +109,7 @@ def test_draft_temperature_with_most_tokens_is_fitted_and_used(
     calibration = Calibration(draft_temperature=temperature)
     calibrated = LLM(CONFIG, model.params, calibration=calibration)
     tree = Strategy("orthrus-1f", tree_nodes=8)
-    assert calibrated.engine._resolved(tree).draft_temperature == temperature
+    assert calibrated.engine.resolve(tree).draft_temperature == temperature
     texts = calibrated.complete(prompts, max_new_tokens=17, strategy=tree)
     assert [c.tokens for c in texts] == [answer[:17] for answer in answers]
 

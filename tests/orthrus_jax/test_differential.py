@@ -71,7 +71,7 @@ def weights_of(shape: str, seed: int, copy: bool) -> dict:
     config = config_of(shape)
     tree = random_params(config, seed, gain=2.0, copy=copy)
     liked = 1 + 1.5 * jnp.isin(jnp.arange(VOCAB), jnp.array([3, 4, 9, 14]))
-    frozen, diffusion = params_lib.split(tree | {HEAD: random_head(config, seed % 3)})
+    frozen, diffusion = params_lib.split(tree | {HEAD: random_head(config, seed % 3, gain=0.4)})
     if config.tie_word_embeddings:
         table = frozen["embed_tokens"]["embedding"] * liked[:, None]
         frozen = frozen | {"embed_tokens": {"embedding": table}}

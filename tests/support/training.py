@@ -50,4 +50,5 @@ def miniature(run):
     c.train.update(block_size=6, steps=8, batch_size=2, anchors=6, log_every=2, eval_every=4)
     c.train.update(save_every=3)
     c.train.update(eval_prompts=4)
+    c.head.update(steps=20, blocks=60, batch_size=16, rank=3)
     return c

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,16 @@ import pytest
 
 import orthrus_jax
 from eval import demo
+from orthrus_jax.checkpoint import HEAD_FILE
+from orthrus_jax.decoding import Strategy
+from orthrus_jax.engine.planner import Calibration, Measurement
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import read_jsonl
 from orthrus_jax.model import REMAT, params
+from orthrus_jax.model.pairwise import HEAD
 from tests.support.paths import ROOT
 from tests.support.training import miniature
-from train import distill, pretrain
+from train import distill, head, pretrain
 from train import main as train_main
 from train.log import Log
 from train.objective import objective_of
@@ -77,9 +82,51 @@ def test_responses_are_greedy_answers_of_the_base(run):
 
 
 def test_log_holds_loss_and_decoded_acceptance(run):
-    log = records(run)
+    *log, last = records(run)
     assert [record["step"] for record in log] == [1, 2, 4, 6, 8]
     assert [record["step"] for record in log if "acceptance_length" in record] == [4, 8]
+    assert last["step"] == 8
+    assert last["plain_acceptance_length"] == log[-1]["acceptance_length"]
+    kept = last["pairwise_acceptance_length"] > last["plain_acceptance_length"]
+    assert (run / "model" / HEAD_FILE).exists() == kept
+
+
+def test_head_of_a_finished_run_is_trained_by_its_own_command(run, tmp_path, monkeypatch, capsys):
+    """It draws on the run's rows, says what it did, and leaves the model's weights as they are."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "model" / HEAD_FILE).unlink(missing_ok=True)
+    config = miniature(copy)
+    config.base, config.head.rank = str(run / "base"), 5
+    stale = Measurement(Strategy("orthrus", 6, early_blocks=0), 2.0, (1.9, 2.1), 2.0, 1.0, 1.0)
+    Calibration((stale,), about={"prompts": 1}, draft_temperature=0.5).save(copy / "model")
+    before = (copy / "model" / "model.safetensors").read_bytes()
+    score = lambda tree: {"acceptance_length": 1.0 + (HEAD in tree), "tokens_per_forward": 1.0}
+    monkeypatch.setattr(head, "held_out", lambda config, setup, frozen: score)
+    head.main(config)
+    assert "pairwise head written" in capsys.readouterr().out
+    model = orthrus_jax.load(copy / "model")
+    assert model.params[HEAD]["previous"]["table"].shape == (400, 5)
+    assert (copy / "model" / "model.safetensors").read_bytes() == before
+    assert "with the pairwise head (rank 5, table" in (copy / "model" / "README.md").read_text()
+    assert model.calibration.measurements == ()
+    assert model.calibration.draft_temperature == 1.0
+    prompt = [[3, 4, 5]]
+    with_head, without = (
+        model.complete(prompt, strategy=Strategy(pairwise=on), max_new_tokens=12)[0].tokens
+        for on in (True, False)
+    )
+    assert with_head == without
+
+
+def test_head_of_an_unfinished_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds no finished training: run train\.main first"):
+        head.main(miniature(tmp_path / "absent"))
+    config = miniature(tmp_path)
+    config.head.kind = "pair"
+    with pytest.raises(UserError, match=r"config\.head\.kind='pair' is not one of table, map"):
+        head.main(config)
+    assert not list(tmp_path.iterdir())
 
 
 def test_demo_report_has_its_fields_and_an_exact_match_of_one(run, capsys, monkeypatch):
@@ -89,7 +136,7 @@ def test_demo_report_has_its_fields_and_an_exact_match_of_one(run, capsys, monke
     assert report["exact_match"] == 1.0
     assert report["accuracy_ar"] == report["accuracy_orthrus"]
     assert report["base_parameters"] > report["trained_parameters"] > 0
-    assert set(report["seconds"]) == {"distill", "pack", "train", "export", "measure"}
+    assert set(report["seconds"]) == {*("distill", "pack", "train", "head", "export", "measure")}
     for name in ("acceptance_length", "tokens_per_forward", "tokens_per_forward_pooled"):
         assert report[name] >= 0
     assert report["speedup"] > 0
@@ -147,7 +194,8 @@ def test_stopped_run_resumes_to_the_same_bytes(run, tmp_path, monkeypatch, capsy
     assert "going on from step 5" in capsys.readouterr().out
     weights = [path / "model" / "model.safetensors" for path in (run, tmp_path)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert [record["step"] for record in records(tmp_path)] == [1, 2, 4, 5, 6, 8]
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 4, 5, 6, 8, 8]
+    assert records(tmp_path)[-1] == records(run)[-1]
     card = (tmp_path / "model" / "README.md").read_text()
     assert "acceptance length" in card
     assert '"anchors": 6' in card

@@ -143,6 +143,7 @@ COMMANDS = {
     "--stop=": "must be a sequence of strings, none empty",
     "--tree-nodes 8": "--tree-nodes 8 needs --cycle two-forward or one-forward",
     "--early-blocks 2": "--early-blocks 2 needs --cycle one-forward",
+    "--mode ar --no-pairwise": "--no-pairwise: decoding one token per forward (ar)",
     "--mode ar --cycle two-forward": "--cycle two-forward: decoding one token per forward (ar)",
     "--rows 16 --cycle paper": "--cycle paper beside --rows 16: the planner chooses it",
     "--stream --draft-length 1": f"draft_length=1 must be from 2 to {K}",
