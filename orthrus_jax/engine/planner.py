@@ -1,10 +1,10 @@
 """Choose the strategy with the highest expected tokens per second on this device.
 
 Up to some number of rows, a property of the device, a forward costs little more than one of few;
-beyond it, or in a batch, every row adds cost. `eval.calibrate` measures any of three parts and keeps them in the
-model's calibration.json: tokens per forward of each way to spend rows (a property of the model),
-milliseconds per forward by rows and batch (a property of the device), and tokens/s of the paper's
-cycle by draft length (of both). This module is the file's one reader and writer.
+beyond it, or in a batch, every row adds cost. `eval.calibrate` measures any of three parts and
+keeps them in the model's calibration.json: tokens per forward of each way to spend rows (a property
+of the model), milliseconds per forward by rows and batch (a property of the device), and tokens/s
+of the paper's cycle by draft length (of both). This module is the file's one reader and writer.
 Without measured acceptance a rule chooses. Knows nothing of how the measuring is done.
 """
 
@@ -241,11 +241,8 @@ def choose(
     if calibration is None or not calibration.measurements:
         return default_strategy(rows, batch, block_size, kind)
     curves = calibration.cost.get(kind)
-    cost = (
-        (lambda n: _cost(curves, batch, n))
-        if curves
-        else (lambda n: estimated_cost(kind, batch * n))
-    )
+    estimate = lambda n: estimated_cost(kind, batch * n)
+    cost = (lambda n: _cost(curves, batch, n)) if curves else estimate
     source = "measured here" if curves else f"estimated, never run: {kind} was not calibrated"
 
     def relative_cost(strategy: Strategy) -> float:
