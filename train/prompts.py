@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line
@@ -135,18 +133,27 @@ def file_rows(path: pathlib.Path, columns: Sequence[str] = COLUMNS) -> Iterator[
     """
     try:
         if path.suffix == ".parquet":
-            with pyarrow.parquet.ParquetFile(path) as file:
-                known = [name for name in columns if name in file.schema_arrow.names]
-                for batch in file.iter_batches(batch_size=256, columns=known or None):
-                    yield from batch.to_pylist()
+            yield from _parquet_rows(path, columns)
             return
         opened = gzip.open if path.suffix == ".gz" else open
         with opened(path, "rb") as lines:
             yield from (_parse(line) for line in lines if line.strip())
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} cannot be read ({first_line(error):.120}): truncated or damaged"
         ) from None
+
+
+def _parquet_rows(path: pathlib.Path, columns: Sequence[str]) -> Iterator[Any]:
+    import pyarrow.parquet  # late: a training step is timed where it is not installed
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            known = [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=256, columns=known or None):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise OSError(error) from None
 
 
 def _parse(line: bytes) -> Any:

@@ -1,10 +1,10 @@
 """Choose the strategy with the highest expected tokens per second on this device.
 
-Up to a device's ridge a forward of many rows costs little more than one of few; beyond it, or in a
-batch, every row adds cost. `eval.calibrate` measures any of three parts and keeps them in the
-model's calibration.json: tokens per forward of each way to spend rows (a property of the model),
-milliseconds per forward by rows and batch (a property of the device), and tokens/s of the paper's
-cycle by draft length (of both). This module is the file's one reader and writer.
+Up to some number of rows, a property of the device, a forward costs little more than one of few;
+beyond it, or in a batch, every row adds cost. `eval.calibrate` measures any of three parts and
+keeps them in the model's calibration.json: tokens per forward of each way to spend rows (a property
+of the model), milliseconds per forward by rows and batch (a property of the device), and tokens/s
+of the paper's cycle by draft length (of both). This module is the file's one reader and writer.
 Without measured acceptance a rule chooses. Knows nothing of how the measuring is done.
 """
 
@@ -26,9 +26,18 @@ from orthrus_jax.values import check_whole
 
 FILE = "calibration.json"
 COUNTS = ("draft_length", "tree_nodes", "early_blocks", "fresh_blocks")  # of a strategy, in FILE
-# Rows at which a bfloat16 forward's arithmetic takes as long as reading the weights: FLOP/s over
-# bytes/s of the data sheets, or, on a GPU, where that was measured to begin.
-RIDGE = {"TPU v5 lite": 240, "TPU v6 lite": 560, "NVIDIA H100": 165, "NVIDIA H200": 165, "cpu": 4}
+# A forward's cost by rows, in forwards of one row, as the TPU's compiler estimates it (never run):
+# Qwen3-1.7B in bfloat16, 1,024 positions, the larger of the estimate and of reading weights and
+# cache. python -m orthrus_jax.aot --preset qwen3-1.7b --topology v5e:1x1 --program forward
+# --context 1024 (and v6e:1x1), libtpu 0.0.52, 2026-11-25. A GPU's compiler estimates no time.
+ESTIMATED = {
+    "TPU v5 lite": [(1, 1.0), (8, 1.0), (32, 1.0), (64, 1.0), (128, 1.26), (256, 2.19)],
+    "TPU v6 lite": [(1, 1.0), (8, 1.0), (32, 1.10), (64, 1.04), (128, 1.16), (256, 1.76)],
+}
+FREE = 1.25  # a forward is free that costs at most so many forwards of one row
+# Elsewhere: rows at which a bfloat16 forward's arithmetic begins to take longer than reading the
+# weights. On GPUs that was measured, by others.
+RIDGE = {"NVIDIA H100": 165, "NVIDIA H200": 165, "cpu": 4}
 DEFAULT_RIDGE = 160
 
 
@@ -256,8 +265,9 @@ def choose(
     if calibration is None or not calibration.measurements:
         return default_strategy(rows, batch, block_size, kind)
     curves = calibration.cost.get(kind)
-    cost = (lambda n: _cost(curves, batch, n)) if curves else (lambda n: roofline(kind, batch * n))
-    source = "measured here" if curves else f"estimated: {kind} was not calibrated"
+    estimate = lambda n: estimated_cost(kind, batch * n)
+    cost = (lambda n: _cost(curves, batch, n)) if curves else estimate
+    source = "measured here" if curves else f"estimated, never run: {kind} was not calibrated"
 
     def relative_cost(strategy: Strategy) -> float:
         return sum(map(cost, strategy.forward_rows)) / strategy.forwards / cost(1)
@@ -279,8 +289,13 @@ def choose(
     )
 
 
-def roofline(kind: str, rows: int) -> float:
-    """A forward's time in units of a one-row forward: 1 up to the ridge, then in proportion."""
+def estimated_cost(kind: str, rows: int) -> float:
+    """A forward's time in forwards of one row, where nothing was measured.
+
+    By the compiler's estimate if there is one; else 1 up to the ridge, then in proportion.
+    """
+    if kind in ESTIMATED:
+        return interpolated(ESTIMATED[kind], rows)
     return max(1.0, rows / _ridge(kind))
 
 
@@ -288,9 +303,17 @@ def _ridge(kind: str) -> int:
     return next((n for name, n in RIDGE.items() if kind.startswith(name)), DEFAULT_RIDGE)
 
 
+def _free_rows(kind: str) -> int:
+    """The most rows of a forward that costs no more than FREE, or the ridge."""
+    if kind not in ESTIMATED:
+        return _ridge(kind)
+    most = ESTIMATED[kind][-1][0]
+    return max(n for n in range(1, most + 1) if estimated_cost(kind, n) <= FREE)
+
+
 def default_strategy(rows: int, batch: int, block: int, kind: str) -> PlannerChoice:
     """Without measured acceptance: fill the free rows, 70 % with early blocks, 30 % with a tree."""
-    free = min(rows, _ridge(kind) // batch)
+    free = min(rows, _free_rows(kind) // batch)
     early = max(1, int(0.7 * free / block))
     nodes = free - 1 - early * block
     note = (

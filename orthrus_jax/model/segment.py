@@ -36,6 +36,8 @@ class Segment(struct.PyTreeNode):
         packed into a row. None is slot 0.
       max_kv_len: an upper bound, static, on the slots these rows see; None is the whole cache. It
         saves work and never changes a result.
+      padding: rows at the end that stand for no token: they see what the row before them sees, and
+        their keys and values are not written.
       tree_mask: in a tree of drafts. Each row, or block, sees the slots below `tree_mask.first` and
         those marked; an AR row marks itself.
     """
@@ -46,7 +48,17 @@ class Segment(struct.PyTreeNode):
     block: int = struct.field(pytree_node=False, default=0)
     start: Array | None = None
     max_kv_len: int | None = struct.field(pytree_node=False, default=None)
+    padding: int = struct.field(pytree_node=False, default=0)
     tree_mask: TreeMask | None = None
+
+
+def padded(segment: Segment, rows: int) -> Segment:
+    """An AR segment without a tree, its last row repeated up to `rows` rows: see `padding`."""
+    more = rows - segment.tokens.shape[1]
+    repeat = lambda x: jnp.pad(x, ((0, 0), (0, more)), mode="edge")
+    start = None if segment.start is None else repeat(segment.start)
+    tokens, positions = repeat(segment.tokens), repeat(segment.positions)
+    return segment.replace(tokens=tokens, positions=positions, start=start, padding=more)
 
 
 def ar_segment(tokens: Array, first: Array, *, max_kv_len: int | None = None) -> Segment:

@@ -34,9 +34,10 @@ from orthrus_jax.model.layers import (
     RMSNorm,
     SwiGLU,
     few_rows_padded,
+    least_rows,
     linear,
 )
-from orthrus_jax.model.segment import Segment, View
+from orthrus_jax.model.segment import Segment, View, padded
 from orthrus_jax.sharding import BATCH, TENSOR
 
 Array = jax.Array
@@ -95,7 +96,9 @@ class Layer(nn.Module):
     ) -> tuple[Array, LayerCache]:
         q, k, v = self.self_attn.qkv(x, *rotary, cached)
         # Without a cache the segment's own rows are the slots.
-        kv = LayerCache.from_rows(k, v) if kv is None else kv.write(k, v, segment.positions[:, 0])
+        new = k.shape[1] - segment.padding
+        first = segment.positions[:, 0]
+        kv = LayerCache.from_rows(k, v) if kv is None else kv.write(k[:, :new], v[:, :new], first)
         end, kv_len = _limits(segment, segment.positions + 1, cached)
         heads = attend(q, kv, segment.start, end, kv_len, **self._options(segment))
         return self.self_attn.out(heads), kv
@@ -159,6 +162,14 @@ class DualViewTransformer(nn.Module):
         self, segments: Sequence[Segment], cache: KVCache | None, taps: tuple[int, ...] = ()
     ) -> tuple[Any, ...]:
         """See `Model.forward`."""
+        short = segments[0]
+        least = -(-least_rows(self.mesh) // short.tokens.shape[0])
+        alone = len(segments) == 1 and short.view is View.AR and short.tree_mask is None
+        if cache is not None and alone and short.tokens.shape[1] < least:
+            (hidden,), *rest = self([padded(short, least)], cache, taps)
+            # Unfenced, the compiler might narrow the products again.
+            only = lambda x: jax.lax.optimization_barrier(x)[:, : short.tokens.shape[1]]
+            return ([only(hidden)], rest[0], *jax.tree.map(only, rest[1:]))
         # Decoding is bound by reading weights: the rows of all segments go through each matmul
         # together. Training is bound by arithmetic: kept apart, the teacher's rows have no gradient
         # and the backward pass skips them.

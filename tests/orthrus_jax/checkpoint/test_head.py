@@ -11,8 +11,10 @@ from orthrus_jax import convert
 from orthrus_jax.checkpoint import (
     HEAD_FILE,
     load_checkpoint,
+    open_view,
     save_checkpoint,
     save_head,
+    save_view,
 )
 from orthrus_jax.errors import UserError
 from orthrus_jax.model.pairwise import HEAD, KINDS

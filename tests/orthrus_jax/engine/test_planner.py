@@ -1,4 +1,4 @@
-"""The planner: its choice from measured figures, from a roofline, by rule; and its file."""
+"""The planner: its choice from measured figures, from an estimate, by rule; and its file."""
 
 import dataclasses
 import json
@@ -72,20 +72,31 @@ def test_batch_multiplies_the_cost_of_rows() -> None:
     )
 
 
-def test_uncalibrated_device_is_estimated_from_its_ridge() -> None:
+def test_uncalibrated_device_is_estimated_by_its_compiler_or_from_its_ridge() -> None:
     on = lambda kind, batch: choose(calibration(FLAT), 256, batch, 8, kind)
     assert on("TPU v6 lite", 1).strategy == WIDE
-    assert "estimated: TPU v6 lite was not calibrated" in on("TPU v6 lite", 1).why
-    assert on("TPU v6 lite", 64).strategy == PAPER
+    assert "estimated, never run: TPU v6 lite was not calibrated" in on("TPU v6 lite", 1).why
+    assert on("TPU v6 lite", 8).strategy == PAPER
+    assert on("TPU v6 lite", 64).strategy == Strategy("ar")
     assert on("cpu", 4).strategy == Strategy("ar")
+
+
+def test_estimated_cost_follows_the_compiler_s_curve_where_there_is_one() -> None:
+    cost = planner.estimated_cost
+    for kind, points in planner.ESTIMATED.items():
+        assert [cost(kind, rows) for rows, _ in points] == [ratio for _, ratio in points]
+    assert cost("TPU v5 lite", 96) == pytest.approx(1.13)
+    assert cost("TPU v5 lite", 512) > 3.5
+    assert cost("NVIDIA H100 80GB HBM3", 165) == 1
+    assert cost("NVIDIA H100 80GB HBM3", 330) == 2
 
 
 @pytest.mark.parametrize(
     ("kind", "rows", "batch", "strategy"),
     [
-        ("TPU v6 lite", 160, 1, Strategy("orthrus-1f", 32, 63, 3)),
-        ("TPU v5 lite", 512, 1, Strategy("orthrus-1f", 32, 79, 5)),
-        ("TPU v5 lite", 512, 8, Strategy("orthrus-2f", 29)),
+        ("TPU v6 lite", 160, 1, Strategy("orthrus-1f", 32, 50, 3)),
+        ("TPU v5 lite", 512, 1, Strategy("orthrus-1f", 32, 60, 2)),
+        ("TPU v5 lite", 512, 8, Strategy("orthrus-2f", 14)),
         ("TPU v5 lite", 4, 1, Strategy("orthrus-2f", 3)),
         ("TPU v5 lite", 2, 1, Strategy("ar")),
         ("NVIDIA H200 141GB", 64, 1, Strategy("orthrus-1f", 32, 31, 1)),
