@@ -163,7 +163,6 @@ CYCLES = (
 
 SETTINGS = {  # and their defaults
     "jax_enable_x64": (True, False),
-    "jax_default_prng_impl": ("rbg", "threefry2x32"),
     "jax_numpy_rank_promotion": ("raise", "allow"),
     "jax_numpy_dtype_promotion": ("strict", "standard"),
 }
