@@ -45,7 +45,7 @@ class HF:
         self.config = config
         leaves = traverse_util.flatten_dict(params)
         state = {
-            name: self._tensor(leaves[spec.path], transpose=spec.transpose)
+            name: self._tensor(leaves[spec.path])
             for name, spec in tensor_specs(config, diffusion=False).items()
         }
         # Loaded as transformers loads files, but from these tensors.
@@ -75,8 +75,8 @@ class HF:
             f"{self.device.type}{threads}"
         )
 
-    def _tensor(self, leaf: jax.Array, *, transpose: bool) -> Any:
-        host = np.ascontiguousarray(np.asarray(leaf.T if transpose else leaf))
+    def _tensor(self, leaf: jax.Array) -> Any:
+        host = np.ascontiguousarray(np.asarray(leaf))
         if host.dtype == jnp.bfloat16:  # a dtype that torch does not take from numpy
             bits = self.torch.tensor(host.view(np.int16))
             return bits.view(self.torch.bfloat16).to(self.device)

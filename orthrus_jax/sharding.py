@@ -20,16 +20,16 @@ from orthrus_jax.errors import UserError
 DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 BATCH = (DATA, FSDP)  # the axes that divide the sequences of a batch
 
-RULES: dict[str, tuple[str | None, ...]] = {  # a parameter's module -> its axes, [in, out]
+RULES: dict[str, tuple[str | None, ...]] = {  # a parameter's module -> its axes, [out, in]
     "embedding": (TENSOR, FSDP),
-    "lm_head": (FSDP, TENSOR),
-    "q_proj": (FSDP, TENSOR),
-    "k_proj": (FSDP, TENSOR),
-    "v_proj": (FSDP, TENSOR),
-    "o_proj": (TENSOR, FSDP),
-    "gate_proj": (FSDP, TENSOR),
-    "up_proj": (FSDP, TENSOR),
-    "down_proj": (TENSOR, FSDP),
+    "lm_head": (TENSOR, FSDP),
+    "q_proj": (TENSOR, FSDP),
+    "k_proj": (TENSOR, FSDP),
+    "v_proj": (TENSOR, FSDP),
+    "o_proj": (FSDP, TENSOR),
+    "gate_proj": (TENSOR, FSDP),
+    "up_proj": (TENSOR, FSDP),
+    "down_proj": (FSDP, TENSOR),
     "bias": (TENSOR,),  # of a projection whose features lie on the tensor axis
 }
 

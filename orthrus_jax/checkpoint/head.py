@@ -73,7 +73,7 @@ def head_of(
         )
     return traverse_util.unflatten_dict(
         {
-            path: to_device(leaf, TensorSpec((HEAD, *path), leaf.shape, False), mesh)
+            path: to_device(leaf, TensorSpec((HEAD, *path), leaf.shape), mesh)
             for path, leaf in flat.items()
         }
     )

@@ -2,7 +2,7 @@
 
 A path in the parameter tree and a name in a Hugging Face checkpoint list the same words:
 
-  layers_3/self_attn/q_proj/kernel        model.layers.3.self_attn.q_proj.weight        (transposed)
+  layers_3/self_attn/q_proj/weight        model.layers.3.self_attn.q_proj.weight
   layers_3/self_attn_diff/q_proj/bias     model.layers.3.self_attn.q_proj_diff.bias
   layers_3/self_attn_diff/q_norm/weight   model.layers.3.self_attn.q_norm_diff.weight
 
@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from orthrus_jax import sharding
 from orthrus_jax.config import ModelConfig
@@ -28,22 +27,16 @@ SHOWN = 6  # tensors named per kind of problem; the rest are counted
 
 
 class TensorSpec(NamedTuple):
-    """Where a checkpoint tensor lives in the parameter tree.
-
-    `shape` is the checkpoint's; with `transpose` the tree keeps it as [in, out].
-    """
+    """Where a checkpoint tensor lives in the parameter tree, and its shape in both."""
 
     path: tuple[str, ...]
     shape: tuple[int, ...]
-    transpose: bool
 
 
 def tensor_specs(config: ModelConfig, *, diffusion: bool) -> dict[str, TensorSpec]:
     """Return every tensor of a base model's checkpoint by name, with `diffusion` an Orthrus's."""
     return {
-        checkpoint_name(path): TensorSpec(
-            path, shape[::-1] if path[-1] == "kernel" else shape, path[-1] == "kernel"
-        )
+        checkpoint_name(path): TensorSpec(path, shape)
         for path, shape in shapes(config).items()
         if diffusion or DIFFUSION not in path
     }
@@ -70,33 +63,19 @@ def cast_on_host(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 
 def to_device(host: np.ndarray, spec: TensorSpec, mesh: Mesh | None) -> jax.Array:
-    """Place a checkpoint tensor as the tree keeps it; when it returns, `host` is not needed."""
+    """Place a checkpoint tensor on its devices; when it returns, `host` is not needed."""
     if mesh is None:
-        there = jax.device_put(host)
-    else:
-        shape = host.shape[::-1] if spec.transpose else host.shape
-        axes = sharding.param_spec(spec.path, shape, mesh)
-        where = NamedSharding(mesh, P(*axes[::-1]) if spec.transpose else axes)
-        # Each host places its own parts; device_put would compare the tensor across hosts first.
-        there = jax.make_array_from_callback(host.shape, where, lambda index: host[index])
-    # Transposed on the device, in passing: numpy takes a minute.
-    return jax.block_until_ready(transpose_bits(there) if spec.transpose else there)
+        return jax.block_until_ready(jax.device_put(host, may_alias=False))
+    where = NamedSharding(mesh, sharding.param_spec(spec.path, host.shape, mesh))
+    # Each host places its own parts; device_put would compare the tensor across hosts first.
+    there = jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+    return jax.block_until_ready(there)
 
 
-def to_host(leaf: jax.Array, spec: TensorSpec) -> np.ndarray:
+def to_host(leaf: jax.Array) -> np.ndarray:
     """Return a leaf as the checkpoint keeps it."""
     # A jax.Array that was read keeps its host copy for life: read a temporary one instead.
-    return np.ascontiguousarray(
-        transpose_bits(leaf) if spec.transpose else jnp.array(leaf, copy=True)
-    )
-
-
-def transpose_bits(x: jax.Array) -> jax.Array:
-    """Return x.T, moving its bits as integers: floats may pass through another type, which changes
-    NaNs. Not for use under `jit`, where XLA sees through to the floats.
-    """
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").T
-    return jax.lax.bitcast_convert_type(bits, x.dtype)
+    return np.ascontiguousarray(jnp.array(leaf, copy=True))
 
 
 def shorten(names: list[str]) -> str:

@@ -108,9 +108,9 @@ def save_view(
     flat = traverse_util.flatten_dict(params)
     tensors: dict[str, np.ndarray] = {}
     for name, spec in _view_specs(config).items():
-        parts = {name: to_host(flat[spec.path], spec)}
-        if rank is not None and spec.transpose:
-            twin = to_host(flat[_twin(spec.path)], spec)
+        parts = {name: to_host(flat[spec.path])}
+        if rank is not None and len(spec.shape) == 2:
+            twin = to_host(flat[_twin(spec.path)])
             a, b = _factors(parts[name].astype(np.float32) - twin.astype(np.float32), rank)
             parts = {f"{name}{FACTORS[0]}": a, f"{name}{FACTORS[1]}": b}
         kept = dtype or str(flat[spec.path].dtype)
@@ -206,7 +206,7 @@ def with_view(
     with safe_open(view.path, framework="np") as file:
         _check_tensors(view, specs, file)
         for name, spec in specs.items():
-            if view.rank is None or not spec.transpose:
+            if view.rank is None or len(spec.shape) < 2:
                 array = cast_on_host(file.get_tensor(name), config.dtype, name)
                 flat[spec.path] = to_device(array, spec, mesh)
             else:
@@ -272,22 +272,22 @@ def _factors(difference: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]
     return root[:, None] * v[:rank], u[:, :rank] * root
 
 
-def _added(kernel: jax.Array, a: np.ndarray, b: np.ndarray) -> jax.Array:
-    """kernel [in, out] + (b a)^T in the kernel's dtype, where the kernel lies."""
+def _added(weight: jax.Array, a: np.ndarray, b: np.ndarray) -> jax.Array:
+    """weight [out, in] + b a in the weight's dtype, where the weight lies."""
 
-    @functools.partial(jax.jit, out_shardings=kernel.sharding)
-    def add(kernel: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-        product = jnp.matmul(a.T, b.T, precision=jax.lax.Precision.HIGHEST)
-        return (kernel.astype(jnp.float32) + product).astype(kernel.dtype)
+    @functools.partial(jax.jit, out_shardings=weight.sharding)
+    def add(weight: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        product = jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
+        return (weight.astype(jnp.float32) + product).astype(weight.dtype)
 
-    return add(kernel, a, b)
+    return add(weight, a, b)
 
 
 def _check_tensors(view: View, specs: dict[str, TensorSpec], file: Any) -> None:
     """Compare the file's tensors with those of the description; raise once, for all."""
     expected: dict[str, tuple[int, ...]] = {}
     for name, spec in specs.items():
-        if view.rank is None or not spec.transpose:
+        if view.rank is None or len(spec.shape) < 2:
             expected[name] = spec.shape
         else:
             rank = min(view.rank, *spec.shape)

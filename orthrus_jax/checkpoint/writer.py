@@ -123,7 +123,7 @@ def _leaves(config: ModelConfig, params: Params) -> list[_Leaf]:
     """Pair every leaf of the tree with its name and shape in the checkpoint."""
     flat = traverse_util.flatten_dict(params)
     specs = tensor_specs(config, diffusion=any(DIFFUSION in path for path in flat))
-    needed = {s.path: s.shape[::-1] if s.transpose else s.shape for s in specs.values()}
+    needed = {spec.path: spec.shape for spec in specs.values()}
     given = {path: leaf.shape for path, leaf in flat.items()}
     differ = sorted({"/".join(path) for path, _ in given.items() ^ needed.items()})
     if differ:
@@ -183,6 +183,6 @@ def _write_shard(
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for leaf in leaves:
-            tensor = cast_on_host(to_host(leaf.array, leaf.spec), dtype, leaf.name)
+            tensor = cast_on_host(to_host(leaf.array), dtype, leaf.name)
             file.write(tensor.reshape(-1).view(np.uint8).data)
             done()

@@ -7,20 +7,15 @@ Shape letters, here and everywhere: B batch, T rows of a segment, S cache slots,
 heads, D head dim, K block size, A anchors (blocks), V vocabulary, E model width, F MLP width.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh
 
 from orthrus_jax.attention.rotary import apply_rope
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.model.linear import Linear
 
 Array = jax.Array
-LEAST_ROWS = 8  # of a product on the matrix unit of a TPU or GPU
 
 
 class RMSNorm(nn.Module):
@@ -97,54 +92,6 @@ class SwiGLU(nn.Module):
         return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def linear(config: ModelConfig, features: int, *, bias: bool = False) -> nn.Dense:
-    """Make a projection to `features` in the config's dtype, its kernel [in, out].
-
-    The only place that creates projections. Kernels start as N(0, 0.02), as Qwen's do, biases as
-    zeros.
-    """
-    return nn.Dense(
-        features,
-        use_bias=bias,
-        dtype=config.dtype,
-        kernel_init=nn.initializers.normal(0.02),
-        dot_general=_rows_times_kernel,
-    )
-
-
-def _rows_times_kernel(x: Array, kernel: Array, dims: Any, precision: Any = None) -> Array:
-    """What nn.Dense calls in place of lax.dot_general."""
-    return few_rows_padded(
-        lambda x, kernel: jax.lax.dot_general(x, kernel, dims, precision=precision), x, kernel
-    )
-
-
-def least_rows(mesh: Mesh | None) -> int:
-    """Rows below which a whole forward is padded on a mesh's devices, or on this machine's.
-
-    To pad each product costs a TPU or GPU two small kernels per product; the layers' other work is
-    the same for LEAST_ROWS rows as for one.
-    """
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return 1 if device.platform == "cpu" else LEAST_ROWS
-
-
-def few_rows_padded(product: Callable[[Array, Array], Array], x: Array, weight: Array) -> Array:
-    """product(x, weight) of rows x [..., T, E]; on TPU and GPU, of at least LEAST_ROWS rows.
-
-    Their compilers multiply fewer rows by elementwise arithmetic and sums: a head of one row was
-    estimated at 3 times a head of 32 on a TPU, and a GPU wrote the products of a whole weight to
-    memory (docs/log.md, 2026-11-25). The barrier keeps the compiler from undoing the padding. Rows
-    are added to each sequence, so that no device needs another's.
-    """
-    sequences, rows = math.prod(x.shape[:-2]), x.shape[-2]
-    if sequences * rows >= LEAST_ROWS:
-        return product(x, weight)
-    more = -(-LEAST_ROWS // sequences) - rows
-    room = [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]
-
-    def padded(x: Array, weight: Array) -> Array:
-        out = product(jax.lax.optimization_barrier(jnp.pad(x, room)), weight)
-        return jax.lax.slice_in_dim(out, 0, rows, axis=-2)
-
-    return jax.lax.platform_dependent(x, weight, tpu=padded, cuda=padded, default=product)
+def linear(config: ModelConfig, features: int, *, bias: bool = False) -> Linear:
+    """Make a projection to `features` in the config's dtype. The only place that creates one."""
+    return Linear(features, use_bias=bias, dtype=config.dtype)

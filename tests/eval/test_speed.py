@@ -78,9 +78,9 @@ def test_bfloat16_weights_reach_torch_bit_by_bit(one_thread) -> None:
     weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(config, 3))
     torch_model = HF(config, weights).model
     assert {p.dtype for p in torch_model.parameters()} == {one_thread.bfloat16}
-    kernel = np.asarray(weights["layers_0"]["mlp"]["up_proj"]["kernel"])
+    weight = np.asarray(weights["layers_0"]["mlp"]["up_proj"]["weight"])
     theirs = torch_model.model.layers[0].mlp.up_proj.weight.detach().view(one_thread.int16).numpy()
-    np.testing.assert_array_equal(theirs.T, kernel.view(np.int16))
+    np.testing.assert_array_equal(theirs, weight.view(np.int16))
 
 
 def test_all_modes_are_timed_in_one_run(directory, prompts, tmp_path, capsys, one_thread) -> None:

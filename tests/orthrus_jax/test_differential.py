@@ -76,7 +76,7 @@ def weights_of(shape: str, seed: int, copy: bool) -> dict:
         table = frozen["embed_tokens"]["embedding"] * liked[:, None]
         frozen = frozen | {"embed_tokens": {"embedding": table}}
     else:
-        frozen = frozen | {"lm_head": {"kernel": frozen["lm_head"]["kernel"] * liked}}
+        frozen = frozen | {"lm_head": {"weight": frozen["lm_head"]["weight"] * liked[:, None]}}
     return params_lib.merge(frozen, diffusion)
 
 

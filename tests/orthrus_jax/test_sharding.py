@@ -37,22 +37,22 @@ def test_rules_cut_widths_over_fsdp_and_heads_over_tensor():
     tree = specs(mesh_of(fsdp=2, tensor=2), tie_word_embeddings=False)
     layer = tree["layers_0"]
     assert tree["embed_tokens"]["embedding"] == P("tensor", "fsdp")
-    assert tree["lm_head"]["kernel"] == P("fsdp", "tensor")
-    assert layer["self_attn"]["q_proj"]["kernel"] == P("fsdp", "tensor")
-    assert layer["self_attn_diff"]["o_proj"]["kernel"] == P("tensor", "fsdp")
-    assert layer["mlp"]["down_proj"]["kernel"] == P("tensor", "fsdp")
+    assert tree["lm_head"]["weight"] == P("tensor", "fsdp")
+    assert layer["self_attn"]["q_proj"]["weight"] == P("tensor", "fsdp")
+    assert layer["self_attn_diff"]["o_proj"]["weight"] == P("fsdp", "tensor")
+    assert layer["mlp"]["down_proj"]["weight"] == P("fsdp", "tensor")
     assert layer["input_layernorm"]["weight"] == P(None)
 
 
 def test_stacked_layers_keep_their_first_axis_whole():
     tree = specs(mesh_of(fsdp=2), stacked=True)
-    assert tree["layers"]["mlp"]["up_proj"]["kernel"] == P(None, "fsdp", "tensor")
+    assert tree["layers"]["mlp"]["up_proj"]["weight"] == P(None, "tensor", "fsdp")
     assert tree["layers"]["self_attn"]["q_norm"]["weight"] == P(None, None)
 
 
 def test_axis_that_does_not_divide_stays_whole():
     tree = specs(mesh_of(fsdp=3, tensor=4))
-    assert tree["layers_0"]["mlp"]["up_proj"]["kernel"] == P(None, "tensor")
+    assert tree["layers_0"]["mlp"]["up_proj"]["weight"] == P("tensor", None)
 
 
 def test_mesh_takes_the_devices_that_are_left():

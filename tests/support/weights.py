@@ -20,12 +20,14 @@ def random_params(config: ModelConfig, seed: int, *, gain: float = 1.5, copy: bo
     rng = np.random.default_rng(seed)
     flat = {}
     for path, shape in sorted(params_lib.shapes(config).items()):
-        if path[-1] == "weight":
-            value = rng.uniform(0.5, 1.5, shape)
-        elif path[-1] == "embedding":
+        if path[-1] == "embedding":
             value = rng.normal(0, 1, shape)
-        else:
+        elif path[-1] == "bias":
             value = rng.normal(0, gain / shape[0] ** 0.5, shape)
+        elif len(shape) == 1:
+            value = rng.uniform(0.5, 1.5, shape)
+        else:
+            value = rng.normal(0, gain / shape[1] ** 0.5, shape[::-1]).T
         flat[path] = jnp.asarray(value, jnp.float32)
     whole = traverse_util.unflatten_dict(flat)
     if not copy:

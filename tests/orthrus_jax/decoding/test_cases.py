@@ -45,7 +45,7 @@ def opinionated(config, liked: tuple[int, ...] = (3, 9, 14, 30, 41)) -> dict:
     if config.tie_word_embeddings:
         table = tree["embed_tokens"]["embedding"] * liked[:, None]
         return tree | {"embed_tokens": {"embedding": table}}
-    return tree | {"lm_head": {"kernel": tree["lm_head"]["kernel"] * liked}}
+    return tree | {"lm_head": {"weight": tree["lm_head"]["weight"] * liked[:, None]}}
 
 
 @pytest.mark.parametrize("case", CASES, ids=" | ".join)

@@ -134,18 +134,26 @@ def lowered_for(platform: str, loop: str, *, slots: int = SLOTS, **changes) -> s
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize(("loop", "forwards"), [("ar", 1), ("orthrus", 2)])
 @pytest.mark.parametrize(
-    ("platform", "split", "padded"), [("tpu", 3, True), ("cuda", 0, True), ("cpu", 0, False)]
+    ("platform", "loop", "split", "around"),
+    [
+        ("tpu", "ar", 3, 1),
+        ("tpu", "orthrus", 3, 1),
+        ("cuda", "ar", 0, 1),
+        ("cuda", "orthrus", 0, 1),
+        ("cpu", "ar", 0, 0),  # one row is no column
+        ("cpu", "orthrus", 0, 2),
+    ],
 )
 def test_projections_have_barriers_where_their_compiler_needs_them(
-    loop: str, forwards: int, platform: str, split: int, padded: bool
+    platform: str, loop: str, split: int, around: int
 ) -> None:
-    """The reasons are in model/layers.py: the split into heads, and products of few rows."""
+    """After the split into heads, see layers.py; around a product of few rows, see linear.py."""
     config = tiny_config()
     text = lowered_for(platform, loop)
     products = 7 * config.num_hidden_layers + 1
-    expected = forwards * (split * config.num_hidden_layers + padded * products)
+    forwards = {"ar": 1, "orthrus": 2}[loop]
+    expected = forwards * (split * config.num_hidden_layers + around * products)
     assert text.count("stablehlo.optimization_barrier") == expected
 
 

@@ -32,7 +32,7 @@ NOT_FINITE = (
 
 def with_value(params, value: float, where: str):
     """The parameters with one weight of the layer, or of the head, replaced."""
-    path = {"layer": ("layers_0", "mlp", "down_proj", "kernel"), "head": ("lm_head", "kernel")}
+    path = {"layer": ("layers_0", "mlp", "down_proj", "weight"), "head": ("lm_head", "weight")}
     return jax.tree_util.tree_map_with_path(
         lambda at, leaf: (
             leaf.at[0, 0].set(value)

@@ -24,7 +24,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 def attention_leaves(config) -> set[tuple[str, str]]:
     """Module and leaf of every parameter of one attention view in one layer."""
-    leaves = {(name, "kernel") for name in ATTENTION if name.endswith("proj")}
+    leaves = {(name, "weight") for name in ATTENTION if name.endswith("proj")}
     if config.attention_bias:
         leaves |= {(f"{name}_proj", "bias") for name in "qkv"}
     if config.qk_norm:
@@ -77,7 +77,7 @@ def test_frozen_module_of_the_diffusion_view_stays_whole() -> None:
     frozen, diffusion = params_lib.split(whole, freeze=["q_proj"])
     moved = {path for path in flat(frozen) if "self_attn_diff" in path}
     assert moved == {
-        f"layers_{i}/self_attn_diff/q_proj/{x}" for i in (0, 1) for x in ("kernel", "bias")
+        f"layers_{i}/self_attn_diff/q_proj/{x}" for i in (0, 1) for x in ("weight", "bias")
     }
     assert not moved & set(flat(diffusion))
 
@@ -96,7 +96,7 @@ def test_diffusion_subtree_starts_as_a_bit_copy_in_buffers_of_its_own(whole: dic
 def test_fresh_matrices_are_random_norms_one_and_biases_zero(whole: dict) -> None:
     for path, leaf in flat(whole).items():
         value = np.asarray(leaf)
-        if path.endswith("weight"):
+        if path.endswith("norm/weight"):
             assert (value == 1).all(), path
         elif path.endswith("bias"):
             assert (value == 0).all(), path
@@ -154,8 +154,7 @@ def test_tensor_specs_give_the_checkpoint_shape_and_the_place_in_the_tree() -> N
     tree = params_lib.shapes(UNTIED)
     assert {spec.path for spec in specs.values()} == set(tree)
     for spec in specs.values():
-        assert tree[spec.path] == (spec.shape[::-1] if spec.transpose else spec.shape)
-        assert spec.transpose == (spec.path[-1] == "kernel")
+        assert tree[spec.path] == spec.shape
 
 
 def test_switches_change_their_own_tensors_alone() -> None:
@@ -177,7 +176,6 @@ def test_switches_change_their_own_tensors_alone() -> None:
     specs = tensor_specs(tiny_config(attention_bias=True), diffusion=True)
     spec = specs["model.layers.1.self_attn.k_proj_diff.bias"]
     assert spec.path == ("layers_1", "self_attn_diff", "k_proj", "bias")
-    assert not spec.transpose
 
 
 @pytest.mark.parametrize("switch", [{"attention_bias": True}, {"qk_norm": False}], ids=str)

@@ -104,7 +104,7 @@ def reference(config: ModelConfig, params: dict):
     leaves, state = flat(params), {}
     for name, spec in tensor_specs(config, diffusion=False).items():
         value = np.asarray(leaves["/".join(spec.path)])
-        state[name] = torch.tensor(value.T if spec.transpose else value)
+        state[name] = torch.tensor(value)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert unexpected == []
     assert missing == (["lm_head.weight"] if config.tie_word_embeddings else [])

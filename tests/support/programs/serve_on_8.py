@@ -52,7 +52,7 @@ def main(directory, ways, *meshes):
     for name in meshes:
         mesh = None if name == "one" else sharding.make_mesh(*map(int, name.split(" x ")))
         model = orthrus_jax.load(directory, mesh=mesh)
-        q = model.params["layers_0"]["self_attn"]["q_proj"]["kernel"]
+        q = model.params["layers_0"]["self_attn"]["q_proj"]["weight"]
         pieces = {tuple(shard.data.shape) for shard in q.addressable_shards}
         found[name] = {way: answers(model, way) for way in ways.split(",")}
         found[name] |= {"pieces": sorted(pieces), "shape": q.shape}
