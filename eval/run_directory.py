@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from eval.arguments import check_directory
 from eval.records import ANSWERS, RECIPE, read_answers, read_recipe
 from orthrus_jax.errors import Terminated, UserError
-from orthrus_jax.files import first_line, write_atomic
+from orthrus_jax.files import first_line, lock, write_atomic
 
 
 class Answers:
@@ -142,12 +142,5 @@ def _ending_in_a_line(directory: pathlib.Path, answers: Answers) -> Iterator[Non
 
 
 def _lock(file: BinaryIO, path: pathlib.Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    with contextlib.suppress(OSError):  # a file system without locks
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path} is being written by another process") from None
+    if not lock(file):
+        raise UserError(f"{path} is being written by another process")

@@ -1,4 +1,4 @@
-"""Small files: written whole or not at all, JSON lines read one by one, errors cut to a line.
+"""Small files: written whole or not at all, locked, read line by line as JSON.
 
 Decides the form of a prompt file; knows nothing else of what the files hold.
 """
@@ -8,10 +8,11 @@ import gzip
 import json
 import os
 import pathlib
+import sys
 import uuid
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from orthrus_jax.errors import UserError
 
@@ -29,6 +30,28 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock(file: IO[Any]) -> bool:
+    """Take an open file for this process alone, until it is closed; False if another one has it.
+
+    Where there are no locks, nothing is taken: a note on standard error says so.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(
+            f"note: {file.name} is on a file system without locks ({first_line(error)}): start no "
+            "second process on it",
+            file=sys.stderr,
+        )
+    return True
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:

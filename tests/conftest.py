@@ -52,6 +52,7 @@ MARKS = {
     "quick": (
         "test_imports",
         "test_packaging",
+        "test_readme",
         "test_versions",
         "eval/test_benchmarks",
         "eval/test_report",

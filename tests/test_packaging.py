@@ -1,7 +1,9 @@
 """What is installed and what is public: the console command, extras, the wheel, marks of tests."""
 
+import contextlib
 import fnmatch
 import importlib
+import itertools
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import sys
 import tomllib
 import types
 import venv
+from importlib import metadata
 
 import pytest
 
@@ -48,6 +51,18 @@ def test_public_names_are_listed_and_there() -> None:
         assert getattr(orthrus_jax, name)
     with pytest.raises(AttributeError, match="no attribute 'Generator'"):
         orthrus_jax.Generator  # noqa: B018
+
+
+def test_extras_of_other_packages_are_theirs() -> None:
+    """pip installs a package without an extra that it lacks, and only warns."""
+    lines = [*PROJECT["dependencies"], *itertools.chain(*PROJECT["optional-dependencies"].values())]
+    named = [match for line in lines if (match := re.match(r"([\w-]+)\[([\w,-]+)\]", line))]
+    others = [match for match in named if match[1] != PROJECT["name"]]
+    assert "math-verify" in {match[1] for match in others}
+    for match in others:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            known = metadata.metadata(match[1]).get_all("Provides-Extra") or []
+            assert set(match[2].split(",")) <= set(known), match[0]
 
 
 def test_version_is_said_once() -> None:

@@ -6,7 +6,6 @@ no file of the directory but its own lock.
 
 import contextlib
 import errno
-import fcntl
 import os
 import pathlib
 import socket
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from orthrus_jax.errors import Terminated, UserError
-from orthrus_jax.files import first_line
+from orthrus_jax.files import first_line, lock
 from train import hosts
 
 LOCK = ".lock"
@@ -82,19 +81,11 @@ def _lock(run: pathlib.Path) -> TextIO:
     """Lock RUN/.lock, and write there who did."""
     while True:
         file = (run / LOCK).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file):
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(
                 f"{run} is in use by {holder}: wait until it ends, or give another --config.run"
-            ) from None
-        except OSError as error:
-            print(
-                f"note: {run} is on a file system without locks ({first_line(error)}): start no "
-                "second run there",
-                file=sys.stderr,
             )
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), (run / LOCK).stat()):

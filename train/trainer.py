@@ -6,7 +6,7 @@ argument, and none returns it.
 
 import collections
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -208,53 +208,36 @@ def fit(
     saver: CheckpointSaver | None = None,
     stop: Callable[[int], bool] = lambda step: False,
 ) -> TrainState:
-    """Train from `state` to `recipe.steps` steps.
+    """Train from `state`, which is donated, to `recipe.steps` steps.
 
     Args:
       recipe: steps, accumulate, log_every, eval_every, save_every, seed.
-      objective, model: static.
+      objective, model, optimizer: static; the last from `adamw`.
       frozen: the frozen subtree, stacked or not, as `state.diffusion` is.
-      state: the initial state; donated.
-      optimizer: from `adamw`.
       batches: yields this host's rows of each global batch.
       log: called with the record of every logged step.
-      evaluate: measures real decoding with a diffusion subtree; called every `eval_every` steps and
-        at the end. The best checkpoint is the one with the highest "acceptance_length" that it
-        returns, or else the highest expected acceptance of the loss.
+      evaluate: measures real decoding with a diffusion subtree, every `eval_every` steps and at the
+        end. The best checkpoint has the highest "acceptance_length" that it returns, or else the
+        highest expected acceptance of the loss.
       saver: saves every `save_every` steps and at the end; None saves nothing.
       stop: called after every step, on every host, with its number; True stops training.
 
     Raises:
       Interrupted: when `stop` returned True, after saving the state.
-      NotFiniteError: when a step was not finite, at most IN_FLIGHT steps after it and before any
-        state of it is evaluated or saved.
+      NotFiniteError: when a step was not finite; see `_steps`.
     """
-    first = int(state.step)
-    meter = flops.Meter(model, objective)
-    in_flight: collections.deque[jax.Array] = collections.deque()
+    first, meter = int(state.step), flops.Meter(model, objective)
+    steps = _steps(recipe, objective, model, frozen, state, optimizer, batches, meter)
     quiet = jax.process_index() > 0
     with tqdm(total=recipe.steps, initial=first, unit="step", desc="train", disable=quiet) as bar:
-        for i in range(first + 1, recipe.steps + 1):
-            rows = to_devices(next(batches), recipe.accumulate, model)
-            state, metrics = train_step(
-                state, frozen, rows, jnp.uint32(recipe.seed),
-                model=model, optimizer=optimizer, objective=objective,
-            )  # fmt: skip
-            meter.add(rows.tokens.shape[0] * rows.tokens.shape[1], rows.tokens.shape[2])
-            in_flight.append(metrics.pop("broken_at"))
-            if len(in_flight) > IN_FLIGHT:
-                _check_finite(in_flight.popleft())  # waits for that step
+        for i, (state, metrics) in enumerate(steps, first + 1):
             bar.update()
-            last, stopping = i == recipe.steps, stop(i)
-            evaluating = last or (i % recipe.eval_every == 0 and not stopping)
-            saving = last or stopping or i % recipe.save_every == 0
-            logging = evaluating or stopping or i % recipe.log_every == 0 or i == first + 1
-            if saving or logging:
+            due = _due(recipe, i, is_first=i == first + 1, stopping=stop(i))
+            if due.save or due.log:
                 _check_finite(state.broken_at)
-            if logging:
-                values = {k: v.tolist() for k, v in sharding.to_host(metrics).items()}
-                record = {"step": i, **values, **meter.lap()}
-                if evaluating:
+            if due.log:
+                record = {"step": i, **_on_host(metrics), **meter.lap()}
+                if due.evaluate:
                     record |= evaluate(state.diffusion)
                     accepted = record.get("acceptance_length", record["expected_acceptance"])
                     bar.set_description(f"train, acceptance {accepted:.2f}")
@@ -263,11 +246,66 @@ def fit(
                     meter.lap()  # evaluation is no training time
                 bar.set_postfix(loss=f"{record['loss']:.3f}")
                 log(record)
-            if saver is not None and saving:
+            if saver is not None and due.save:
                 saver.save(state, batches.state())
-            if stopping and not last:
+            if due.stop:
                 raise Interrupted
     return state
+
+
+def _steps(
+    recipe: Any,
+    objective: Objective,
+    model: Model,
+    frozen: Params,
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    batches: Batches,
+    meter: flops.Meter,
+) -> Iterator[tuple[TrainState, dict[str, jax.Array]]]:
+    """Take the steps that are left; yield each state and its metrics, still on the devices.
+
+    Raises:
+      NotFiniteError: when a step was not finite, at most IN_FLIGHT steps after it and before any
+        state of it is evaluated or saved.
+    """
+    in_flight: collections.deque[jax.Array] = collections.deque()
+    for _ in range(int(state.step), recipe.steps):
+        rows = to_devices(next(batches), recipe.accumulate, model)
+        state, metrics = train_step(
+            state, frozen, rows, jnp.uint32(recipe.seed),
+            model=model, optimizer=optimizer, objective=objective,
+        )  # fmt: skip
+        meter.add(rows.tokens.shape[0] * rows.tokens.shape[1], rows.tokens.shape[2])
+        in_flight.append(metrics.pop("broken_at"))
+        if len(in_flight) > IN_FLIGHT:
+            _check_finite(in_flight.popleft())  # waits for that step
+        yield state, metrics
+
+
+class _Due(NamedTuple):
+    """What follows a step."""
+
+    evaluate: bool
+    log: bool
+    save: bool
+    stop: bool
+
+
+def _due(recipe: Any, step: int, *, is_first: bool, stopping: bool) -> _Due:
+    """What is due after a step: a run that stops is logged and saved, not evaluated."""
+    last = step == recipe.steps
+    evaluate = last or (step % recipe.eval_every == 0 and not stopping)
+    return _Due(
+        evaluate,
+        log=evaluate or stopping or step % recipe.log_every == 0 or is_first,
+        save=last or stopping or step % recipe.save_every == 0,
+        stop=stopping and not last,
+    )
+
+
+def _on_host(metrics: dict[str, jax.Array]) -> dict[str, Any]:
+    return {name: value.tolist() for name, value in sharding.to_host(metrics).items()}
 
 
 def _check_finite(broken_at: jax.Array) -> None:

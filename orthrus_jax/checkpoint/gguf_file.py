@@ -19,21 +19,8 @@ ALIGNMENT = 32  # of the tensors, unless the file says otherwise
 SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q",
            12: "<d"}  # fmt: skip
 STRING, ARRAY = 8, 9
-KINDS = {  # of tensors: number -> name, elements per block, bytes per block
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
-    30: ("BF16", 1, 2),
-}
+KINDS = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K",
+         11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}  # fmt: skip  # of tensors
 
 
 class GgufTensor(NamedTuple):
@@ -165,15 +152,17 @@ def _header(cursor: _Cursor) -> tuple[Metadata, dict[str, GgufTensor]]:
 
 def _place(cursor: _Cursor) -> tuple[str, GgufTensor]:
     """A row of the table of tensors, its bytes counted from the first tensor's place."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # late: an extra
+
     name, dims = cursor.text(), cursor.scalar("<I")
     if not 1 <= dims <= 4:
         raise _DamagedError(f"damaged: {name!r} has {dims} dimensions")
     shape = tuple(cursor.scalar("<Q") for _ in range(dims))[::-1]
     kind, start = cursor.scalar("<I"), cursor.scalar("<Q")
     if kind not in KINDS:
-        known = ", ".join(name for name, _, _ in KINDS.values())
+        known = ", ".join(KINDS.values())
         raise _DamagedError(f"{name} is of type {kind}, and {known} are read")
-    _, elements, size = KINDS[kind]
+    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     if not all(shape) or shape[-1] % elements:
         raise _DamagedError(f"damaged: {name} has the shape {list(shape)}")
     return name, GgufTensor(shape, kind, start, start + math.prod(shape) // elements * size)

@@ -152,7 +152,7 @@ def _decimal(value: Any) -> Any:
 
 
 def _dtype(file: GgufFile) -> str:
-    kinds = {KINDS[tensor.kind][0] for tensor in file.tensors.values() if len(tensor.shape) > 1}
+    kinds = {KINDS[tensor.kind] for tensor in file.tensors.values() if len(tensor.shape) > 1}
     one = kinds.pop() if len(kinds) == 1 else ""
     return {"F16": "float16", "BF16": "bfloat16"}.get(one, "float32")
 

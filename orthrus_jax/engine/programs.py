@@ -73,7 +73,6 @@ class Programs:
           arguments, named: arrays and trees of arrays.
           model: the model (static) and its parameters, as first arguments of `function`.
           static: the other static arguments.
-
         """
         static = static or {}
         arguments, named = self._on_mesh((arguments, named))

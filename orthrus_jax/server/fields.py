@@ -8,16 +8,14 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from orthrus_jax.server.problems import ApiError, invalid
+from orthrus_jax.values import SHOWN, is_whole, shown
 
 Check = Callable[[Any, str], Any]
-SHOWN = 40  # characters of a wrong value in a message
 
 
 def wrong(value: Any, path: str, expected: str) -> ApiError:
     """The refusal of a value."""
-    shown = repr(value)
-    shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
-    return invalid(f"{path}={shown}: expected {expected}", path)
+    return invalid(f"{path}={shown(value)}: expected {expected}", path)
 
 
 def boolean(value: Any, path: str) -> bool:
@@ -31,8 +29,7 @@ def whole(least: int, most: int) -> Check:
     """A check for an integer from `least` to `most`."""
 
     def check(value: Any, path: str) -> int:
-        integral = isinstance(value, int) and not isinstance(value, bool)
-        if not integral or not least <= value <= most:
+        if not is_whole(value) or not least <= value <= most:
             raise wrong(value, path, f"a whole number from {least} to {most}")
         return value
 
@@ -108,8 +105,8 @@ def object_of(
         result = {}
         for name, x in given.items():
             if name not in fields and not open_:
-                shown = name if len(name) <= SHOWN else f"{name[:SHOWN]}..."
-                raise invalid(f"{inner(shown)}: this server has no such field", inner(shown))
+                field = inner(name if len(name) <= SHOWN else f"{name[:SHOWN]}...")
+                raise invalid(f"{field}: this server has no such field", field)
             result[name] = fields[name](x, inner(name)) if name in fields else x
         for name in required:
             if name not in given:

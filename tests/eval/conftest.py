@@ -1,12 +1,13 @@
 """Fixtures of the tests that run benchmarks."""
 
+import contextlib
 import functools
 from collections.abc import Iterator
 
 import pytest
 
 import orthrus_jax
-from eval import report
+from eval import plots, report
 from tests.support import benchmark_runs
 
 
@@ -41,3 +42,18 @@ def whole(directory, data, tmp_path_factory: pytest.TempPathFactory):
     """A run that nothing interrupted: its directory and numbers."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     return out, benchmark_runs.gsm8k(directory, data, out)
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes of all figures that are drawn, in order."""
+    drawn, figure = [], plots.figure
+
+    @contextlib.contextmanager
+    def kept(*given):
+        with figure(*given) as row:
+            drawn.extend(row)
+            yield row
+
+    monkeypatch.setattr(plots, "figure", kept)
+    return drawn

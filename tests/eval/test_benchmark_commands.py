@@ -52,6 +52,18 @@ def test_demo_measures_real_accuracy_and_the_same_text(tiny_base, tmp_path, monk
     assert (tmp_path / "run" / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_demo_draws_the_range_of_its_speedup(tmp_path, axes):
+    figures = {"acceptance_by_position": [0.75, 0.5], "acceptance_length": 1.25, "speedup": 1.1}
+    figures |= {"tokens_per_second_ar": 100.0, "tokens_per_second_orthrus": 110.0}
+    figures |= {"speedup_range": [0.8, 1.4], "exact_match": 1.0}
+    demo.draw(tmp_path / "report.png", figures, [])
+    titles = [axis.get_title() for axis in axes]
+    assert titles == [
+        "Acceptance, mean 1.25 of 2",
+        "Speedup 1.10 (0.80-1.40), exact match 1.000",
+    ]
+
+
 def test_refusals_come_first_and_in_one_line(directory, data, whole, tmp_path, monkeypatch):
     """None of these loads a model or writes anything."""
     refused = {

@@ -1,6 +1,5 @@
 """The speed bench: its refusals, and transformers decoding the very same model."""
 
-import contextlib
 import importlib.util
 import json
 import types
@@ -8,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from eval import plots, speed
+from eval import speed
 from eval.hf import HF
 from orthrus_jax import memory
 from orthrus_jax.checkpoint import save_checkpoint
@@ -182,17 +181,7 @@ def test_preset_larger_than_the_memory_is_refused(monkeypatch) -> None:
         speed.main(["--random-weights", "qwen3-32b"])
 
 
-def test_single_point_is_drawn_on_plain_axes(tmp_path, monkeypatch) -> None:
-    axes = []
-    figure = plots.figure
-
-    @contextlib.contextmanager
-    def kept(*given):
-        with figure(*given) as row:
-            axes.extend(row)
-            yield row
-
-    monkeypatch.setattr(plots, "figure", kept)
+def test_single_point_is_drawn_on_plain_axes(tmp_path, axes) -> None:
     forward = {"batch": 1, "context": 128, "ar_step_ms": 1.0, "cycle_ms": 1.7}
     rate = {"tokens_per_second": 100.0}
     text = {"batch": 1, "prompts": 3, "ar": rate, "orthrus": rate}

@@ -23,6 +23,7 @@ from orthrus_jax.engine import Capacity, Engine, Plan, Request, SamplingParams, 
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import LLM, Conversation
 from orthrus_jax.model import Model, params
+from tests.support.configs import text_config
 from tests.support.tokenizers import small_tokenizer
 
 TEXTS = ["How many apples are 12 and 30?", "They are 42 apples. The answer is 42."] * 20
@@ -45,20 +46,7 @@ class Subject(NamedTuple):
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    config = ModelConfig(
-        vocab_size=400,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        block_size=5,
-        mask_token_id=399,
-        max_position_embeddings=256,
-        eos_token_ids=(2,),
-        dtype="float32",
-    )
+    config = text_config()
     weights = params.init(Model(config), jax.random.key(0))
     llm = LLM(config, weights, small_tokenizer(TEXTS, 400))
     return Subject(llm, LLM(config, weights), tmp_path_factory.mktemp("api"))

@@ -174,6 +174,18 @@ def test_question_that_does_not_fit_leaves_the_dialogue_unchanged(model) -> None
     assert conversation.messages == []
 
 
+def test_command_advises_a_reset_only_where_it_makes_room(
+    model, tiny_base, monkeypatch, capsys
+) -> None:
+    long = "one two " * 2000
+    script = f"{long}\n{TURNS[0]}\n{long}\na\ud800\n"
+    monkeypatch.setattr(chat, "load", lambda source, **options: model)
+    monkeypatch.setattr("sys.stdin", io.StringIO(script))
+    chat.main(["--model", str(tiny_base), "--max-new-tokens", "8"])
+    errors = [x for x in capsys.readouterr().err.split("\n") if x.startswith("error: ")]
+    assert [x.endswith("; /reset makes room") for x in errors] == [False, True, False]
+
+
 def test_command_streams_resets_and_reports(model, tiny_base, monkeypatch, capsys) -> None:
     script = f"{TURNS[0]}\n/reset\n{TURNS[0]}\n/what\n\n/exit\nnot read\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(script))

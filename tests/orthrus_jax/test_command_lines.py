@@ -5,6 +5,7 @@ and broken streams in no traceback.
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -17,9 +18,9 @@ import jax
 import pytest
 
 from orthrus_jax.checkpoint import save_checkpoint
-from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import Model, params
 from tests.support.commands import CommandLine, check_refused, run, run_until_killed
+from tests.support.configs import text_config
 from tests.support.paths import ROOT
 from tests.support.tokenizers import small_tokenizer
 
@@ -37,20 +38,7 @@ BOM = b"\xef\xbb\xbf"
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
     """A tiny random checkpoint, damaged copies of it, prompt files and other paths."""
     root = tmp_path_factory.mktemp("places")
-    config = ModelConfig(
-        vocab_size=400,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        block_size=5,
-        mask_token_id=399,
-        max_position_embeddings=256,
-        eos_token_ids=(2,),
-        dtype="float32",
-    )
+    config = text_config()
     weights = params.init(Model(config), jax.random.key(0))
     tokenizer = small_tokenizer(["How many apples are 12 and 30?", "42."] * 9, 400)
     save_checkpoint(root / "model", config, weights, tokenizer=tokenizer)
@@ -374,8 +362,12 @@ def test_killed_convert_ends_with_the_same_bytes_when_repeated(places, tmp_path)
     begin = time.monotonic()
     assert run([*command, "--to", str(whole)], tmp_path).returncode == 0
     seconds = time.monotonic() - begin
-    for share in (0.2, 0.5, 0.8, 0.9, 0.97):  # most of it is imports: five moments, at the end
-        run_until_killed([*command, "--to", str(killed)], share * seconds, tmp_path)
+    moments = random.Random(0)
+    for _ in range(5):
+        for _ in range(4):  # 20 kills in all; most of a conversion is imports, and they come first
+            overwrite = ["--overwrite"] if killed.exists() else []
+            begun = [*command, "--to", str(killed), *overwrite]
+            run_until_killed(begun, moments.uniform(0.3, 1.0) * seconds, tmp_path)
         overwrite = ["--overwrite"] if killed.exists() else []
         again = run([*command, "--to", str(killed), *overwrite], tmp_path)
         assert again.returncode == 0, again.stderr

@@ -1,5 +1,6 @@
-"""Atomic writes, JSON lines and the first line of an error."""
+"""Atomic writes, locks, JSON lines and the first line of an error."""
 
+import errno
 import gzip
 import json
 import pathlib
@@ -7,7 +8,7 @@ import pathlib
 import pytest
 
 from orthrus_jax.errors import UserError
-from orthrus_jax.files import first_line, read_jsonl, read_prompts, write_atomic
+from orthrus_jax.files import first_line, lock, read_jsonl, read_prompts, write_atomic
 
 SEPARATORS = ["\u2028", "\u2029", "\u0085"]  # str.splitlines splits at them, JSON does not
 
@@ -103,3 +104,21 @@ def test_packed_prompts_are_unpacked_and_torn_ones_refused(tmp_path) -> None:
 def test_missing_prompt_file_is_named(tmp_path) -> None:
     with pytest.raises(UserError, match=r"--prompts .*none\.jsonl cannot be read: No such file"):
         read_prompts(tmp_path / "none.jsonl")
+
+
+def test_locked_file_is_taken_once_and_free_when_closed(tmp_path) -> None:
+    with (tmp_path / "file").open("a") as first, (tmp_path / "file").open("a") as second:
+        assert lock(first)
+        assert not lock(second)
+        first.close()
+        assert lock(second)
+
+
+def test_file_system_without_locks_is_noted(tmp_path, monkeypatch, capsys) -> None:
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with (tmp_path / "file").open("a") as file:
+        assert lock(file)
+    assert "file is on a file system without locks (No locks available)" in capsys.readouterr().err

@@ -235,6 +235,13 @@ def test_bad_arguments_are_refused_with_value_and_limit(model, change, message):
         model.complete([[1, 2]], **change)
 
 
+def test_budget_that_nobody_gave_is_what_the_positions_leave(model):
+    (completion,) = model.complete([[3] * 500], min_new_tokens=12)
+    assert len(completion.tokens) == 12
+    with pytest.raises(UserError, match="with max_new_tokens=256 that is over the model's 512"):
+        model.complete([[3] * 500], max_new_tokens=256)
+
+
 def test_empty_prompts_are_refused(model):
     with pytest.raises(UserError, match="prompt is empty"):
         model.generate([""])
@@ -292,6 +299,12 @@ def test_json_output_has_the_agreed_fields(model, directory, tmp_path, capsys):
             "compile_seconds",
         }
         assert line["tokens"] == 9
+
+
+def test_help_says_that_tokens_is_a_number(capsys):
+    with pytest.raises(SystemExit):
+        generate.main(["--help"])
+    assert "tokens is the number of its token_ids" in " ".join(capsys.readouterr().out.split())
 
 
 def test_untrained_view_is_noted_on_standard_error(directory, tmp_path, capsys):

@@ -37,3 +37,22 @@ def tiny_config(**changes) -> ModelConfig:
         "dtype": "float32",
     }
     return ModelConfig(**(sizes | changes))
+
+
+def text_config(**changes) -> ModelConfig:
+    """One narrow layer for a `small_tokenizer` of 400 ids: 256 positions, float32; K = 5."""
+    sizes = {
+        "vocab_size": 400,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "eos_token_ids": (2,),
+        "block_size": 5,
+        "mask_token_id": 399,
+        "dtype": "float32",
+    }
+    return ModelConfig(**(sizes | changes))

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from orthrus_jax.checkpoint import tensor_specs
-from orthrus_jax.checkpoint.gguf_file import KINDS
 from orthrus_jax.checkpoint.gguf_model import hf_name
 from orthrus_jax.config import ModelConfig
 
@@ -53,7 +52,7 @@ def encoded(array: np.ndarray, kind: int, rng: np.random.Generator) -> np.ndarra
     """A tensor's bytes; of K-quants, which the library does not write, random blocks."""
     if kind not in SCALES:
         return gguf.quantize(array, gguf.GGMLQuantizationType(kind))
-    _, elements, size = KINDS[kind]
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     blocks = rng.integers(0, 256, (array.size // elements, size), dtype=np.uint8)
     first, last = SCALES[kind]
     scales = rng.uniform(0.0005, 0.001, (len(blocks), (last - first) // 2)).astype(np.float16)

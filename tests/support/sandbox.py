@@ -42,6 +42,22 @@ def run_in(layers: tuple[str, ...], source: str) -> SandboxResult:
     return result
 
 
+def run_beside_a_file(layers: tuple[str, ...], source: str, folder: pathlib.Path) -> SandboxResult:
+    """Run a program in some layers, which must leave a file outside as it is, and nothing else.
+
+    Args:
+      layers: see `run_in`.
+      source: with {file}, {folder} and {name} for the file's path, its directory and its name.
+      folder: empty.
+    """
+    file = folder / "file"
+    file.write_text("kept")
+    result = run_in(layers, source.format(file=str(file), folder=str(folder), name=file.name))
+    assert list(folder.iterdir()) == [file]
+    assert file.read_text() == "kept"
+    return result
+
+
 def own_processes() -> list[str]:
     """The command lines of sandboxed processes still alive; zombies have none."""
     lines = []

@@ -26,6 +26,11 @@ class Running:
         self.http = httpx.Client(base_url=self.url, timeout=120)
         self.server = server_of(service, bound)
 
+    def run(self, bound: socket.socket) -> None:
+        """Serve until told to end; a start that fails ends the process, and here the thread."""
+        with contextlib.suppress(SystemExit):
+            self.server.run([bound])
+
     def post(self, path: str, **body) -> httpx.Response:
         return self.http.post(path, json=body)
 
@@ -54,7 +59,7 @@ def running(
     """Serve a model on a free port until the block ends."""
     with listening("127.0.0.1", 0) as bound:
         running = Running(Service(model, strategy or Strategy(), settings), bound)
-        thread = threading.Thread(target=running.server.run, args=([bound],), daemon=True)
+        thread = threading.Thread(target=running.run, args=(bound,), daemon=True)
         thread.start()
         while not running.server.started:
             assert thread.is_alive(), "the server did not start"

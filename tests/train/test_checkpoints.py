@@ -134,3 +134,14 @@ def test_best_checkpoint_outlives_later_ones(tmp_path):
     assert saver.best_value == 3.0
     saver.save_best(at(7), 2.5)
     assert saver.best.all_steps() == [2]
+
+
+def test_best_checkpoint_of_a_step_that_was_saved_before_is_replaced(tmp_path):
+    """A run killed after that went on from a step before, and evaluates the same step again."""
+    for value in (1.0, 1.5):
+        saver, state = fresh(tmp_path)
+        saver.save_best(state._replace(step=jax.numpy.int32(2)), value)
+        saver.close()
+    saver, _ = fresh(tmp_path)
+    assert (saver.best.all_steps(), saver.best_value) == ([2], 1.5)
+    saver.close()

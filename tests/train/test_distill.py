@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import orthrus_jax
-from orthrus_jax.checkpoint import save_checkpoint
+from orthrus_jax.checkpoint import load_checkpoint, save_checkpoint
 from orthrus_jax.errors import UserError
 from orthrus_jax.tokenizer import decode, encode, encode_messages, load_tokenizer
 from tests.support.configs import tiny_config
@@ -147,6 +147,16 @@ def test_killed_run_resumes_with_the_same_answers(tmp_path, monkeypatch, whole, 
     for name in ("asked", "prompts", "sources", "shards", "complete", "written"):
         assert manifest[name] == other[name]
     assert list(out.glob("*.tmp")) == []
+
+
+def test_answers_of_a_base_that_is_not_finite_are_not_stored(tmp_path, base, source):
+    loaded = load_checkpoint(base)
+    table = loaded.params["embed_tokens"]["embedding"] * float("nan")
+    broken = loaded.params | {"embed_tokens": {"embedding": table}}
+    save_checkpoint(tmp_path / "broken", loaded.config, broken, tokenizer_from=base)
+    with pytest.raises(UserError, match="are not finite"):
+        distill.ensure_responses(config_of(tmp_path / "run", tmp_path / "broken", source))
+    assert not list(tmp_path.rglob("responses-*"))
 
 
 def test_hosts_share_out_the_shards_and_write_the_same_answers(tmp_path, whole, base, source):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -294,7 +295,7 @@ def test_lock_of_a_dead_process_is_no_obstacle(tmp_path):
 
 
 def test_lock_that_its_holder_removes_meanwhile_is_taken_anew(tmp_path, monkeypatch):
-    flock, calls = lock.fcntl.flock, []
+    flock, calls = fcntl.flock, []
 
     def removed_first(file, operation):
         if not calls:
@@ -302,20 +303,10 @@ def test_lock_that_its_holder_removes_meanwhile_is_taken_anew(tmp_path, monkeypa
         calls.append(file)
         flock(file, operation)
 
-    monkeypatch.setattr(lock.fcntl, "flock", removed_first)
+    monkeypatch.setattr(fcntl, "flock", removed_first)
     with lock.held(tmp_path):
         assert len(calls) == 2
         assert (tmp_path / ".lock").exists()
-
-
-def test_file_system_without_locks_is_noted(tmp_path, monkeypatch, capsys):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(lock.fcntl, "flock", refuse)
-    with lock.held(tmp_path):
-        pass
-    assert "without locks (No locks available)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["", "file", "new/run"])

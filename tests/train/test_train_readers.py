@@ -8,11 +8,13 @@ import pytest
 from hypothesis import strategies as st
 
 from orthrus_jax.errors import UserError
+from orthrus_jax.tokenizer import encode_messages
 from tests.support.fuzzing import VALUES, both_profiles, check_reader, damaged_json, damaged_lines
 from tests.support.tokenizers import small_tokenizer
 from tests.support.training import miniature
 from train import cli, data, distill, log, recipe, settings
 from train.distill_config import DistillConfig
+from train.prompts import Mix
 from train.responses import Responses, read_responses
 
 TALK = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}]
@@ -53,6 +55,18 @@ def distilled(tmp_path_factory, tokenizer):
     )
     job.write_manifest({"asked": {}, "read": {}, "skipped": {}})
     return out
+
+
+@both_profiles
+def test_prompts_of_a_source(slow, tmp_path, tokenizer):
+    encode = lambda messages: encode_messages(tokenizer, messages)
+    rows = [{"prompt": "One?"}, {"question": "Two?"}, {"messages": TALK}, ROWS[-1]]
+    check_reader(
+        lambda path: list(Mix([(str(path), 1)], 2, 0, encode=encode, max_tokens=100)),
+        slow=slow,
+        path=tmp_path / "prompts.jsonl",
+        contents=damaged_lines(rows),
+    )
 
 
 @both_profiles

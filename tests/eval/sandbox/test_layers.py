@@ -20,6 +20,7 @@ from tests.support.sandbox import (
     needs_posix,
     require,
     run,
+    run_beside_a_file,
     run_in,
 )
 
@@ -221,12 +222,8 @@ def test_new_processes_are_stopped(source, event):
     ],
 )
 def test_audit_hook_alone_stops_what_leaves_no_trace_or_turns_it_off(source, tmp_path):
-    (tmp_path / "file").write_text("kept")
-    places = {"file": str(tmp_path / "file"), "folder": str(tmp_path), "name": "file"}
-    result = run_in(("audit",), source.format(**places))
+    result = run_beside_a_file(("audit",), source, tmp_path)
     assert result.status == "blocked"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "kept"
 
 
 @needs_filter
@@ -276,13 +273,9 @@ def test_kernel_filter_alone_keeps_other_processes_out_of_reach(source):
     ],
 )
 def test_landlock_alone_keeps_files_and_memory_out_of_reach(source, tmp_path):
-    (tmp_path / "file").write_text("kept")
-    places = {"file": str(tmp_path / "file"), "folder": str(tmp_path), "name": "file"}
-    result = run_in(("landlock",), source.format(**places))
+    result = run_beside_a_file(("landlock",), source, tmp_path)
     assert result.status == "failed"
     assert "PermissionError" in result.stderr or "cross-device" in result.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "kept"
 
 
 def answer(machine: str, number: int, *arguments: int, audit: int | None = None) -> int:

@@ -166,6 +166,15 @@ def test_noise_depends_on_seed_noise_id_position_and_purpose_alone() -> None:
     assert len({x.tobytes() for x in others.values()}) == len(others)
 
 
+def test_noise_does_not_depend_on_the_process_s_default_keys() -> None:
+    probs, positions = jnp.ones((2, 8, 256)) / 256, jnp.tile(jnp.arange(8), (2, 1))
+    sampler = sampler_of([Setting()] * 2, np.array([5, 6]), [1, 2])
+    draw = lambda: np.asarray(gumbel_sample(probs, sampler, positions, NoiseKey.TOKEN))
+    expected = draw()
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(draw(), expected)
+
+
 # --- The rule of rejection ------------------------------------------------------------------------
 
 

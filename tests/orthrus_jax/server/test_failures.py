@@ -201,7 +201,6 @@ def test_stop_ends_answers_at_the_deadline_and_tells_their_clients(monkeypatch) 
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_stopping"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_compile_failure_ends_the_server() -> None:
     model = hashing.__wrapped__()
     model.engine.programs.run = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no memory"))
