@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from orthrus_jax.errors import Terminated, UserError
 from orthrus_jax.files import first_line, lock
@@ -99,6 +99,7 @@ def _lock(run: pathlib.Path) -> TextIO:
 
 @contextlib.contextmanager
 def _says(goes_on: str) -> Iterator[None]:
+    sys.unraisablehook = _show_unless_late  # for good: these errors come until the process ends
     try:
         yield
     except (KeyboardInterrupt, Terminated):
@@ -108,6 +109,15 @@ def _says(goes_on: str) -> Iterator[None]:
         if reason := _full_disk(error):
             raise UserError(f"{reason}: make room; {goes_on}") from None
         raise
+
+
+def _show_unless_late(error: Any) -> None:
+    """Print an error that nobody can catch, unless it is a checkpoint's after its first one.
+
+    A failed write closes the event loop to which Orbax's other writes report, and these say so.
+    """
+    if error.exc_type is not RuntimeError or str(error.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(error)
 
 
 def _full_disk(error: BaseException | None) -> str | None:
