@@ -35,6 +35,9 @@ ESTIMATED = {
     "TPU v5 lite": [(1, 1.0), (8, 1.0), (32, 1.0), (64, 1.0), (128, 1.26), (256, 2.19)],
     "TPU v6 lite": [(1, 1.0), (8, 1.0), (32, 1.10), (64, 1.04), (128, 1.16), (256, 1.76)],
 }
+# The same on two CPU cores, measured: the demo's model after 256 tokens, by rows in all
+# (docs/log.md, what a forward costs on this CPU).
+MEASURED = {"cpu": [(1, 1.0), (4, 2.1), (8, 2.8), (16, 3.5), (32, 4.7), (128, 13.0), (256, 22.0)]}
 FREE = 1.25  # a forward is free that costs at most so many forwards of one row
 # Elsewhere: rows at which a bfloat16 forward's arithmetic begins to take longer than reading the
 # weights. On GPUs that was measured, by others.
@@ -298,7 +301,8 @@ def contenders(
 ) -> tuple[Contender, ...]:
     """AR and the two drafting strategies, of different methods, that are expected to be fastest.
 
-    The fastest comes first. One that is expected to be far slower than AR is left out.
+    The fastest comes first; where acceptance is a guess, the paper's cycle. One that is expected
+    to be far slower than AR is left out.
 
     Args:
       calibration: the model's, or None; then the paper's cycle and `default_strategy` draft.
@@ -328,7 +332,7 @@ def contenders(
     drafting = [Contender(s, tokens[s], cost(s)) for s in list(best.values())[:2]]
     ar = Contender(Strategy("ar"), 1.0, 1.0)
     order = sorted([*drafting, ar], key=lambda c: c.tokens / c.cost, reverse=True)
-    if not measurements and order[0] != ar:  # a guess does not put another before the paper's
+    if not measurements:  # a guess puts nothing before the paper's cycle, which soon tells better
         order.sort(key=lambda c: c.strategy != paper)
     return tuple(order)
 
@@ -352,10 +356,11 @@ def _cycle_costs(
 def estimated_cost(kind: str, rows: int) -> float:
     """A forward's time in forwards of one row, where nothing was measured.
 
-    By the compiler's estimate if there is one; else 1 up to the ridge, then in proportion.
+    By a compiler's estimate or another model if there is one; else 1 up to the ridge, then in
+    proportion.
     """
-    if kind in ESTIMATED:
-        return interpolated(ESTIMATED[kind], rows)
+    if points := ESTIMATED.get(kind) or MEASURED.get(kind):
+        return interpolated(points, rows)
     return max(1.0, rows / _ridge(kind))
 
 

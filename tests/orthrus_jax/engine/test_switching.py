@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from orthrus_jax.decoding import Strategy
-from orthrus_jax.engine import Capacity, Request, SamplingParams, Session
+from orthrus_jax.engine import Capacity, Request, SamplingParams, Session, turns
 from tests.support.engine import (
     KINDS,
     answers_alone,
@@ -25,7 +25,7 @@ from tests.support.engine import (
     stop_strings_of,
     table_of,
 )
-from tests.support.fake_models.hashed import greedy_text
+from tests.support.fake_models.hashed import HashModel, greedy_text
 
 METHODS = [
     Strategy("ar"),
@@ -155,3 +155,61 @@ def test_resident_queue_compiles_nothing_after_warming_up(engine) -> None:
     assert set(engine.programs.compiled) == programs
     alone = answers_alone("coupled", "ar")
     assert answers == {i: alone[i].tokens for i in range(23)}
+
+
+# The real chooser, on a clock that the loops turn
+
+
+COSTS = {"ar": 1.0, "orthrus": 2.5, "orthrus-1f": 4.0}  # milliseconds per cycle
+
+
+def clocked(wrong: int, monkeypatch):
+    """An engine whose drafts are wrong in so many of four rows, and whose loops turn the clock."""
+    engine = hashing.__wrapped__().engine
+    engine.model = HashModel(engine.config, wrong=wrong)
+    decode, now = engine.decode, [0.0]
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now[0])
+
+    def timed(state, plan, *args, **options):
+        before = np.array(state.cycles)
+        state = decode(state, plan, *args, **options)
+        cycles = (np.array(state.cycles) - before).max()
+        now[0] += cycles * COSTS[plan.strategy.method] / 1e3
+        return state
+
+    monkeypatch.setattr(engine, "decode", timed)
+    return engine
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("first", ["ar", "orthrus"])
+@pytest.mark.parametrize(("wrong", "best"), [(0, "orthrus"), (4, "ar")])
+def test_switch_goes_to_what_earns_more(wrong, best, first, batch, monkeypatch) -> None:
+    engine = clocked(wrong, monkeypatch)
+    methods = [Strategy("orthrus"), Strategy("ar"), Strategy("orthrus-1f", early_blocks=1)]
+    plan = plan_among(sorted(methods, key=lambda s: s.method != first), batch_size=batch)
+    prompts = prompts_of(24 * batch, seed=50)
+    requests = [Request(prompt, SamplingParams(max_new_tokens=60)) for prompt in prompts]
+    answers, _ = served(engine, requests, plan)
+    for i, prompt in enumerate(prompts):
+        assert answers[i].tokens == greedy_text(prompt, table_of("plain"), 60)
+    chooser = engine.chooser(plan, engine.capacity(requests, plan))
+    assert chooser.contenders[chooser.incumbent].strategy.method == best
+    assert answers[len(prompts) - 1].strategies[-1][0].method == best
+    assert chooser.switches <= 3
+
+
+def test_queues_of_one_shape_share_what_they_learned(monkeypatch) -> None:
+    engine = clocked(4, monkeypatch)
+    plan = plan_among([Strategy("orthrus"), Strategy("ar")])
+    requests = [Request(p, SamplingParams(max_new_tokens=60)) for p in prompts_of(12, seed=51)]
+    first, _ = served(engine, requests, plan)
+    again, _ = served(engine, requests, plan)
+    assert first[0].strategies[0][0].method == "orthrus"
+    assert again[0].strategies[0][0].method == "ar"
+
+
+def test_plan_of_one_contender_has_nothing_to_choose() -> None:
+    engine = hashing().engine
+    plan = plan_among([Strategy("ar")])
+    assert engine.chooser(plan, Capacity(slots=64, max_new_tokens=64)) is None
