@@ -14,7 +14,8 @@ from tests.support.tokenizers import small_tokenizer
 from tests.support.weights import random_params
 
 TEXTS = ["How many apples are 12 and 30?", "They are 42 apples. The answer is \\boxed{42}."] * 20
-SIZES = {"vocab_size": 400, "mask_token_id": 399, "num_hidden_layers": 1, "block_size": 4}
+SIZES = {"vocab_size": 400, "mask_token_id": 399, "num_hidden_layers": 1, "block_size": 4,
+         "max_position_embeddings": 1024}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,8 @@ def test_all_loops_are_measured_side_by_side(directory, tmp_path, capsys) -> Non
         (("--contexts", "9999"), r"--contexts 9999: the model has \d+ positions"),
     ],
 )
-def test_what_does_not_fit_is_refused(directory, options, message) -> None:
+def test_what_does_not_fit_is_refused(directory, options, message, monkeypatch) -> None:
+    monkeypatch.setattr(throughput, "_time", None)
     with pytest.raises(UserError, match=message):
         speed.main(["--model", directory, "--throughput", *options])
 
