@@ -127,7 +127,7 @@ class LLM:
         if strategy is None and mode in (None, "auto"):
             strategy = Auto()
         if not isinstance(strategy, Auto):
-            return Plan(self.strategy(strategy or mode), **fields)
+            return Plan(self.strategy(mode if strategy is None else strategy), **fields)
         plan = Plan(**fields)  # checked, before the batch decides
         contenders = self.contenders(plan.batch_size, strategy)
         return dataclasses.replace(plan, strategy=contenders[0].strategy, auto=contenders)

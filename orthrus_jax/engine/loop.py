@@ -133,9 +133,10 @@ class Engine:
         """What chooses among the plan's contenders; None if there is nothing to choose.
 
         Queues of the same contenders and shapes share one: what it has learned is of use to the
-        next.
+        next. Several hosts would choose by clocks of their own, and must run the same programs:
+        they keep to the first contender.
         """
-        if len(plan.auto) < 2:
+        if len(plan.auto) < 2 or jax.process_count() > 1:
             return None
         key = (plan.auto, plan.batch_size, capacity.slots)
         return self._choosers.setdefault(key, Chooser(plan.auto))

@@ -213,3 +213,9 @@ def test_plan_of_one_contender_has_nothing_to_choose() -> None:
     engine = hashing().engine
     plan = plan_among([Strategy("ar")])
     assert engine.chooser(plan, Capacity(slots=64, max_new_tokens=64)) is None
+
+
+def test_several_hosts_keep_to_the_first_contender(monkeypatch) -> None:
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    plan = plan_among([Strategy("orthrus"), Strategy("ar")])
+    assert hashing().engine.chooser(plan, Capacity(slots=64, max_new_tokens=64)) is None
