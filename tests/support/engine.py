@@ -164,6 +164,8 @@ def restless(engine: Engine, **fields) -> list[RestlessChooser]:
     choosers: list[RestlessChooser] = []
 
     def chooser(plan, capacity):
+        if not plan.auto:
+            return None
         choosers.append(RestlessChooser(plan.auto, **fields))
         return choosers[-1]
 
