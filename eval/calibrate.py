@@ -254,7 +254,7 @@ def _cost_lines(calibration: Calibration, kind: str, rows: int, block_size: int)
         lines.append(f"batch {batch}: " + ", ".join(f"{n}: {ms:.2f}" for n, ms in points))
         if calibration.measurements:
             choice = planner.choose(calibration, rows, batch, block_size, kind)
-            options = {name: value for name, value in choice.strategy.flags().items() if value}
+            options = choice.strategy.given()
             flags = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in options.items())
             lines.append(f"  {flags}: {choice.why}")
     return lines

@@ -6,10 +6,10 @@ Text: tokens/s of both loops over the same prompts, their runs interleaved. `--m
 times transformers' greedy decoding of the same weights in the same turns. Everything is compiled
 and warm before a clock starts, and every clock waits for the device. `--random-weights PRESET`
 measures a size without its weights: forwards only, since acceptance would mean nothing there.
+`--throughput` measures requests of equal length at several batch sizes instead: throughput.py.
 """
 
 import argparse
-import collections
 import dataclasses
 import functools
 import json
@@ -27,16 +27,17 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import orthrus_jax
-from eval import plots
+from eval import throughput
 from eval.arguments import check_contexts, check_output, positive, positive_list
 from eval.hf import HF, check_torch
+from eval.speed_page import draw, table
 from orthrus_jax import cli, decoding, sharding
 from orthrus_jax.checkpoint import read_config, resolve
 from orthrus_jax.cli import SPENT_BY, add_blocks
 from orthrus_jax.config import PRESETS, ModelConfig
 from orthrus_jax.decoding import CYCLES, Strategy
 from orthrus_jax.drafters import DiffusionDrafter
-from orthrus_jax.engine import Plan, Request, SamplingParams, bucket
+from orthrus_jax.engine import Auto, Plan, Request, SamplingParams, bucket
 from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.files import read_prompts, write_atomic
 from orthrus_jax.llm import LLM
@@ -221,37 +222,6 @@ def time_text(
     return result
 
 
-def draw(path: pathlib.Path, result: dict[str, Any]) -> None:
-    """Plot time per cycle by context and, where texts were timed, tokens/s by batch size."""
-    rates = collections.defaultdict(list)
-    for text in result["text"]:
-        for name, timed in text.items():
-            if isinstance(timed, dict):
-                rates[name].append((text["batch"], timed["tokens_per_second"]))
-    panels = 2 if rates else 1
-    with plots.figure(path, panels, (5 * panels, 3.8)) as axes:
-        left = axes[0]
-        for batch in sorted({f["batch"] for f in result["forwards"]}):
-            forwards = [f for f in result["forwards"] if f["batch"] == batch]
-            contexts = [f["context"] for f in forwards]
-            for name, style in {"ar_step": "o--", "cycle": "s-", "hf_step": "x:"}.items():
-                if f"{name}_ms" not in forwards[0]:
-                    continue
-                label = f"{name.replace('_', ' ')}, batch {batch}"
-                left.plot(contexts, [f[f"{name}_ms"] for f in forwards], style, label=label)
-        left.set(xlabel="context (tokens)", ylabel="ms", title="Time")
-        plots.mark_values(left, [f["context"] for f in result["forwards"]])
-        plots.fit_height(left)
-        left.legend(fontsize=8)
-        for name, points in rates.items():
-            axes[1].plot(*zip(*points, strict=True), "o-", label=name)
-        if rates:
-            axes[1].set(xlabel="batch", ylabel="tokens/s", title="Text")
-            plots.mark_values(axes[1], [text["batch"] for text in result["text"]])
-            plots.fit_height(axes[1])
-            axes[1].legend(fontsize=8)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eval.speed", description=__doc__)
     add = parser.add_argument
@@ -266,9 +236,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=positive, default=64, help="prompts used; default: %(default)s")
     add(
         "--modes",
-        default="ar,orthrus",
         help="of ar, orthrus (the paper's cycle), two-forward and one-forward (text only), hf "
-        "(transformers' generate; needs torch); default: %(default)s",
+        "(transformers' generate; needs torch); default: ar,orthrus. With --throughput not hf but "
+        "auto; default: ar,orthrus,one-forward,auto",
+    )
+    add(
+        "--throughput",
+        action="store_true",
+        help="instead: tokens/s of requests that all read --contexts and write --max-new-tokens "
+        "tokens, whatever they say, at each of --batch-sizes",
     )
     add_blocks(parser, "--modes")
     add("--batch-sizes", type=positive_list, default=[1], help="default: 1")
@@ -297,7 +273,7 @@ def _check(args: argparse.Namespace, config: ModelConfig) -> None:
     Raises:
       UserError: naming the flag.
     """
-    for mode in sorted({"orthrus", *args.modes} - {"hf"}):
+    for mode in sorted({"orthrus", *args.modes} - {"hf", "auto"}):
         strategy_of_mode(mode, args).resolve(config)
     check_contexts("--contexts", args.contexts, config)
     mesh = cli.parse_mesh(args.mesh)
@@ -340,8 +316,9 @@ def _prompt_ids(args: argparse.Namespace, model: LLM, texts: Sequence[str]) -> l
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that do not fit each other, or places that cannot be written."""
-    if unknown := sorted(set(args.modes) - set(MODES)):
-        raise UserError(f"--modes names {', '.join(unknown)}: expected some of {', '.join(MODES)}")
+    modes = (*METHODS, "auto") if args.throughput else MODES
+    if unknown := sorted(set(args.modes) - set(modes)):
+        raise UserError(f"--modes names {', '.join(unknown)}: expected some of {', '.join(modes)}")
     for name, methods in SPENT_BY.items():
         if getattr(args, name) is not None and not {METHODS.get(m) for m in args.modes} & {
             *methods
@@ -355,6 +332,8 @@ def _check_flags(args: argparse.Namespace) -> None:
         raise UserError("--prompts needs --model: the texts of random weights are not worth timing")
     if "hf" in args.modes:
         check_torch()
+    if args.throughput and (args.plot or args.refill):
+        raise UserError(f"{'--plot' if args.plot else '--refill'} does not go with --throughput")
 
 
 def measure(model: LLM, ids: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
@@ -396,11 +375,15 @@ def measure(model: LLM, ids: list[list[int]], args: argparse.Namespace) -> dict[
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
-    args.modes = args.modes.split(",")
+    default = "ar,orthrus,one-forward,auto" if args.throughput else "ar,orthrus"
+    args.modes = (args.modes or default).split(",")
     _check_flags(args)
     texts = read_prompts(args.prompts)[: args.limit] if args.prompts else []
     config = _config(args)
     _check(args, config)
+    if args.throughput:
+        _measure_throughput(args, config, texts)
+        return
     model = _loaded(args, config)
     ids = _prompt_ids(args, model, texts)
     result = measure(model, ids, args)
@@ -411,39 +394,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw(pathlib.Path(args.plot), result)
 
 
-def table(result: dict[str, Any]) -> str:
-    """The figures as two Markdown tables."""
-    hf = "hf" in result
-    lines = [
-        f"{result['parameters'] / 1e6:.1f} M parameters, {result['dtype']}, {result['hardware']}; "
-        f"copies at {result['copy_bytes_per_second'] / 1e9:.0f} GB/s",
-        *([f"hf: {result['hf']}"] if hf else []),
-        "",
-        "| batch | context | AR step ms (floor) | draft | verify | cycle | cycle in AR steps "
-        f"{'| hf step ms ' if hf else ''}| temporaries AR / Orthrus, MiB |",
-        f"|---|---|---|---|---|---|---|{'---|' if hf else ''}---|",
-    ]
-    for f in result["forwards"]:
-        memory = [f[f"{name}_temporary_bytes"] for name in ("ar_step", "cycle")]
-        mib = " / ".join("?" if m is None else f"{m / 2**20:.2f}" for m in memory)
-        theirs = f" | {f['hf_step_ms']:.3f}" if hf else ""
-        lines.append(
-            f"| {f['batch']} | {f['context']} | {f['ar_step_ms']:.3f} ({f['ar_step_floor_ms']:.3f})"
-            f" | {f['draft_ms']:.3f} | {f['verify_ms']:.3f} | {f['cycle_ms']:.3f}"
-            f" | {f['cycle_in_ar_steps']:.2f}{theirs} | {mib} |"
+def _measure_throughput(
+    args: argparse.Namespace, config: ModelConfig, texts: Sequence[str]
+) -> None:
+    longest = max(args.contexts) + args.max_new_tokens
+    if longest > config.max_position_embeddings:
+        raise UserError(
+            f"--contexts {max(args.contexts)} with --max-new-tokens {args.max_new_tokens}: the "
+            f"model has {config.max_position_embeddings} positions"
         )
-    if result["text"]:
-        lines += ["", "| batch | loop | tokens/s | range | speedup | same text |"]
-        lines += ["|---|---|---|---|---|---|"]
-    for t in result["text"]:
-        for name in [name for name in t if isinstance(t[name], dict)]:
-            f = t[name]
-            low, high = f["range"]
-            lines.append(
-                f"| {t['batch']} | {name} | {f['tokens_per_second']:.0f} | {low:.0f}-{high:.0f}"
-                f" | {f['speedup']:.2f} | {f['same_text']:.3f} |"
-            )
-    return "\n".join(lines)
+    model = _loaded(args, config)
+    ids = [encode(model.tokenizer, text, chat=True) for text in texts]
+    strategies: dict[str, Strategy | Auto] = {
+        mode: Auto() if mode == "auto" else strategy_of_mode(mode, args) for mode in args.modes
+    }
+    sizes = throughput.Sizes(args.batch_sizes, args.contexts, args.max_new_tokens, args.repeats)
+    result = {"model": args.model or args.random_weights} | throughput.measure(
+        model, ids, strategies, sizes
+    )
+    print(throughput.table(result))
+    if args.json:
+        write_atomic(args.json, json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 from orthrus_jax.errors import interrupt_quietly
 
 if TYPE_CHECKING:
+    from orthrus_jax.conversation import Conversation
     from orthrus_jax.decoding import Strategy
-    from orthrus_jax.engine import Completion, SamplingParams
-    from orthrus_jax.llm import LLM, Conversation, load, save_view
+    from orthrus_jax.engine import Auto, Completion, SamplingParams
+    from orthrus_jax.llm import LLM, load, save_view
 
 __version__ = "0.1.0"  # pyproject.toml reads it here
 
 _HOMES = {
+    "Auto": "engine",
     "Completion": "engine",
-    "Conversation": "llm",
+    "Conversation": "conversation",
     "LLM": "llm",
     "SamplingParams": "engine",
     "Strategy": "decoding",
@@ -28,6 +30,7 @@ _HOMES = {
 }
 __all__ = [
     "LLM",
+    "Auto",
     "Completion",
     "Conversation",
     "SamplingParams",

@@ -14,15 +14,16 @@ from orthrus_jax.cli import (
     add_mode,
     add_runtime,
     add_sampling,
-    chosen_strategy,
+    chosen_decoding,
+    decoding_of,
     print_pieces,
     runtime_options,
     sampling_options,
-    strategy_of,
 )
-from orthrus_jax.engine import Completion, Plan
+from orthrus_jax.conversation import Conversation
+from orthrus_jax.engine import Completion
 from orthrus_jax.errors import PromptLengthError, UserError, program_name, run_command
-from orthrus_jax.llm import Conversation, load
+from orthrus_jax.llm import load
 
 HELP = "/reset forgets the dialogue, /exit or end of input leaves"
 
@@ -50,15 +51,15 @@ def _answer(conversation: Conversation, text: str, options: dict[str, Any]) -> C
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
-    strategy_of(args)  # flags that do not fit each other are refused before a model is loaded
+    decoding_of(args)  # flags that do not fit each other are refused before a model is loaded
     sampling = sampling_options(args)
     if sys.stdin is None:
         raise UserError("standard input is closed: chat reads its questions there")
     if hasattr(sys.stdin, "reconfigure"):  # bytes that are no UTF-8 are then refused by line
         sys.stdin.reconfigure(errors="surrogateescape")
     model = load(args.model, **runtime_options(args))
-    options = sampling | {"strategy": chosen_strategy(args, model, 1)}
-    model.engine.check([], Plan(model.strategy(options["strategy"]), stream=True))
+    options = sampling | {"strategy": chosen_decoding(args, model, 1)}
+    model.engine.check([], model.plan_of(options["strategy"], stream=True))
     conversation = Conversation(model, system=args.system, thinking=args.thinking)
     print(HELP, file=sys.stderr)
     while True:

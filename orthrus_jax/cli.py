@@ -12,11 +12,13 @@ from orthrus_jax import sharding
 from orthrus_jax.config import DTYPES
 from orthrus_jax.decoding import CYCLES, AcceptRule, Strategy
 from orthrus_jax.decoding.strategy import LENGTH_BLOCKS, SPENT_BY
-from orthrus_jax.engine import Completion, SamplingParams, planner
+from orthrus_jax.engine import Auto, Completion, SamplingParams, planner
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import LLM, Pieces
+from orthrus_jax.llm import LLM, MODES, Pieces
 from orthrus_jax.runtime import check_devices, enable_compilation_cache
 from orthrus_jax.values import check_whole
+
+FIXING = ("cycle", "draft_length", "rows", *SPENT_BY)  # flags that say how to draft
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -57,9 +59,8 @@ def add_strategy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept",
         choices=rules,
-        default=rules[0],
         help="of sampled drafts: as many as possible (rejection), or only those that are AR's own "
-        "text for the seed (coupled); default: %(default)s",
+        "text for the seed (coupled); default: rejection, and coupled with --mode auto",
     )
     parser.add_argument(
         "--draft-length",
@@ -73,12 +74,13 @@ def add_strategy(parser: argparse.ArgumentParser) -> None:
 
 
 def add_mode(parser: argparse.ArgumentParser) -> None:
-    """Add --mode: with drafts, or the baseline."""
+    """Add --mode: whatever earns most, with drafts, or the baseline."""
     parser.add_argument(
         "--mode",
-        choices=("orthrus", "ar"),
-        default="orthrus",
-        help="draft and verify, or one token per forward; default: %(default)s",
+        choices=MODES,
+        help="choose while decoding what is fastest here (auto), draft and verify (orthrus), or "
+        "one token per forward (ar); default: auto, and orthrus beside a flag that says how to "
+        "draft",
     )
 
 
@@ -171,10 +173,39 @@ def strategy_of(
     return Strategy(
         method,
         given.get("draft_length"),
-        accept=get("accept", AcceptRule.REJECTION),
+        accept=get("accept", None) or AcceptRule.REJECTION,
         pairwise=pairwise,
         **counts,
     )
+
+
+def decoding_of(args: argparse.Namespace) -> Strategy | Auto:
+    """How generate, chat and serve are to decode: `strategy_of`, or Auto.
+
+    Raises:
+      UserError: likewise, and for --mode auto beside a flag that fixes a strategy.
+    """
+    fixing = [name for name in FIXING if vars(args)[name] is not None]
+    if args.mode == "auto" and fixing:
+        flag = f"--{fixing[0].replace('_', '-')} {vars(args)[fixing[0]]}"
+        raise UserError(f"{flag} beside --mode auto, which chooses it: leave one of them out")
+    if args.mode in ("orthrus", "ar") or fixing:
+        return strategy_of(args)
+    return Auto(args.accept or AcceptRule.COUPLED, args.pairwise)
+
+
+def chosen_decoding(args: argparse.Namespace, model: LLM, batch: int) -> Strategy | Auto:
+    """`decoding_of`, with --rows the planner's strategy; warns of drafts that cannot pay."""
+    how = decoding_of(args)
+    if isinstance(how, Auto):
+        return how
+    if how.method != "ar" and not model.trained:
+        print(
+            "note: this model's diffusion view is untrained: texts are exact, but --mode ar is "
+            "faster until train.main has trained it",
+            file=sys.stderr,
+        )
+    return chosen_strategy(args, model, batch)
 
 
 def chosen_strategy(args: argparse.Namespace, model: LLM, batch: int) -> Strategy:
@@ -183,8 +214,8 @@ def chosen_strategy(args: argparse.Namespace, model: LLM, batch: int) -> Strateg
     if args.rows is None:
         return strategy
     choice = planner.choose(model.calibration, args.rows, batch, model.config.block_size)
-    flags = {name: value for name, value in choice.strategy.flags().items() if value}
-    spelled = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+    flags = choice.strategy.given().items()
+    spelled = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags)
     print(f"--rows {args.rows}: {spelled}\n  {choice.why}", file=sys.stderr)
     return dataclasses.replace(choice.strategy, accept=strategy.accept, pairwise=strategy.pairwise)
 

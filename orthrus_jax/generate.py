@@ -5,19 +5,18 @@ Decides which flags fit each other and what is printed. Knows no decoding: llm.p
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 
 from orthrus_jax.cli import (
     add_mode,
     add_runtime,
     add_sampling,
-    chosen_strategy,
+    chosen_decoding,
+    decoding_of,
     print_pieces,
     read_stdin,
     runtime_options,
     sampling_options,
-    strategy_of,
 )
 from orthrus_jax.engine import SamplingParams
 from orthrus_jax.errors import UserError, program_name, run_command
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--stream goes with neither --json nor --n")
     if args.logprobs and not args.json:
         raise UserError("--logprobs needs --json: the plain output has no place for them")
-    strategy_of(args)  # flags that do not fit each other are refused before a model is loaded
+    decoding_of(args)  # flags that do not fit each other are refused before a model is loaded
     sampling = sampling_options(args)
     SamplingParams(**sampling, n=args.n)
     batch = args.n if args.batch_size is None else args.batch_size
@@ -81,13 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         prompts = [read_stdin() if args.prompt == "-" else args.prompt]
     model = load(args.model, **runtime_options(args))
-    if args.mode == "orthrus" and not model.trained:
-        print(
-            "note: this model's diffusion view is untrained: the text is exact, but --mode ar is "
-            "faster until train.main has trained it",
-            file=sys.stderr,
-        )
-    options = sampling | {"strategy": chosen_strategy(args, model, batch)}
+    options = sampling | {"strategy": chosen_decoding(args, model, batch)}
     if args.stream:
         for prompt in prompts:
             pieces = model.stream(prompt, chat=args.chat, thinking=args.thinking, **options)

@@ -1,7 +1,7 @@
-"""The Python API, text in and text out: load a model, generate, stream, converse.
+"""The Python API, text in and text out: load a model, generate, stream.
 
-Decides how texts and chat messages become ids, and which messages a dialogue keeps. The engine
-works on ids, and knows no checkpoints and no chat template.
+Decides how texts and chat messages become ids. The engine works on ids, and knows no checkpoints
+and no chat template.
 """
 
 import contextlib
@@ -19,7 +19,9 @@ from orthrus_jax.checkpoint import load_checkpoint, open_view
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import (
+    Auto,
     Completion,
+    Contender,
     Engine,
     Plan,
     Request,
@@ -39,8 +41,9 @@ from orthrus_jax.tokenizer import (
     with_mask_token,
 )
 from orthrus_jax.tokenizer import encode as encode_text
-from orthrus_jax.values import check_switch, check_type, check_whole, shown
+from orthrus_jax.values import check_switch, check_type, shown
 
+MODES = ("auto", "orthrus", "ar")
 Messages = Sequence[Mapping[str, str]]  # of a dialogue: {"role": "user", "content": "Hi"}, ...
 Prompt = str | Messages
 Pieces = Generator[str, None, Completion]  # text as it grows; returns the Completion
@@ -91,11 +94,49 @@ class LLM:
         block = self.config.block_size
         return planner.choose(self.calibration, rows, batch_size, block).strategy
 
+    def contenders(self, batch_size: int = 1, auto: Auto | None = None) -> tuple[Contender, ...]:
+        """The strategies that "auto" chooses among, the one to begin with first.
+
+        AR alone where there is no trained view.
+        """
+        auto, config = auto or Auto(), self.config
+        if not self.trained or config.mask_token_id is None:
+            return (Contender(Strategy("ar"), 1.0, 1.0),)
+        expected = planner.contenders(
+            self.calibration, batch_size, config.block_size, self.draft_length
+        )
+        how = lambda strategy: dataclasses.replace(
+            strategy, accept=auto.accept, pairwise=auto.pairwise
+        )
+        return tuple(
+            c if c.strategy.method == "ar" else dataclasses.replace(c, strategy=how(c.strategy))
+            for c in expected
+        )
+
+    def plan_of(
+        self,
+        strategy: Strategy | Auto | str | None = None,
+        mode: str | None = None,
+        **fields: Any,
+    ) -> Plan:
+        """The engine's plan; arguments are those of `complete`, `fields` of Plan."""
+        if strategy is not None and mode is not None:
+            raise UserError(f"mode={shown(mode)} beside strategy={shown(strategy)}: give one")
+        if mode not in (None, *MODES):
+            raise UserError(f"mode={shown(mode)} must be one of {', '.join(MODES)}")
+        if strategy is None and mode in (None, "auto"):
+            strategy = Auto()
+        if not isinstance(strategy, Auto):
+            return Plan(self.strategy(mode if strategy is None else strategy), **fields)
+        plan = Plan(**fields)  # checked, before the batch decides
+        contenders = self.contenders(plan.batch_size, strategy)
+        return dataclasses.replace(plan, strategy=contenders[0].strategy, auto=contenders)
+
     def strategy(self, strategy: Strategy | str | None = None) -> Strategy:
-        """Complete a strategy, a method's name or None (the default) by this model's length."""
+        """Complete a strategy, a method's name or None (the paper's) by this model's length."""
         if strategy is None or isinstance(strategy, str):
             strategy = Strategy() if strategy is None else Strategy(strategy)
-        check_type("strategy", strategy, Strategy, "a Strategy, a method's name or None")
+        check_type("strategy", strategy, Strategy, "a Strategy, Auto, a method's name or None")
         if strategy.draft_length is None and strategy.method != "ar":
             strategy = dataclasses.replace(strategy, draft_length=self.draft_length)
         return strategy
@@ -163,7 +204,8 @@ class LLM:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        strategy: Strategy | str | None = None,
+        mode: str | None = None,
+        strategy: Strategy | Auto | str | None = None,
         batch_size: int = 1,
         refill: bool = True,
         progress: bool = False,
@@ -174,8 +216,10 @@ class LLM:
         Args:
           prompts: ids per prompt.
           sampling: one for all prompts, or one per prompt.
-          strategy: how to decode, or a method's name such as "ar"; None is the paper's cycle with
-            the draft length that was measured to be best here. Greedy text is the same in all.
+          mode: "auto", the default, chooses while it decodes whatever earns most here; "orthrus" is
+            the paper's cycle with the draft length that was measured to be best here; "ar" is one
+            token per forward. The text is the same in all.
+          strategy: in place of `mode`, how to decode in full, or a method's name.
           batch_size: rows decoded together; a finished row goes to the next prompt.
           refill: False decodes whole batches one after another.
           progress: show a bar on standard error.
@@ -188,7 +232,7 @@ class LLM:
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence | np.ndarray):
             raise UserError(f"prompts={shown(prompts)} must be a list of lists of token ids")
         check_switch("progress", progress)
-        plan = Plan(self.strategy(strategy), batch_size=batch_size, refill=refill)
+        plan = self.plan_of(strategy, mode, batch_size=batch_size, refill=refill)
         given = _one_each(sampling, len(prompts))
         samplings = [self._sampling(*pair, fields) for pair in zip(prompts, given, strict=True)]
         for one in samplings:
@@ -197,8 +241,8 @@ class LLM:
         pairs = [(i, sample) for i, one in enumerate(samplings) for sample in range(one.n)]
         requests = [Request(prompts[i], samplings[i], sample) for i, sample in pairs]
         completions: dict[int, Completion] = {}
-        method = plan.strategy.method
-        with tqdm(total=len(pairs), desc=method, unit="answer", disable=not progress) as bar:
+        name = "auto" if plan.auto else plan.strategy.method
+        with tqdm(total=len(pairs), desc=name, unit="answer", disable=not progress) as bar:
             for event in self.engine.serve(requests, plan) if requests else ():
                 if event.completion is not None:
                     place = pairs[event.index][0]
@@ -227,7 +271,8 @@ class LLM:
         prompt: Sequence[int],
         sampling: SamplingParams | None = None,
         *,
-        strategy: Strategy | str | None = None,
+        mode: str | None = None,
+        strategy: Strategy | Auto | str | None = None,
         session: Session | None = None,
         **fields: Any,
     ) -> Pieces:
@@ -235,7 +280,7 @@ class LLM:
         sampling = self._sampling(prompt, sampling, fields)
         if sampling.n > 1:
             raise UserError(f"n={sampling.n}: a stream is of one sample")
-        plan = Plan(self.strategy(strategy), stream=True)
+        plan = self.plan_of(strategy, mode, stream=True)
         request = Request(prompt, sampling)
         self.engine.check([request], plan)
         return self._pieces(request, plan, session)
@@ -374,71 +419,3 @@ def save_view(
         dtype=dtype,
         overwrite=overwrite,
     )
-
-
-class Conversation:
-    """A dialogue with a model: its messages, and the cache of the tokens that the model has read.
-
-    Answers that are open at the same time do not disturb each other; the one that ends last
-    decides the messages.
-    """
-
-    def __init__(
-        self, model: LLM, *, system: str = "", thinking: bool = False, slots: int = 2048
-    ) -> None:
-        """Begin a dialogue.
-
-        Args:
-          model: loaded with its tokenizer.
-          system: the system message, if any.
-          thinking: let the template open a thinking part.
-          slots: cache slots to begin with; a dialogue that outgrows them is read again.
-        """
-        check_type("model", model, LLM, "a loaded LLM")
-        check_type("system", system, str, "a string")
-        check_switch("thinking", thinking)
-        check_whole("slots", slots, 1)
-        if model.tokenizer is None:
-            raise UserError("a conversation needs a model with its tokenizer")
-        self.model, self.system, self.thinking = model, system, thinking
-        self.session = Session(min(slots, model.config.max_position_embeddings))
-        self.messages: list[dict[str, str]] = []
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all messages but the system's."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
-
-    @property
-    def begun(self) -> bool:
-        """Whether there are messages that `reset` would forget."""
-        return any(message["role"] != "system" for message in self.messages)
-
-    def ask(self, text: str, **options: Any) -> Pieces:
-        """Add `text` to the dialogue and return the answer's pieces as they grow; see LLM.stream.
-
-        An answer that is abandoned or interrupted stays in the dialogue, as much of it as was read.
-
-        Raises:
-          UserError: before anything is read, for a bad argument or a dialogue that does not fit.
-        """
-        check_type("text", text, str, "a string")
-        if not text:
-            raise UserError("text is empty: give at least one character")
-        messages = [*self.messages, {"role": "user", "content": text}]
-        ids = encode_messages(self.model.tokenizer, messages, thinking=self.thinking)
-        pieces = self.model.stream_ids(ids, session=self.session, **options)
-        return self._remember(messages, pieces)
-
-    def _remember(self, messages: list[dict[str, str]], pieces: Pieces) -> Pieces:
-        answer: list[str] = []
-        try:
-            with contextlib.closing(pieces):
-                while True:
-                    try:
-                        answer.append(next(pieces))
-                    except StopIteration as end:
-                        return end.value
-                    yield answer[-1]
-        finally:
-            self.messages = [*messages, {"role": "assistant", "content": "".join(answer)}]

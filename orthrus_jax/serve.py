@@ -20,9 +20,9 @@ from orthrus_jax.cli import (
     add_mode,
     add_runtime,
     add_strategy,
-    chosen_strategy,
+    chosen_decoding,
+    decoding_of,
     runtime_options,
-    strategy_of,
 )
 from orthrus_jax.errors import UserError, check_extra, missing_packages, program_name, run_command
 from orthrus_jax.llm import load
@@ -110,7 +110,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
       UserError: naming the flag or the package.
     """
     args = _parser().parse_args(argv)
-    strategy_of(args)
+    decoding_of(args)
     check_extra("serve")
     if args.structured:
         check_extra("structured")
@@ -130,13 +130,7 @@ def service_of(args: argparse.Namespace) -> "Service":
     if args.max_context is None:
         context = min(CONTEXT, model.config.max_position_embeddings)
         settings = dataclasses.replace(settings, max_context=context)
-    if args.mode == "orthrus" and not model.trained:
-        print(
-            "note: this model's diffusion view is untrained: texts are exact, but --mode ar is "
-            "faster until train.main has trained it",
-            file=sys.stderr,
-        )
-    return Service(model, chosen_strategy(args, model, settings.max_batch), settings)
+    return Service(model, chosen_decoding(args, model, settings.max_batch), settings)
 
 
 def settings_of(args: argparse.Namespace) -> "Settings":

@@ -12,8 +12,8 @@ LONGEST = 450  # lines
 # Modules and packages of the library from the ground up: each imports only from before itself.
 ORDER = (
     *("errors", "values", "files", "metrics", "config", "sharding", "tokenizer", "runtime"),
-    *("attention", "model", "memory", "checkpoint", "decoding", "drafters", "engine", "llm", "cli"),
-    *("server", "generate", "chat", "serve", "replicas", "convert", "aot"),
+    *("attention", "model", "memory", "checkpoint", "decoding", "drafters", "engine", "llm"),
+    *("cli", "conversation", "server", "generate", "chat", "serve", "replicas", "convert", "aot"),
     *("__init__", "__main__"),
 )
 # ... less these: files and decoding meet in llm alone.

@@ -244,6 +244,7 @@ def held_out(
         generator.params = jax.tree.map(lambda x: x.astype(generator.config.dtype), whole)
         completions = generator.complete(
             setup.held_out,
+            mode="orthrus",
             max_new_tokens=config.distill.max_new_tokens,
             batch_size=min(len(setup.held_out), config.distill.batch_size),
         )

@@ -17,6 +17,7 @@ from orthrus_jax.decoding.speculative import accept, verify, verify_drafts
 from orthrus_jax.decoding.state import DecodeState, DecodingModel, Drafter
 
 Array = jax.Array
+MASKED_METHODS = ("ar", "orthrus")  # of Strategy, whose cycles `masked_cycle` can be
 WORD = 32  # tokens per word of a mask
 
 

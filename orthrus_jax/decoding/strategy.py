@@ -207,3 +207,7 @@ class Strategy:
         counts = {name: getattr(self, name) for name in names}
         head = {"pairwise": True} if self.pairwise else {}
         return {"mode": "orthrus", "cycle": cycle} | counts | head
+
+    def given(self) -> dict[str, Any]:
+        """`flags` without those that are zero or left to the model."""
+        return {name: value for name, value in self.flags().items() if value}

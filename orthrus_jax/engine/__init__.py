@@ -1,5 +1,6 @@
 """Requests in, completions out: the host's side of decoding. Knows no checkpoints."""
 
+from orthrus_jax.engine.auto import Auto, Contender
 from orthrus_jax.engine.capacity import Capacity
 from orthrus_jax.engine.loop import Engine
 from orthrus_jax.engine.programs import Programs, bucket
@@ -17,8 +18,10 @@ from orthrus_jax.engine.session import Session
 
 __all__ = [
     "STREAM_CYCLES",
+    "Auto",
     "Capacity",
     "Completion",
+    "Contender",
     "Engine",
     "Event",
     "Matcher",

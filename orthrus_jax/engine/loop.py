@@ -16,7 +16,9 @@ from jax.sharding import Mesh
 from orthrus_jax import decoding
 from orthrus_jax.config import INT32, ModelConfig
 from orthrus_jax.decoding import Filters, Sampler, Strategy, constrained
+from orthrus_jax.decoding.constrained import MASKED_METHODS
 from orthrus_jax.drafters import drafter_of, first_carry, loop_of
+from orthrus_jax.engine.auto import Chooser
 from orthrus_jax.engine.capacity import Capacity
 from orthrus_jax.engine.programs import Programs, bucket
 from orthrus_jax.engine.queue import Queue
@@ -34,8 +36,6 @@ from orthrus_jax.model import Model, Params
 from orthrus_jax.model.pairwise import HEAD
 from orthrus_jax.tokenizer import Tokenizer
 from orthrus_jax.values import check_type, check_whole, is_whole, shown
-
-MASKED_METHODS = ("ar", "orthrus")  # whose cycle decoding/constrained.py has
 
 
 class Engine:
@@ -58,6 +58,7 @@ class Engine:
         self.draft_temperature = draft_temperature
         self.model = Model(config, mesh)
         self.programs = Programs(mesh)
+        self._choosers: dict[Any, Chooser] = {}
 
     @property
     def compile_seconds(self) -> float:
@@ -71,7 +72,8 @@ class Engine:
           UserError: naming the value and its limit.
         """
         check_type("plan", plan, Plan, "a Plan")
-        self.resolve(plan.strategy)
+        for strategy in plan.strategies:
+            self.resolve(strategy)
         if plan.stream and self.tokenizer is None:
             raise UserError("streaming needs a tokenizer: this model was loaded without one")
         for i, request in enumerate(requests):
@@ -121,12 +123,23 @@ class Engine:
 
     def slots(self, prompt: int, new: int, plan: Plan) -> int:
         """Cache slots for a prompt and its answer, of at most that many tokens."""
-        after = max(self.config.block_size, plan.strategy.tree_nodes + 1)
-        return bucket(bucket(prompt) + bucket(new) + after)
+        return bucket(bucket(prompt) + bucket(new) + self.lookahead(plan) + 1)
 
     def lookahead(self, plan: Plan) -> int:
         """Cache slots that a cycle writes after its anchor."""
-        return max(self.config.block_size - 1, plan.strategy.tree_nodes)
+        return max(self.config.block_size - 1, *(s.tree_nodes for s in plan.strategies))
+
+    def chooser(self, plan: Plan, capacity: Capacity) -> Chooser | None:
+        """What chooses among the plan's contenders; None if there is nothing to choose.
+
+        Queues of the same contenders and shapes share one: what it has learned is of use to the
+        next. Several hosts would choose by clocks of their own, and must run the same programs:
+        they keep to the first contender.
+        """
+        if len(plan.auto) < 2 or jax.process_count() > 1:
+            return None
+        key = (plan.auto, plan.batch_size, capacity.slots)
+        return self._choosers.setdefault(key, Chooser(plan.auto))
 
     def capacity(self, requests: Sequence[Request], plan: Plan) -> Capacity:
         """The capacity of a queue that fits `requests`, at least one."""
@@ -165,7 +178,7 @@ class Engine:
           UserError: for a plan that this model or a capacity with a grammar cannot follow.
         """
         self.check([], plan)
-        if capacity.grammar and plan.strategy.method not in MASKED_METHODS:
+        if capacity.grammar and not {s.method for s in plan.strategies} & {*MASKED_METHODS}:
             raise UserError(
                 f"method={plan.strategy.method!r} follows no grammar: use one of "
                 f"{', '.join(MASKED_METHODS)}"
@@ -175,7 +188,8 @@ class Engine:
 
     def _check_memory(self, plan: Plan, capacity: Capacity) -> None:
         """Refuse a queue whose cache and largest forward do not fit the devices."""
-        batch, rows = plan.batch_size, self.resolve(plan.strategy).rows
+        batch = plan.batch_size
+        rows = max(self.resolve(strategy).rows for strategy in plan.strategies)
         mesh = self.programs.mesh
         check_memory(
             decoding_bytes(self.model, batch, capacity.slots, rows),
@@ -256,8 +270,17 @@ class Engine:
                 "lookahead": self.lookahead(plan),
             },
         )
-        strategy = self.resolve(plan.strategy)
-        carry = first_carry(strategy, self.model, len(rows), capacity.slots)
+        return self.restart_drafts(state, plan, capacity)
+
+    def restart_drafts(
+        self, state: decoding.DecodeState, plan: Plan, capacity: Capacity
+    ) -> decoding.DecodeState:
+        """The state with nothing drafted yet, as the loop of `plan.strategy` begins.
+
+        Its cache is what AR decoding would have written: any loop may follow any other.
+        """
+        strategy, batch = self.resolve(plan.strategy), len(state.anchor)
+        carry = first_carry(strategy, self.model, batch, capacity.slots)
         return state.replace(drafter=carry)
 
     def _sampler(self, rows: Sequence[Request | None], capacity: Capacity) -> Sampler | None:

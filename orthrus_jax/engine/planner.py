@@ -14,12 +14,13 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from orthrus_jax.decoding.strategy import CYCLES, Strategy
+from orthrus_jax.engine.auto import Contender
 from orthrus_jax.errors import UserError
 from orthrus_jax.files import first_line, write_atomic
 from orthrus_jax.values import check_whole
@@ -34,11 +35,16 @@ ESTIMATED = {
     "TPU v5 lite": [(1, 1.0), (8, 1.0), (32, 1.0), (64, 1.0), (128, 1.26), (256, 2.19)],
     "TPU v6 lite": [(1, 1.0), (8, 1.0), (32, 1.10), (64, 1.04), (128, 1.16), (256, 1.76)],
 }
+# The same on two CPU cores, measured: the demo's model after 256 tokens, by rows in all
+# (docs/log.md, what a forward costs on this CPU).
+MEASURED = {"cpu": [(1, 1.0), (4, 2.1), (8, 2.8), (16, 3.5), (32, 4.7), (128, 13.0), (256, 22.0)]}
 FREE = 1.25  # a forward is free that costs at most so many forwards of one row
 # Elsewhere: rows at which a bfloat16 forward's arithmetic begins to take longer than reading the
 # weights. On GPUs that was measured, by others.
 RIDGE = {"NVIDIA H100": 165, "NVIDIA H200": 165, "cpu": 4}
 DEFAULT_RIDGE = 160
+ACCEPTED = 0.8  # of drafts whose predecessors were accepted, where acceptance was not measured
+HOPELESS = 0.5  # of AR's expected speed: slower strategies are no contenders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,13 +270,10 @@ def choose(
     kind = kind or jax.devices()[0].device_kind
     if calibration is None or not calibration.measurements:
         return default_strategy(rows, batch, block_size, kind)
-    curves = calibration.cost.get(kind)
-    estimate = lambda n: estimated_cost(kind, batch * n)
-    cost = (lambda n: _cost(curves, batch, n)) if curves else estimate
-    source = "measured here" if curves else f"estimated, never run: {kind} was not calibrated"
-
-    def relative_cost(strategy: Strategy) -> float:
-        return sum(map(cost, strategy.forward_rows)) / strategy.forwards / cost(1)
+    measured = calibration.cost.get(kind)
+    source = "measured here" if measured else f"estimated, never run: {kind} was not calibrated"
+    cycle_cost = _cycle_costs(calibration, batch, kind)
+    relative_cost = lambda strategy: cycle_cost(strategy) / strategy.forwards
 
     fitting = [m for m in calibration.measurements if m.strategy.rows <= rows]
     speed = {m: m.pooled / relative_cost(m.strategy) for m in fitting}
@@ -289,13 +292,75 @@ def choose(
     )
 
 
+def contenders(
+    calibration: Calibration | None,
+    batch: int,
+    block_size: int,
+    draft_length: int | None = None,
+    kind: str | None = None,
+) -> tuple[Contender, ...]:
+    """AR and the two drafting strategies, of different methods, that are expected to be fastest.
+
+    The fastest comes first; where acceptance is a guess, the paper's cycle. One that is expected
+    to be far slower than AR is left out.
+
+    Args:
+      calibration: the model's, or None; then the paper's cycle and `default_strategy` draft.
+      batch: prompts decoded together.
+      block_size: the trained K.
+      draft_length: the fastest of the paper's cycle, if it was measured.
+      kind: device kind; None is this machine's.
+    """
+    kind = kind or jax.devices()[0].device_kind
+    cost = _cycle_costs(calibration, batch, kind)
+    measurements = () if calibration is None else calibration.measurements
+    tokens = {m.strategy: m.accepted + 1 + m.strategy.leading_tokens for m in measurements}
+    paper = Strategy("orthrus", draft_length or block_size)
+    if not tokens:
+        rule = default_strategy(batch * DEFAULT_RIDGE, batch, block_size, kind).strategy
+        tokens = {s: _guessed_tokens(s) for s in (paper, rule) if s.method != "ar"}
+    elif draft_length is not None:  # the paper's cycle has this length and no other
+        papers = {s: n for s, n in tokens.items() if s.method == "orthrus"}
+        same = [n for s, n in papers.items() if s.draft_length == draft_length]
+        tokens = {s: n for s, n in tokens.items() if s not in papers}
+        tokens[paper] = same[0] if same else min([_guessed_tokens(paper), *papers.values()])
+    speed = {s: n / cost(s) for s, n in tokens.items()}
+    best: dict[str, Strategy] = {}  # by method
+    for strategy in sorted(speed, key=speed.__getitem__, reverse=True):
+        if speed[strategy] >= HOPELESS:
+            best.setdefault(strategy.method, strategy)
+    drafting = [Contender(s, tokens[s], cost(s)) for s in list(best.values())[:2]]
+    ar = Contender(Strategy("ar"), 1.0, 1.0)
+    order = sorted([*drafting, ar], key=lambda c: c.tokens / c.cost, reverse=True)
+    if not measurements:  # a guess puts nothing before the paper's cycle, which soon tells better
+        order.sort(key=lambda c: c.strategy != paper)
+    return tuple(order)
+
+
+def _guessed_tokens(strategy: Strategy) -> float:
+    """Tokens per cycle where acceptance was not measured."""
+    chain = strategy.block_size - (2 if strategy.method == "orthrus-1f" else 1)
+    return sum(ACCEPTED**n for n in range(chain + 1)) + strategy.leading_tokens
+
+
+def _cycle_costs(
+    calibration: Calibration | None, batch: int, kind: str
+) -> Callable[[Strategy], float]:
+    """The cost of a strategy's cycle in AR steps: measured on this device, or estimated."""
+    curves = None if calibration is None else calibration.cost.get(kind)
+    estimate = lambda n: estimated_cost(kind, batch * n)
+    cost = (lambda n: _cost(curves, batch, n)) if curves else estimate
+    return lambda strategy: sum(map(cost, strategy.forward_rows)) / cost(1)
+
+
 def estimated_cost(kind: str, rows: int) -> float:
     """A forward's time in forwards of one row, where nothing was measured.
 
-    By the compiler's estimate if there is one; else 1 up to the ridge, then in proportion.
+    By a compiler's estimate or another model if there is one; else 1 up to the ridge, then in
+    proportion.
     """
-    if kind in ESTIMATED:
-        return interpolated(ESTIMATED[kind], rows)
+    if points := ESTIMATED.get(kind) or MEASURED.get(kind):
+        return interpolated(points, rows)
     return max(1.0, rows / _ridge(kind))
 
 

@@ -19,18 +19,19 @@ import numpy as np
 
 from orthrus_jax import decoding
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.engine.auto import Chooser
 from orthrus_jax.engine.capacity import Capacity
 from orthrus_jax.engine.detokenizer import IncrementalDetokenizer
 from orthrus_jax.engine.programs import Programs, bucket
 from orthrus_jax.engine.request import Completion, Event, Matcher, Plan, Request
 from orthrus_jax.engine.session import Session
+from orthrus_jax.engine.turns import NO_LIMIT, Stretches, Turns
 from orthrus_jax.errors import UserError
 from orthrus_jax.sharding import to_host
 from orthrus_jax.tokenizer import Tokenizer
 from orthrus_jax.tokenizer import decode as decode_text
 
 STREAM_CYCLES = 8  # cycles between two readings of the tokens, if the host must follow the text
-NO_LIMIT = int(np.iinfo(np.int32).max)
 MAX_PREFILL_PADDING = 4096  # tokens of padding with which a batch may always begin
 
 
@@ -47,6 +48,12 @@ class Decoder(Protocol):
     def check_request(self, request: Request, number: int) -> None: ...
 
     def lookahead(self, plan: Plan) -> int: ...
+
+    def chooser(self, plan: Plan, capacity: Capacity) -> Chooser | None: ...
+
+    def restart_drafts(
+        self, state: decoding.DecodeState, plan: Plan, capacity: Capacity
+    ) -> decoding.DecodeState: ...
 
     def prefill(
         self,
@@ -80,6 +87,7 @@ class Row:
     compiled: float  # the engine's compile seconds when it began
     tokens: list[int] = dataclasses.field(default_factory=list)  # as far as the host has read
     cycles: int = 0  # likewise
+    stretches: Stretches = dataclasses.field(default_factory=Stretches)  # of these cycles
     first: int = 1  # tokens that its prefill emitted
     cached: int = 0  # tokens of its prompt that were not read
     matcher: Matcher | None = None
@@ -108,6 +116,7 @@ class Queue:
     ) -> None:
         self.plan, self.capacity = plan, capacity
         self._engine, self._session = engine, session
+        self._turns = Turns(plan, engine.chooser(plan, capacity))
         self._waiting: collections.OrderedDict[int, Request] = collections.OrderedDict()
         self._rows: list[Row | None] = [None] * plan.batch_size
         self._tickets = 0
@@ -150,7 +159,8 @@ class Queue:
         """Fill free rows, decode until the host has something to do, and report the news.
 
         It returns when a row has finished that a waiting request can take, when all rows have, or,
-        if the plan streams or a request has stop strings, after STREAM_CYCLES cycles.
+        if the plan streams or a request has stop strings, after STREAM_CYCLES cycles; and, where
+        the plan is to choose among strategies, after a turn.
 
         Returns:
           One event per row with new text or a completion, in the order of the rows; maybe none.
@@ -160,6 +170,7 @@ class Queue:
             requests that were running are dropped; those waiting stay.
         """
         try:
+            self._begin_turn()
             self._fill_rows()
             if not any(self._rows):
                 return []
@@ -176,6 +187,19 @@ class Queue:
         """Forget all requests; a session gets its cache back."""
         self._waiting.clear()
         self._drop_running(sound=True)
+
+    # Turns
+
+    def _begin_turn(self) -> None:
+        """Choose the strategy that decodes until the next pause."""
+        if self._turns.choose():
+            self._restart_drafts()
+
+    def _restart_drafts(self) -> None:
+        """The strategy is another: the cache stays, its drafts begin anew."""
+        if self._state is not None:
+            state, plan = self._take_state(), self._turns.plan
+            self._state = self._engine.restart_drafts(state, plan, self.capacity)
 
     # Rows
 
@@ -240,7 +264,7 @@ class Queue:
             self._live = list(rows[0].request.prompt)
             cache, kept = self._take_cache(self._session, self._live)
             rows[0].cached = kept
-        state = self._engine.prefill(requests, self.plan, self.capacity, cache, kept)
+        state = self._engine.prefill(requests, self._turns.plan, self.capacity, cache, kept)
         if self.plan.time_to_first_token:
             jax.block_until_ready(state.tokens)
             for row in filter(None, rows):
@@ -288,10 +312,12 @@ class Queue:
         active = sum(row is not None for row in self._rows)
         watched = any(row is not None and row.text is not None for row in self._rows)
         refilling = self.plan.refill and bool(self._waiting)
+        assert self._state is not None
+        self._turns.start(self._state, self._engine.compile_seconds)
         self._state = self._engine.decode(
             self._take_state(),
-            self.plan,
-            max_cycles=STREAM_CYCLES if watched else NO_LIMIT,
+            self._turns.plan,
+            max_cycles=min(STREAM_CYCLES if watched else NO_LIMIT, self._turns.limit),
             min_active=active - 1 if refilling else 0,
         )
 
@@ -302,6 +328,7 @@ class Queue:
         assert self._state is not None
         view, events = _fetch(self._state), []
         self._done = view.done
+        self._end_turn(view)
         for i, row in enumerate(self._rows):
             if row is None:
                 continue
@@ -314,6 +341,13 @@ class Queue:
             if ended or event.text or (self.plan.stream and event.tokens):
                 events.append(event)
         return events
+
+    def _end_turn(self, view: HostView) -> None:
+        running = [(i, row) for i, row in enumerate(self._rows) if row is not None]
+        for i, row in running:
+            row.stretches.add(self._turns.plan.strategy, int(view.cycles[i]) - row.cycles)
+        accepted = [view.accepted[i, row.cycles : view.cycles[i]].tolist() for i, row in running]
+        self._turns.end(accepted, self._engine.compile_seconds)
 
     def _event(self, i: int, row: Row, view: HostView) -> Event:
         """The news of row i since it was last read."""
@@ -334,12 +368,10 @@ class Queue:
             news["completion"] = self._completion(i, row, view, stopped)
         return Event(row.ticket, text, **news)
 
-    def _origins(
-        self, i: int, row: Row, view: HostView, read: int, count: int
-    ) -> dict[str, Sequence[Any]]:
+    def _origins(self, i: int, row: Row, view: HostView, read: int, count: int) -> dict[str, Any]:
         """Fields of an event: where the next `count` tokens of row i, after `read`, come from."""
         drafted, cycles = [False] * (row.first - read), [0] * (row.first - read)
-        leading = self.plan.strategy.leading_tokens
+        leading = self._turns.plan.strategy.leading_tokens
         for cycle in range(row.cycles, int(view.cycles[i])):
             drafts = int(view.accepted[i, cycle])
             drafted += [False] * leading + [True] * drafts + [False]
@@ -347,7 +379,10 @@ class Queue:
         row.cycles = int(view.cycles[i])
         wanted = row.request.sampling.logprobs
         logprobs = view.logprobs[i, read : read + count].tolist() if wanted else ()
-        return {"drafted": drafted[:count], "cycles": cycles[:count], "logprobs": logprobs}
+        cycles = cycles[:count]
+        forwards = row.stretches.first(cycles[-1]).forwards if cycles else row.stretches.forwards
+        origins = {"drafted": drafted[:count], "cycles": cycles}
+        return origins | {"logprobs": logprobs, "forwards": forwards}
 
     def _check_finite(self, i: int, row: Row, fresh: Sequence[int]) -> None:
         """Refuse ids that no logit chose: with NaN among them, none is the largest."""
@@ -368,8 +403,8 @@ class Queue:
         accepted = view.accepted[i, : view.cycles[i]].tolist()
         if stopped:
             tokens = tokens if row.text is None else tokens[: row.text.used]
-            leading = self.plan.strategy.leading_tokens
-            accepted = _needed_cycles(accepted, len(tokens) - row.first, leading)
+            accepted = row.stretches.needed(accepted, len(tokens) - row.first)
+        stretches = row.stretches.first(len(accepted))
         if row.text is not None:
             text = row.text.text
         else:
@@ -381,13 +416,14 @@ class Queue:
             finish_reason="stop" if stopped or tokens[-1] in ends else "length",
             cycles=len(accepted),
             accepted=accepted,
-            forwards=1 + self.plan.strategy.forwards * len(accepted),
+            forwards=stretches.forwards,
             seconds=seconds,
             compile_seconds=self._engine.compile_seconds - row.compiled,
             logprobs=view.logprobs[i, : len(tokens)].tolist() if sampling.logprobs else None,
             sample=row.request.sample,
             time_to_first_token=row.time_to_first_token,
             cached_tokens=row.cached,
+            strategies=tuple(stretches.parts),
         )
 
 
@@ -395,17 +431,3 @@ def _fetch(state: decoding.DecodeState) -> HostView:
     logprobs = state.tokens if state.logprobs is None else state.logprobs
     parts = (state.tokens, state.count, state.done, state.cycles, state.accepted, logprobs)
     return HostView(*to_host(parts))
-
-
-def _needed_cycles(accepted: list[int], tokens: int, leading: int) -> list[int]:
-    """Return the accepted drafts per cycle of an answer cut to `tokens` tokens after the prefill's.
-
-    A cycle emits `leading` tokens, its accepted drafts and one more.
-    """
-    needed, left = [], tokens
-    for drafts in accepted:
-        if left <= 0:
-            break
-        needed.append(min(drafts, max(left - leading, 0)))
-        left -= leading + drafts + 1
-    return needed

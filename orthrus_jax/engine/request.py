@@ -13,6 +13,7 @@ import numpy as np
 
 from orthrus_jax import metrics
 from orthrus_jax.decoding.strategy import Strategy
+from orthrus_jax.engine.auto import Contender
 from orthrus_jax.errors import UserError
 from orthrus_jax.values import check_number, check_switch, check_type, check_whole, is_whole, shown
 
@@ -159,6 +160,8 @@ class Plan:
         synchronisation per prefill.
       slots: cache slots per row, unless the requests need more. Calls that name the same number
         share their programs, whatever the lengths of their prompts.
+      auto: contenders among which the queue chooses while it decodes, `strategy`'s first; () keeps
+        to `strategy`.
 
     Raises:
       UserError: naming the field and its value.
@@ -170,13 +173,20 @@ class Plan:
     stream: bool = False
     time_to_first_token: bool = False
     slots: int = 0
+    auto: tuple[Contender, ...] = ()
 
     def __post_init__(self) -> None:
         check_type("strategy", self.strategy, Strategy, "a Strategy")
+        check_type("auto", self.auto, tuple, "a tuple of Contender")
         check_whole("batch_size", self.batch_size, 1)
         check_whole("slots", self.slots, 0)
         for name in ("refill", "stream", "time_to_first_token"):
             check_switch(name, getattr(self, name))
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        """All strategies that may run."""
+        return tuple(dict.fromkeys([self.strategy, *(c.strategy for c in self.auto)]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +206,7 @@ class Completion:
       prompt, sample: the place of its prompt in the call, and which of the prompt's n samples.
       time_to_first_token: seconds from prefill to first token, with Plan.time_to_first_token.
       cached_tokens: tokens of the prompt that a cache held already.
+      strategies: which strategies ran, in turn, and for how many of the cycles.
     """
 
     text: str
@@ -211,6 +222,7 @@ class Completion:
     sample: int = 0
     time_to_first_token: float | None = None
     cached_tokens: int = 0
+    strategies: Sequence[tuple[Strategy, int]] = ()
 
     @property
     def acceptance_length(self) -> float:
@@ -237,6 +249,7 @@ class Completion:
             "cycles": self.cycles,
             "seconds": self.seconds,
             "compile_seconds": self.compile_seconds,
+            "strategies": [strategy.given() | {"cycles": n} for strategy, n in self.strategies],
             **extra,
         }
 
@@ -262,6 +275,7 @@ class Event:
       cycles: the cycle that emitted each of them; 0 is the prefill.
       logprobs: log p of each, if requested.
       error: why it ended without a completion; only from a `ResidentQueue`.
+      forwards: passes through the model for its tokens so far, these included.
     """
 
     index: int
@@ -272,3 +286,4 @@ class Event:
     cycles: Sequence[int] = ()
     logprobs: Sequence[float] = ()
     error: str | None = None
+    forwards: int = 1

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from orthrus_jax import decoding
-from orthrus_jax.decoding.constrained import mask_words
+from orthrus_jax.decoding.constrained import MASKED_METHODS, mask_words
 from orthrus_jax.engine.capacity import Capacity
 from orthrus_jax.engine.prefixes import place
-from orthrus_jax.engine.queue import NO_LIMIT, STREAM_CYCLES, Decoder, HostView, Queue, Row
+from orthrus_jax.engine.queue import STREAM_CYCLES, Decoder, HostView, Queue, Row
 from orthrus_jax.engine.request import Event, Plan, Request, SamplingParams
+from orthrus_jax.engine.turns import NO_LIMIT
 from orthrus_jax.errors import UserError
 from orthrus_jax.sharding import to_host
 
@@ -88,14 +89,37 @@ class ResidentQueue(Queue):
             row = engine.prefill([request], plan, capacity, cache, 1)
             if capacity.grammar:
                 row = run(decoding.reanchor, row, jnp.zeros(1, jnp.int32))
-            state = run(decoding.insert, state, row, jnp.int32(0))
+        for strategy in plan.strategies:
+            one = dataclasses.replace(plan, strategy=strategy)
+            state = engine.restart_drafts(state, one, capacity)
+            row = engine.restart_drafts(row, one, capacity)
+            state = self._warm_up_loop(state, row, one)
+        jax.block_until_ready(state.tokens)
+
+    def _warm_up_loop(
+        self, state: decoding.DecodeState, row: decoding.DecodeState, plan: Plan
+    ) -> decoding.DecodeState:
+        """Run the programs of one strategy on a state without unfinished rows."""
+        engine, run = self._engine, self._engine.programs.run
+        state = run(decoding.insert, state, row, jnp.int32(0))
         state = run(decoding.stop, state, jnp.ones(plan.batch_size, bool))
         for plain in (True, False):
             state = engine.decode(state, plan, STREAM_CYCLES, 0, plain=plain)
-        if capacity.grammar:
+        if self.capacity.grammar and plan.strategy.method in MASKED_METHODS:
             drafts = engine.propose(state, plan)
             state = engine.masked_cycle(state, plan, drafts, self._full_masks(drafts.shape[1]))
-        jax.block_until_ready(state.tokens)
+        return state
+
+    # Turns
+
+    def _begin_turn(self) -> None:
+        if not self._masked:
+            super()._begin_turn()
+
+    @property
+    def _masked(self) -> bool:
+        """Whether a grammar holds a running row."""
+        return any(row is not None and row.matcher is not None for row in self._rows)
 
     # Rows
 
@@ -147,7 +171,7 @@ class ResidentQueue(Queue):
         run = self._engine.programs.run
         if done and self._state is not None:
             cache = run(decoding.extract, self._state.cache, jnp.int32(source))
-        read = partial(self._engine.prefill, [row.request], self.plan, self.capacity)
+        read = partial(self._engine.prefill, [row.request], self._turns.plan, self.capacity)
         while length - done > widest:
             cache = read(cache, done, done + widest).cache
             done += widest
@@ -184,27 +208,33 @@ class ResidentQueue(Queue):
 
     def _run_loop(self) -> None:
         rows = [row for row in self._rows if row is not None]
-        if any(row.matcher is not None for row in rows):
+        if self._masked:
             self._run_masked_cycle()
             return
         samplings = [row.request.sampling for row in rows]
+        assert self._state is not None
+        self._turns.start(self._state, self._engine.compile_seconds)
         self._state = self._engine.decode(
             self._take_state(),
-            self.plan,
-            STREAM_CYCLES if self.plan.stream else NO_LIMIT,
+            self._turns.plan,
+            min(STREAM_CYCLES if self.plan.stream else NO_LIMIT, self._turns.limit),
             len(rows) - 1 if self._waiting else 0,
             plain=not any(s.temperature > 0 or s.logprobs for s in samplings),
         )
 
     def _run_masked_cycle(self) -> None:
+        strategies = (self._turns.plan.strategy, *self.plan.strategies)
+        if self._turns.use(next(s for s in strategies if s.method in MASKED_METHODS)):
+            self._restart_drafts()
         assert self._state is not None
-        drafts = self._engine.propose(self._state, self.plan)
+        plan = self._turns.plan
+        drafts = self._engine.propose(self._state, plan)
         guesses = to_host(drafts)
         allowed = self._full_masks(drafts.shape[1])
         for i, row in enumerate(self._rows):
             if row is not None and row.matcher is not None:
                 row.matcher.fill(guesses[i].tolist(), allowed[i])
-        self._state = self._engine.masked_cycle(self._take_state(), self.plan, drafts, allowed)
+        self._state = self._engine.masked_cycle(self._take_state(), plan, drafts, allowed)
 
     def _full_masks(self, drafts: int) -> np.ndarray:
         """Masks that allow all tokens: uint32[B, drafts + 1, W]."""

@@ -100,7 +100,7 @@ class Endpoints:
 
     async def models(self, request: Request) -> Response:
         """The models: this one, and the same without drafts."""
-        data = [self._model(name) for name in self._service.strategies]
+        data = [self._model(name) for name in self._service.plans]
         return JSONResponse({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
@@ -132,7 +132,7 @@ class Endpoints:
         reply = Reply(
             isinstance(parsed, ChatRequest),
             options.model,
-            service.strategies[options.model],
+            service.plans[options.model],
             prepared.requests,
             service.model.tokenizer,
             options.include_cycles,

@@ -1,7 +1,9 @@
 """Answers in the protocol's words: whole objects and chunks of a stream. Knows no HTTP."""
 
+import collections
 import dataclasses
 import importlib.metadata
+import itertools
 import time
 import uuid
 from collections.abc import Sequence
@@ -9,7 +11,7 @@ from typing import Any
 
 from orthrus_jax import metrics
 from orthrus_jax.decoding import Strategy
-from orthrus_jax.engine import Completion, Event, Request
+from orthrus_jax.engine import Completion, Event, Plan, Request
 from orthrus_jax.engine.detokenizer import REPLACEMENT, IncrementalDetokenizer
 from orthrus_jax.tokenizer import Tokenizer
 from orthrus_jax.tokenizer import decode as decode_text
@@ -27,7 +29,7 @@ class Reply:
         self,
         chat: bool,
         model: str,
-        strategy: Strategy,
+        plan: Plan,
         requests: Sequence[Request],
         tokenizer: Tokenizer,
         pieces: bool = False,
@@ -37,12 +39,12 @@ class Reply:
         Args:
           chat: of /v1/chat/completions.
           model: its name in the protocol.
-          strategy: how it is decoded.
+          plan: how it is decoded.
           requests: one per choice.
           tokenizer: for the text of single tokens.
           pieces: chunks say which text was drafted.
         """
-        self.chat, self.model, self._strategy = chat, model, strategy
+        self.chat, self.model, self._plan = chat, model, plan
         self._requests, self._tokenizer = requests, tokenizer
         self.id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._created = int(time.time())
@@ -111,9 +113,8 @@ class Reply:
         if text is None:
             return []
         if event.tokens:
-            forwards = 1 + self._strategy.forwards * event.cycles[-1]
             tokens = self._progress[i]["tokens"] + len(event.tokens)
-            self._progress[i] = {"tokens": tokens, "forwards": forwards}
+            self._progress[i] = {"tokens": tokens, "forwards": event.forwards}
         pieces: list[list[Any]] = []
         origins = zip(event.tokens, event.cycles, event.drafted, strict=True)
         for token, cycle, drafted in origins:
@@ -143,9 +144,12 @@ class Reply:
         """How the answers were decoded; see docs/metrics.md."""
         answers = list(self.completions.values())
         forwards = sum(c.forwards for c in answers)
-        flags = {name: value for name, value in self._strategy.flags().items() if value}
+        ran: collections.Counter[Strategy] = collections.Counter()
+        for strategy, cycles in itertools.chain(*(c.strategies for c in answers)):
+            ran[strategy] += cycles
         return {
-            "strategy": flags,
+            "strategy": {"mode": "auto"} if self._plan.auto else self._plan.strategy.given(),
+            "strategies": [strategy.given() | {"cycles": n} for strategy, n in ran.items()],
             "cycles": sum(c.cycles for c in answers),
             "forwards": forwards,
             "acceptance_length": metrics.acceptance_length([c.accepted for c in answers]),

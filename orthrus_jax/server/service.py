@@ -15,7 +15,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from orthrus_jax.decoding import Strategy
-from orthrus_jax.engine import Capacity, Matcher, Plan, Request, SamplingParams
+from orthrus_jax.decoding.constrained import MASKED_METHODS
+from orthrus_jax.engine import Auto, Capacity, Matcher, Plan, Request, SamplingParams
 from orthrus_jax.errors import UserError
 from orthrus_jax.llm import LLM
 from orthrus_jax.server.figures import Figures
@@ -42,11 +43,11 @@ class Service:
     """A model behind a server. `start` compiles; `open_call` and `news` answer.
 
     Attributes:
-      strategies: of each lane, by the model's name in the protocol.
+      plans: of each lane, by the model's name in the protocol.
       figures: what /metrics reports.
     """
 
-    def __init__(self, model: LLM, strategy: Strategy, settings: Settings) -> None:
+    def __init__(self, model: LLM, strategy: Strategy | Auto, settings: Settings) -> None:
         """Prepare lanes; nothing is compiled and no thread runs yet.
 
         Args:
@@ -68,21 +69,18 @@ class Service:
         # A copy for the thread that encodes: encoding may change a tokenizer's settings.
         self._tokenizer = copy.deepcopy(model.tokenizer)
         self._grammars = _grammars(model, settings)
-        resolve = lambda one: model.engine.resolve(model.strategy(one))
-        self.strategies = {settings.name: resolve(strategy)}
-        if settings.baseline and strategy.method != "ar":
-            self.strategies[f"{settings.name}:{BASELINE}"] = resolve(Strategy("ar"))
+        self.plans = {settings.name: self._plan(strategy, settings.max_batch)}
+        if settings.baseline and {s.method for s in self.plans[settings.name].strategies} != {"ar"}:
+            self.plans[f"{settings.name}:{BASELINE}"] = self._plan(Strategy("ar"), 1)
         self._capacities: dict[str, Capacity] = {}
         queues = {}
-        for name, one in self.strategies.items():
-            batch = settings.max_batch if name == settings.name else 1
-            plan = Plan(one, batch_size=batch, stream=True)
-            grammar = self._grammars is not None and one.method in ("ar", "orthrus")
+        for name, plan in self.plans.items():
+            maskable = any(one.method in MASKED_METHODS for one in plan.strategies)
             self._capacities[name] = Capacity.announced(
                 settings.max_context,
                 model.engine.lookahead(plan),
                 ends=max(4, len(model.config.eos_token_ids)),
-                grammar=grammar,
+                grammar=self._grammars is not None and maskable,
             )
             queues[name] = model.engine.open_resident(plan, self._capacities[name])
         self._worker = Worker(queues, self.figures.stepped)
@@ -91,6 +89,14 @@ class Service:
         self._preparing = 0  # requests that are being encoded
         self._seconds = 1.0  # that an answer took of late
         self._stopping = False
+
+    def _plan(self, strategy: Strategy | Auto, batch_size: int) -> Plan:
+        plan = self.model.plan_of(strategy, batch_size=batch_size, stream=True)
+        resolve = self.model.engine.resolve
+        if plan.auto:
+            auto = [dataclasses.replace(c, strategy=resolve(c.strategy)) for c in plan.auto]
+            plan = dataclasses.replace(plan, auto=tuple(auto))
+        return dataclasses.replace(plan, strategy=resolve(plan.strategy))
 
     def start(self) -> None:
         """Compile all programs; return when requests can be served."""
@@ -128,18 +134,18 @@ class Service:
         finally:
             self._preparing -= 1
 
-    def find_model(self, name: str) -> Strategy:
-        """The strategy of a model of the protocol.
+    def find_model(self, name: str) -> Plan:
+        """The plan of a model of the protocol.
 
         Raises:
           ApiError: 404 if there is none of this name.
         """
-        if name not in self.strategies:
-            known = ", ".join(self.strategies)
+        if name not in self.plans:
+            known = ", ".join(self.plans)
             raise ApiError(
                 404, f"model={name[:80]!r}: this server has {known}", "model", "model_not_found"
             )
-        return self.strategies[name]
+        return self.plans[name]
 
     def _prepare(self, request: ChatRequest | CompletionRequest) -> Prepared:
         options = request.options
@@ -203,7 +209,7 @@ class Service:
     def _check(self, request: Request, number: int, model: str) -> None:
         engine = self.model.engine
         engine.check_request(request, number)
-        lookahead = engine.lookahead(Plan(self.strategies[model]))
+        lookahead = engine.lookahead(self.plans[model])
         ends = len(engine.config.eos_token_ids)
         self._capacities[model].check(request, number, ends, lookahead)
 

@@ -11,9 +11,9 @@ from eval import aime, harness, records, report
 from eval.benchmarks import BENCHMARKS, load
 from eval.grading import grade_integer
 from eval.runner import Runner
+from orthrus_jax.conversation import Conversation
 from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import Plan, SamplingParams
-from orthrus_jax.llm import Conversation
 from tests.support.benchmark_runs import gsm8k, load_anew, rows_of, write
 from tests.support.marks import slow
 from tests.support.paths import DATA

@@ -18,10 +18,11 @@ from orthrus_jax.checkpoint import (
     save_checkpoint,
 )
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.conversation import Conversation
 from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import Capacity, Engine, Plan, Request, SamplingParams, Session, planner
 from orthrus_jax.errors import UserError
-from orthrus_jax.llm import LLM, Conversation
+from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, params
 from tests.support.configs import text_config
 from tests.support.tokenizers import small_tokenizer

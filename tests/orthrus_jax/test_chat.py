@@ -104,7 +104,7 @@ def test_dialogue_continues_after_an_interrupt_within_a_program(
     with monkeypatch.context() as patch:
         patch.setattr(model.engine.programs, "run", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            drain(conversation.ask(TURNS[1], max_new_tokens=24))
+            drain(conversation.ask(TURNS[1], mode="orthrus", max_new_tokens=24))
     assert conversation.session.ids == []
     if reset:
         conversation.reset()
@@ -161,7 +161,7 @@ def test_command_goes_on_after_an_interrupted_answer(model, tiny_base, monkeypat
     monkeypatch.setattr(chat, "load", lambda source, **options: model)
     monkeypatch.setattr(model.engine.programs, "run", interrupted)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{TURNS[0]}\n/reset\n{TURNS[0]}\n"))
-    chat.main(["--model", str(tiny_base), "--max-new-tokens", "30"])
+    chat.main(["--model", str(tiny_base), "--max-new-tokens", "30", "--mode", "orthrus"])
     out, err = capsys.readouterr()
     assert "[interrupted]" in err
     assert model.generate(TURNS[0], max_new_tokens=30)[0].text in out

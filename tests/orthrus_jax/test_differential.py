@@ -14,11 +14,13 @@ import pytest
 from hypothesis import strategies as st
 
 from orthrus_jax.config import ModelConfig
+from orthrus_jax.decoding import Strategy
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import params as params_lib
 from orthrus_jax.model.pairwise import HEAD
 from tests.support import cases as cases_lib
 from tests.support.configs import FAMILIES, tiny_config
+from tests.support.engine import plan_among, restless
 from tests.support.weights import random_head, random_params
 
 VOCAB = 24
@@ -146,6 +148,37 @@ def assert_orthrus_is_ar(case) -> None:
         accepted.append(sum(completion.accepted) / max(len(completion.accepted), 1))
 
 
+# Strategies between which a queue switches at random pauses.
+AMONG = [
+    Strategy("ar"),
+    *(s for name, s in cases_lib.STRATEGIES.items() if name in (
+        "paper, pairwise", "two-forward, tree", "tree, both blocks, pairwise")),
+]  # fmt: skip
+
+
+@functools.cache
+def restless_of(shape: str) -> LLM:
+    model = LLM(config_of(shape), weights_of(shape, 0, False), Letters())
+    coupled = [dataclasses.replace(s, accept="coupled") for s in AMONG]
+    model.contenders = lambda *_: plan_among(coupled).auto
+    return model
+
+
+def assert_switching_is_ar(case, seed: int) -> None:
+    shape, weights, prompts, options, how = case
+    model, plain = restless_of(shape), generator_of(shape)
+    model.params = plain.params = weights_of(shape, *weights)
+    choosers = restless(model.engine, seed=seed, longest=4)
+    how = {name: how[name] for name in ("batch_size", "refill")}
+    ar = plain.complete(prompts, strategy="ar", **options)
+    auto = model.complete(prompts, mode="auto", **options, **how)
+    shown = lambda found: [(c.prompt, c.tokens, c.text, c.finish_reason) for c in found]
+    assert shown(auto) == shown(ar)
+    ran.extend({strategy for strategy, *_ in choosers[0].turns})
+    accepted.extend(sum(c.accepted) / max(len(c.accepted), 1) for c in auto)
+
+
+ran: list[Strategy] = []
 accepted: list[float] = []  # acceptance lengths seen: a drafter that is never right tests little
 unhurried = functools.partial(
     hypothesis.settings, deadline=None, derandomize=True, database=None, print_blob=False
@@ -162,6 +195,34 @@ def test_orthrus_is_ar_on_a_few_random_cases() -> None:
 
     check()
     assert max(accepted) > 1
+
+
+def switching_cases(shapes, batches):
+    drawn = cases(shapes, batches, [None], [False], copies=[True])
+    return st.tuples(drawn, st.integers(0, 99))
+
+
+def test_switching_at_random_is_ar_on_a_few_random_cases() -> None:
+    accepted.clear()
+
+    @unhurried(max_examples=15)
+    @hypothesis.given(switching_cases(["small"], [4]))
+    def check(case) -> None:
+        assert_switching_is_ar(*case)
+
+    check()
+    assert {s.method for s in ran} == {"ar", "orthrus", "orthrus-2f", "orthrus-1f"}
+    assert max(accepted) > 1
+
+
+@pytest.mark.slow
+def test_switching_at_random_is_ar_on_many_random_cases() -> None:
+    @unhurried(max_examples=200)
+    @hypothesis.given(switching_cases(["small", "two layers", "tied", "three key heads"], [1, 4]))
+    def check(case) -> None:
+        assert_switching_is_ar(*case)
+
+    check()
 
 
 @pytest.mark.slow

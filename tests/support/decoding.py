@@ -1,12 +1,14 @@
 """Decoding loops under test: how they start on a script, its PATHS, and what the end must be."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from orthrus_jax import decoding
-from orthrus_jax.decoding import AcceptRule, Drafts
+from orthrus_jax.decoding import AcceptRule, Drafts, Strategy
 from orthrus_jax.decoding.sampling import NoiseKey, gumbel_sample, probabilities
 from orthrus_jax.decoding.state import mask_eos_until_min_tokens, next_positions
 from orthrus_jax.drafters import DiffusionDrafter
@@ -54,6 +56,48 @@ class OrthrusDecode:
 
 
 orthrus_decode = OrthrusDecode()
+
+
+def switching_decode(model, params, state, *, choose):
+    """Decode each sequence by a loop of its own, cycle by cycle.
+
+    `choose(state, after)` gives int32[B], which of the states `after` a cycle of AR, of the paper's
+    cycle under rejection and of the two-forward cycle each sequence goes on with.
+    """
+    strategy = Strategy("orthrus-2f", pairwise=False).resolve(model.config)
+    loops = [
+        decoding.ar_decode,
+        orthrus_decode,
+        functools.partial(decoding.two_forward_decode, strategy=strategy),
+    ]
+    while not state.done.all():
+        copies = [jax.tree.map(jnp.copy, state) for _ in loops]
+        after = [
+            loop(model, params, copy, max_cycles=jnp.int32(1))
+            for loop, copy in zip(loops, copies, strict=True)
+        ]
+        place = choose(state, after)
+
+        def pick(*leaves, place=place):
+            stacked = jnp.stack(leaves)
+            return stacked[place, jnp.arange(len(place))]
+
+        state = jax.tree.map(pick, *after)
+    return state
+
+
+def by_the_past(state, after):
+    """A choice from what has been emitted and accepted."""
+    last = jnp.maximum(state.cycles - 1, 0)[:, None]
+    accepted = jnp.take_along_axis(state.accepted, last, axis=1)[:, 0]
+    return (state.anchor + state.count + accepted) % len(after)
+
+
+def by_the_future(state, after):
+    """A fault: the loop that would emit the smallest token next."""
+    at = state.count[:, None]
+    tokens = [jnp.take_along_axis(one.tokens, at, axis=1, mode="clip")[:, 0] for one in after]
+    return jnp.argmin(jnp.stack(tokens), axis=0)
 
 
 @dataclasses.dataclass(frozen=True)

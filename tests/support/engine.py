@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from orthrus_jax.decoding import AcceptRule, Strategy
-from orthrus_jax.engine import Engine, Plan, Request, SamplingParams
+from orthrus_jax.engine import Contender, Engine, Plan, Request, SamplingParams
+from orthrus_jax.engine.auto import Turn
 from orthrus_jax.llm import LLM
 from orthrus_jax.tokenizer import decode as decode_text
 from tests.support.fake_models.hashed import CONFIG, RESULTS, VOCAB, HashModel, greedy_text
@@ -129,3 +130,44 @@ def stop_strings_of(prompt) -> list[tuple[str, ...]]:
     single = [(text[i],) for i in (0, 1, 7, 30)]
     several = [(text[20:23], text[9:14], "\u00e9"), (text[9:14], text[9:11]), ("never in it",)]
     return [*over, *long, *single, *several, (text[-3:],)]
+
+
+@dataclasses.dataclass
+class RestlessChooser:
+    """Chooses at random for every turn, among contenders and lengths; keeps what it was told."""
+
+    contenders: tuple[Contender, ...]
+    seed: int = 0
+    longest: int = 6
+    turns: list[tuple[Strategy, list[int], int, float]] = dataclasses.field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng(self.seed)
+
+    def choose(self) -> Turn:
+        place = int(self.rng.integers(len(self.contenders)))
+        return Turn(place, int(self.rng.integers(1, self.longest + 1)))
+
+    def learn(self, contender, tokens, cycles, milliseconds, compiling=0.0) -> None:
+        strategy = self.contenders[contender].strategy
+        self.turns.append((strategy, list(tokens), cycles, compiling))
+
+
+def plan_among(strategies, **fields) -> Plan:
+    """A plan that chooses among strategies, of which it expects nothing in particular."""
+    contenders = tuple(Contender(s, 1.0 + (s.method != "ar"), 1.0) for s in strategies)
+    return Plan(contenders[0].strategy, auto=contenders, **fields)
+
+
+def restless(engine: Engine, **fields) -> list[RestlessChooser]:
+    """Let the engine's queues choose at random; return the choosers that they will have got."""
+    choosers: list[RestlessChooser] = []
+
+    def chooser(plan, capacity):
+        if not plan.auto:
+            return None
+        choosers.append(RestlessChooser(plan.auto, **fields))
+        return choosers[-1]
+
+    engine.chooser = chooser
+    return choosers

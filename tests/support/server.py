@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import httpx
 
 from orthrus_jax.decoding import Strategy
+from orthrus_jax.engine import Auto
 from orthrus_jax.llm import LLM
 from orthrus_jax.serve import listening, server_of
 from orthrus_jax.server import Service, Settings
@@ -54,7 +55,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    model: LLM, settings: Settings = SETTINGS, strategy: Strategy | None = None
+    model: LLM, settings: Settings = SETTINGS, strategy: Strategy | Auto | None = None
 ) -> Iterator[Running]:
     """Serve a model on a free port until the block ends."""
     with listening("127.0.0.1", 0) as bound:

@@ -18,7 +18,13 @@ from orthrus_jax import decoding
 from orthrus_jax.decoding import AcceptRule, Strategy, speculative
 from orthrus_jax.drafters import DiffusionDrafter
 from orthrus_jax.model.pairwise import HEAD
-from tests.support.decoding import DrawingDrafter, orthrus_decode
+from tests.support.decoding import (
+    DrawingDrafter,
+    by_the_future,
+    by_the_past,
+    orthrus_decode,
+    switching_decode,
+)
 from tests.support.fake_models import tabular
 from tests.support.fake_models.tabular import EOS, MASK, VOCAB, Setting, TabularModel
 from tests.support.marks import slow
@@ -63,8 +69,9 @@ def sampled(
 ):
     """Decode one batch of `rows` texts of each setting; row r is of setting r % len(settings).
 
-    `loop` is "ar", "orthrus", "two" or "ahead", `how` what its function is told beside, or fields
-    of a Strategy. Returns the final state's small arrays in numpy, its tokens padded with MASK.
+    `loop` is "ar", "orthrus", "two", "ahead" or "switching", `how` what its function is told
+    beside, or fields of a Strategy. Returns the final state's small arrays in numpy, its tokens
+    padded with MASK.
     """
     settings, model = settings * rows, model or TabularModel()
     batch, seeds = len(settings), first_seed + np.arange(rows).repeat(len(settings) // rows)
@@ -90,6 +97,7 @@ def sampled(
         "orthrus": orthrus_decode,
         "two": decoding.two_forward_decode,
         "ahead": decoding.one_forward_decode,
+        "switching": switching_decode,
     }
     if loop in ("two", "ahead"):
         method = "orthrus-2f" if loop == "two" else "orthrus-1f"
@@ -221,6 +229,21 @@ def test_coupled_texts_are_the_ar_texts(rule: str, block_size: int) -> None:
     state = mixture(rule, block_size)
     np.testing.assert_array_equal(state.tokens, mixture("ar").tokens)
     assert (state.accepted[state.accepted >= 0] == block_size - 1).mean() > 0.1
+
+
+@pytest.mark.slow
+def test_switches_that_follow_from_the_past_keep_the_law_of_whole_texts() -> None:
+    """A choice of the next cycle by accepted drafts and emitted tokens, sequence by sequence."""
+    state = sampled("switching", MIXTURE, choose=by_the_past)
+    assert_exact(state, MIXTURE)
+    np.testing.assert_array_equal(greedy_rows(state), greedy_rows(mixture("ar")))
+
+
+@pytest.mark.slow
+def test_switch_that_looks_at_the_next_draw_shows_in_the_law() -> None:
+    state = sampled("switching", MIXTURE, choose=by_the_future)
+    result = together(fits(state, MIXTURE))
+    assert result.p < 1e-12, result
 
 
 @pytest.mark.parametrize("filtered", [True, *slow(False)])

@@ -72,13 +72,14 @@ def test_batch_multiplies_the_cost_of_rows() -> None:
     )
 
 
-def test_uncalibrated_device_is_estimated_by_its_compiler_or_from_its_ridge() -> None:
+def test_uncalibrated_device_is_estimated_by_its_compiler_another_model_or_its_ridge() -> None:
     on = lambda kind, batch: choose(calibration(FLAT), 256, batch, 8, kind)
     assert on("TPU v6 lite", 1).strategy == WIDE
     assert "estimated, never run: TPU v6 lite was not calibrated" in on("TPU v6 lite", 1).why
     assert on("TPU v6 lite", 8).strategy == PAPER
     assert on("TPU v6 lite", 64).strategy == Strategy("ar")
-    assert on("cpu", 4).strategy == Strategy("ar")
+    assert on("cpu", 4).strategy == PAPER
+    assert on("cpu", 16).strategy == Strategy("ar")
 
 
 def test_estimated_cost_follows_the_compiler_s_curve_where_there_is_one() -> None:
@@ -216,3 +217,40 @@ def test_flags_are_those_of_the_commands(tmp_path) -> None:
         "tree_nodes": 15, "early_blocks": 6, "fresh_blocks": 0,
     }  # fmt: skip
     assert json.loads((tmp_path / planner.FILE).read_text())["earned"][1]["rows"] == 64
+
+
+# Contenders
+
+
+def contenders(*args, **options) -> list[Strategy]:
+    return [c.strategy for c in planner.contenders(*args, kind=KIND, **options)]
+
+
+def test_contenders_are_ar_and_the_fastest_of_two_methods_best_first() -> None:
+    assert contenders(calibration(FLAT), 1, 8) == [WIDE, WIDER, Strategy("ar")]
+    ranked = planner.contenders(calibration(STEEP), 1, 8, kind=KIND)
+    assert [c.strategy for c in ranked[:2]] == [PAPER, Strategy("ar")]
+    assert ranked[0].tokens == 4.0, "three accepted, and the AR view's own"
+    assert ranked[0].cost == pytest.approx(2.7), "two forwards of eight rows"
+
+
+def test_batch_in_which_drafts_cannot_pay_has_ar_alone() -> None:
+    assert contenders(calibration({1: [(1, 1.0), (8, 8.0)]}), 1, 8) == [Strategy("ar")]
+    assert contenders(calibration(STEEP), 64, 8) == [Strategy("ar")]
+    assert [c.strategy for c in planner.contenders(None, 64, 32, kind="cpu")] == [Strategy("ar")]
+
+
+def test_measured_draft_length_is_the_paper_cycles() -> None:
+    papers = [s for s in contenders(calibration(STEEP), 1, 8, draft_length=4) if s != WIDER]
+    assert papers == [Strategy("orthrus", 4), Strategy("ar")]
+    assert contenders(None, 1, 8, draft_length=4)[0] == Strategy("orthrus", 4)
+
+
+def test_guessed_acceptance_puts_nothing_before_the_paper_cycle() -> None:
+    on = lambda kind, batch: [c.strategy for c in planner.contenders(None, batch, 8, kind=kind)]
+    assert on("cpu", 1) == [Strategy("orthrus", 8), Strategy("ar"), Strategy("orthrus-2f", 3)]
+    assert on("cpu", 16) == [Strategy("orthrus", 8), Strategy("ar")]
+    first, second, last = on("NVIDIA H100 80GB HBM3", 1)
+    assert (first, second.method, last) == (Strategy("orthrus", 8), "orthrus-1f", Strategy("ar"))
+    assert on("NVIDIA H100 80GB HBM3", 64) == [Strategy("orthrus", 8), Strategy("ar")]
+    assert on("NVIDIA H100 80GB HBM3", 512) == [Strategy("ar")]

@@ -104,7 +104,7 @@ def test_open_queue_mixes_greedy_and_sampled_requests() -> None:
         queue.submit(greedy(prompt, **some))
     completions = finish(queue)
     for i, some in enumerate(fields):
-        (alone,) = model.complete([prompt], max_new_tokens=20, **some)
+        (alone,) = model.complete([prompt], mode="orthrus", max_new_tokens=20, **some)
         assert completions[i].tokens == alone.tokens
         assert (completions[i].logprobs is None) == ("logprobs" not in some)
     assert len({tuple(tokens) for tokens in tokens_of(completions).values()}) == 3

@@ -66,7 +66,9 @@ def alone(model: LLM, options: dict) -> str:
     }
     stop = options.get("stop", ())
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    (completion,) = model.generate([options["messages"]], SamplingParams(**fields, stop=stop))
+    (completion,) = model.generate(
+        [options["messages"]], SamplingParams(**fields, stop=stop), mode="orthrus"
+    )
     return completion.text
 
 

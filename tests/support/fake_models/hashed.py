@@ -42,11 +42,12 @@ def term(token, position):
 class HashModel:
     """A `decode.DecodingModel`: params["table"] float32[RESULTS, V] has the logits of each hash.
 
-    Its diffusion view guesses the greedy text, with a mistake in about one of four rows.
+    Its diffusion view guesses the greedy text, with a mistake in about `wrong` of four rows.
     """
 
     config: ModelConfig = CONFIG
     counted: bool = False
+    wrong: int = 1
 
     def init_cache(self, batch: int, slots: int) -> TokenCache:
         return TokenCache.empty(batch, slots)
@@ -74,7 +75,7 @@ class HashModel:
             hidden.append(hidden[-1] + term(guess, at + j))
         hashes = jnp.stack(hidden, axis=1)
         masked = (segment.tokens[:, 1:] == self.config.mask_token_id).all(axis=1)
-        right = (mixed(hashes + 77) % 4 > 0) & masked[:, None]
+        right = (mixed(hashes + 77) % 4 >= self.wrong) & masked[:, None]
         return jnp.where(right, hashes, hashes + 5)[..., None]
 
     def logits(self, params, hidden):
