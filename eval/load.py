@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         "rate of arrivals, from the first server's time of an answer; default: 1,4,16",
     )
     parser.add_argument("--rate", type=float, metavar="X", help="arrivals per second, in its place")
-    parser.add_argument("--requests", type=positive, default=100, metavar="N", help="per turn")
+    parser.add_argument(
+        "--requests", type=positive, default=100, metavar="N", help="per turn; default: 100"
+    )
     parser.add_argument(
         "--seconds",
         type=float,
@@ -61,8 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="for one turn; default: %(default)g",
     )
-    parser.add_argument("--max-tokens", type=positive, default=128, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X")
+    parser.add_argument(
+        "--max-tokens", type=positive, default=128, metavar="N", help="per answer; default: 128"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy"
+    )
     parser.add_argument("--repeats", type=positive, default=1, metavar="N", help="turns of each")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and arrivals")
     parser.add_argument("--json", metavar="FILE", help="write all figures")
