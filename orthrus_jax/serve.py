@@ -98,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     for name in ("orthrus_jax", "uvicorn"):
         logging.getLogger(name).setLevel(logging.INFO)
-    settings_of(args)  # refused before an address is taken and a model is loaded
-    with listening(args.host, args.port) as bound:
+    settings = settings_of(args)  # refused before an address is taken and a model is loaded
+    with listening(args.host, args.port, settings.send_timeout) as bound:
         serve(service_of(args), bound)
 
 
@@ -159,8 +159,11 @@ def settings_of(args: argparse.Namespace) -> "Settings":
     )
 
 
-def listening(host: str, port: int) -> socket.socket:
+def listening(host: str, port: int, send_timeout: float) -> socket.socket:
     """A socket bound to the address, before minutes are spent on a model.
+
+    Linux ends its connections when a client has taken nothing of what it was sent for
+    `send_timeout` seconds; without, a closed stream would be kept until its last byte is read.
 
     Raises:
       UserError: naming the flag.
@@ -173,6 +176,9 @@ def listening(host: str, port: int) -> socket.socket:
         )[0]
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            milliseconds = max(1, int(send_timeout * 1000))
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
         bound.bind(address)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error

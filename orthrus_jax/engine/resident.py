@@ -144,8 +144,7 @@ class ResidentQueue(Queue):
         at, source, kept = place(row.request.prompt, held, self._last_used, idle)
         fresh = self._read(row, source, kept)
         self._rows[at] = row
-        self._clock += 1
-        self._last_used[at] = self._last_used[source] = self._clock
+        self._use(at)  # not `source`: what was used of it is in both rows now
         self._state = self._engine.programs.run(
             decoding.insert, self._take_state(), fresh, jnp.int32(at)
         )
@@ -193,6 +192,11 @@ class ResidentQueue(Queue):
     def _keep(self, i: int, row: Row) -> None:
         """Note what the cache of row i holds now that its request has ended."""
         self._held[i] = _live_ids(row)
+        self._use(i)
+
+    def _use(self, i: int) -> None:
+        self._clock += 1
+        self._last_used[i] = self._clock
 
     def _release_if_idle(self) -> None:
         """The state stays."""

@@ -1,6 +1,13 @@
 """What /metrics reports, in Prometheus' words. Knows no requests beyond their figures."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from orthrus_jax.engine import Completion
 
@@ -13,6 +20,7 @@ class Figures:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)  # memory and processor time, where /proc tells them
         counter = lambda name, text, *labels: Counter(
             f"orthrus_{name}", text, labels, registry=registry
         )

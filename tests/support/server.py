@@ -13,8 +13,17 @@ from orthrus_jax.engine import Auto
 from orthrus_jax.llm import LLM
 from orthrus_jax.serve import listening, server_of
 from orthrus_jax.server import Service, Settings
+from orthrus_jax.tokenizer import decode, encode
+from tests.support.engine import table_of, tokenizer
+from tests.support.fake_models.hashed import greedy_text
 
 SETTINGS = Settings(name="hash", max_batch=3, max_context=250, max_queue=40, drain_timeout=2.0)
+
+
+def greedy_answer(text: str, budget: int = 20, *, chat: bool = True) -> str:
+    """HashModel's greedy answer, in plain Python."""
+    ids = encode(tokenizer(), text, chat=chat)
+    return decode(tokenizer(), greedy_text(ids, table_of("plain"), budget))
 
 
 class Running:
@@ -58,7 +67,7 @@ def running(
     model: LLM, settings: Settings = SETTINGS, strategy: Strategy | Auto | None = None
 ) -> Iterator[Running]:
     """Serve a model on a free port until the block ends."""
-    with listening("127.0.0.1", 0) as bound:
+    with listening("127.0.0.1", 0, settings.send_timeout) as bound:
         running = Running(Service(model, strategy or Strategy(), settings), bound)
         thread = threading.Thread(target=running.run, args=(bound,), daemon=True)
         thread.start()

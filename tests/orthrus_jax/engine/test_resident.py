@@ -97,6 +97,41 @@ def test_dialogue_reads_only_what_follows_and_gives_a_cold_caches_text() -> None
         history = [*prompt, *completion.tokens]
 
 
+def test_rows_used_least_recently_are_given_up_first() -> None:
+    """Dialogues in turns, whose first four ids, like a template's, are the same."""
+    queue = opened(batch=3)
+    texts = np.random.default_rng(30).integers(9, 300, (4, 30)).tolist()
+    histories = [[5, 6, 7, 8, *text] for text in texts]
+
+    def goes_on(i: int) -> bool:
+        """Whether dialogue i was still in a row; the next text is a cold cache's."""
+        prompt = [*histories[i], 9]
+        completion = answer(queue, greedy(prompt, 5))
+        assert completion.tokens == greedy_text(prompt, table_of("plain"), 5)
+        there = completion.cached_tokens == len(histories[i]) - 1
+        assert there or completion.cached_tokens <= 4
+        histories[i] = [*prompt, *completion.tokens]
+        return there
+
+    assert not any(goes_on(i) for i in (0, 1, 2))
+    assert not goes_on(3)  # takes the row of 0
+    assert goes_on(1)
+    assert not goes_on(0)  # takes the row of 2
+    assert all(goes_on(i) for i in (3, 1))
+    assert not goes_on(2)  # takes the row of 0
+    assert all(goes_on(i) for i in (1, 2, 3))
+
+
+def test_row_is_used_until_its_answer_ends() -> None:
+    queue, (long, short, other) = opened(batch=2), prompts_of(3, seed=31)
+    for prompt, budget in ((long, 60), (short, 2)):
+        queue.submit(greedy(prompt, budget))
+    finish(queue)
+    answer(queue, greedy(other, 2))  # takes the row of `short`
+    goes_on = [*long, *greedy_text(long, table_of("plain"), 60), 9]
+    assert answer(queue, greedy(goes_on, 2)).cached_tokens == len(goes_on) - 2
+
+
 def test_samples_of_one_prompt_read_it_once() -> None:
     queue, (prompt,) = opened(), prompts_of(1, seed=7, longest=60)
     requests = [

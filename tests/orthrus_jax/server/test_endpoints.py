@@ -2,21 +2,18 @@
 
 import dataclasses
 import json
+import shutil
 import socket
+import subprocess
 
 import pytest
 
 from orthrus_jax.server.replies import VERSION
-from orthrus_jax.tokenizer import decode, encode
-from tests.support.engine import hashing, table_of, tokenizer
-from tests.support.fake_models.hashed import greedy_text
+from orthrus_jax.tokenizer import encode
+from tests.support.engine import hashing, tokenizer
+from tests.support.paths import ROOT
 from tests.support.server import SETTINGS, running
-
-
-def expected(text: str, budget: int = 20, *, chat: bool = True) -> str:
-    """The greedy answer, in plain Python."""
-    ids = encode(tokenizer(), text, chat=chat)
-    return decode(tokenizer(), greedy_text(ids, table_of("plain"), budget))
+from tests.support.server import greedy_answer as expected
 
 
 def chunks_of(response) -> list[dict]:
@@ -137,6 +134,28 @@ def test_dialogue_that_goes_on_reads_only_what_is_new(server) -> None:
         alone = cold.chat(messages=messages).json()
     assert alone["choices"][0]["message"] == body["choices"][0]["message"]
     assert alone["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def documented_lines() -> list[str]:
+    """The curl commands of docs/serving.md."""
+    text = (ROOT / "docs" / "serving.md").read_text()
+    return [block for block in text.split("\n\n") if block.startswith("    curl ")]
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("line", documented_lines())
+def test_documented_lines_are_answered(server, line) -> None:
+    line = line.replace("localhost:8000", f"127.0.0.1:{server.port}").replace('"demo"', '"hash"')
+    line = line.replace("curl ", "curl --no-progress-meter --fail ")
+    output = subprocess.run(["bash", "-ec", line], capture_output=True, text=True, check=False)
+    assert (output.returncode, output.stderr) == (0, "")
+    assert "error" not in output.stdout
+    for part in ("[DONE]", "usage") if '"stream": true' in line else ("usage",):
+        assert part in output.stdout or "/metrics" in line
+
+
+def test_documented_lines_are_there() -> None:
+    assert len(documented_lines()) >= 5
 
 
 def test_answer_may_fill_the_context(server) -> None:

@@ -29,13 +29,28 @@ def slow(monkeypatch, seconds: float = 0.2) -> None:
     monkeypatch.setattr(queue_module, "_fetch", slowly)
 
 
-def raw(server: Running, body: bytes, length: int | None = None) -> socket.socket:
-    """A connection on which a chat's head and this much of its body were sent."""
-    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+def raw(
+    server: Running, body: bytes, length: int | None = None, buffer: int | None = None
+) -> socket.socket:
+    """A connection on which a chat's head and this much of its body were sent.
+
+    `buffer` is what the kernel takes for a client that does not read, in bytes.
+    """
+    connection = socket.socket()
+    if buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.settimeout(30)
+    connection.connect(("127.0.0.1", server.port))
     length = len(body) if length is None else length
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {length}\r\n\r\n".encode() + body)
     return connection
+
+
+def drain(connection: socket.socket) -> None:
+    """Read to the end."""
+    while connection.recv(1 << 16):
+        pass
 
 
 def test_failed_step_is_an_error_object_and_the_next_answer_is_right(server, monkeypatch) -> None:
@@ -134,12 +149,7 @@ def test_body_that_comes_a_byte_at_a_time_is_given_up() -> None:
 
 def test_client_that_reads_a_byte_at_a_time_holds_no_row(server) -> None:
     body = json.dumps(CHAT | {"max_tokens": 200, "stream": True}).encode()
-    connection = socket.socket()
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.connect(("127.0.0.1", server.port))
-    with connection:
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    with raw(server, body, buffer=4096) as connection:
         begin = time.monotonic()
         for _ in range(5):
             assert connection.recv(1)
@@ -149,6 +159,26 @@ def test_client_that_reads_a_byte_at_a_time_holds_no_row(server) -> None:
             time.sleep(0.01)
         assert server.chat().status_code == 200
     server.wait_until_idle()
+
+
+@pytest.mark.parametrize("stream", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_client_that_reads_a_byte_a_second_is_cut(stream) -> None:
+    """Its answers fill all buffers on the way; its rows and its connection are given up."""
+    body = CHAT | {"max_tokens": 200, "stream": stream, "temperature": 1, "n": 40, "logprobs": True}
+    with running(hashing(), dataclasses.replace(PLAIN, send_timeout=2.0)) as server:
+        connections = server.server.server_state.connections
+        with raw(server, json.dumps(body).encode(), buffer=4096) as connection:
+            for _ in range(3):
+                assert connection.recv(1)
+                time.sleep(1)
+            server.wait_until_idle()
+            assert server.chat().status_code == 200
+            end = time.monotonic() + 30
+            while len(connections) > 1:  # the other is the tests' own
+                assert time.monotonic() < end, "the connection is still there"
+                time.sleep(0.1)
+            with pytest.raises(ConnectionResetError):
+                drain(connection)
 
 
 def test_client_that_does_not_read_is_cut() -> None:
