@@ -135,6 +135,21 @@ def test_checkpoint_that_appears_meanwhile_is_kept(tmp_path: pathlib.Path) -> No
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_checkpoint_that_appears_before_the_exchange_is_kept(tmp_path, monkeypatch) -> None:
+    target, rename = tmp_path / "out", pathlib.Path.rename
+
+    def after_the_rival(self: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
+        target.mkdir()
+        (target / "config.json").write_text("theirs")
+        return rename(self, to)
+
+    monkeypatch.setattr(pathlib.Path, "rename", after_the_rival)
+    with pytest.raises(UserError, match=r"could not be written: .*not empty"):
+        save_checkpoint(target, CONFIG, BASE)
+    assert state(target) == {"config.json": b"theirs"}
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_tokenizer_files_are_copied_but_not_the_target_of_a_link(
     single: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
