@@ -9,7 +9,7 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from orthrus_jax.checkpoint import load_checkpoint, save_checkpoint
+from orthrus_jax.checkpoint import check_target, load_checkpoint, save_checkpoint
 from orthrus_jax.checkpoint import writer as checkpoint_lib
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import params as params_lib
@@ -135,15 +135,17 @@ def test_checkpoint_that_appears_meanwhile_is_kept(tmp_path: pathlib.Path) -> No
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_checkpoint_that_appears_before_the_exchange_is_kept(tmp_path, monkeypatch) -> None:
-    target, rename = tmp_path / "out", pathlib.Path.rename
+def test_checkpoint_that_appears_after_the_last_look_is_kept(tmp_path, monkeypatch) -> None:
+    target, looks = tmp_path / "out", []
 
-    def after_the_rival(self: pathlib.Path, to: pathlib.Path) -> pathlib.Path:
-        target.mkdir()
-        (target / "config.json").write_text("theirs")
-        return rename(self, to)
+    def look(directory: pathlib.Path, *, overwrite: bool) -> None:
+        check_target(directory, overwrite=overwrite)
+        looks.append(directory)
+        if len(looks) == 2:
+            target.mkdir()
+            (target / "config.json").write_text("theirs")
 
-    monkeypatch.setattr(pathlib.Path, "rename", after_the_rival)
+    monkeypatch.setattr("orthrus_jax.checkpoint.writer.check_target", look)
     with pytest.raises(UserError, match=r"could not be written: .*not empty"):
         save_checkpoint(target, CONFIG, BASE)
     assert state(target) == {"config.json": b"theirs"}
