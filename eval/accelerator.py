@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eval.accelerator_page import page
-from eval.arguments import positive, positive_list
+from eval.arguments import check_directory, positive, positive_list
 from eval.speed import TIMED_CYCLES, copy_bandwidth, floor_ms, standing_at
 from orthrus_jax import decoding
 from orthrus_jax.aot.text import Text
@@ -40,6 +40,7 @@ from orthrus_jax.errors import UserError, run_command
 from orthrus_jax.files import write_atomic
 from orthrus_jax.llm import LLM
 from orthrus_jax.model import Model, params
+from orthrus_jax.runtime import check_devices
 
 TINY = ModelConfig(
     vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -339,13 +340,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{flag} names {', '.join(unknown)}: expected some of "
                             f"{', '.join(known)}")  # fmt: skip
     out = pathlib.Path(args.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be a directory: {error.strerror}") from None
+    check_directory("--out", out)
     dump = pathlib.Path(tempfile.mkdtemp())
     flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*decode.*"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"  # before any device
+    try:
+        check_devices()
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, UserError):
+        dump.rmdir()
+        raise
     device = jax.devices()[0]
     about = {"device": device.device_kind, "jax": jax.__version__, "argv": list(argv or sys.argv)}
     session = Session(args, {"about": about}, begin + 60 * args.minutes)

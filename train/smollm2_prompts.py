@@ -8,14 +8,14 @@ arXiv 2406.08464). Knows no answers: train.distill has the base write those.
 import argparse
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 import orthrus_jax
 from orthrus_jax.errors import UserError, run_command
-from orthrus_jax.files import read_jsonl, write_atomic
+from orthrus_jax.files import first_line, read_jsonl, write_atomic
 from orthrus_jax.llm import LLM
 
 HELD_OUT = 473  # of GSM8K's 7,473 training questions, the last, to evaluate during training
@@ -23,6 +23,7 @@ MBPP_SPLITS = {"mbpp": (601, 974), "mbpp_held_out": (511, 600)}  # task_id: trai
 TOKENS = 160  # of a question of the model's own; a longer one is dropped
 ROUND = 32  # questions written together
 SHORTEST = 12  # characters
+NAMES = {str: "a text", int: "a whole number", list: "a list"}
 
 Prompts = list[dict[str, str]]
 
@@ -44,12 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     questions = gsm8k(args.gsm8k)
     parts = {"gsm8k": questions[:-HELD_OUT], "gsm8k_held_out": questions[-HELD_OUT:]}
     parts |= {name: mbpp(args.mbpp, *split) for name, split in MBPP_SPLITS.items()}
+    written = questions_of(orthrus_jax.load(args.model)) if args.own > 0 else iter(())
     args.out.mkdir(parents=True, exist_ok=True)
     for name, prompts in parts.items():
         write(args.out / f"{name}.jsonl", prompts)
     with tqdm(total=args.own, desc="own questions", unit="prompt") as bar:
         own = []
-        for text in questions_of(orthrus_jax.load(args.model)) if args.own > 0 else ():
+        for text in written:
             own.append({"prompt": text})
             bar.update()
             if len(own) == args.own:
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def gsm8k(path: str) -> Prompts:
     """The questions of GSM8K's training rows."""
-    prompts = [{"prompt": row["question"]} for row in _rows(path, "question")]
+    prompts = [{"prompt": row["question"]} for row in _rows(path, {"question": str})]
     if len(prompts) <= HELD_OUT:
         raise UserError(f"--gsm8k {path} has {len(prompts)} rows, expected over {HELD_OUT}")
     return prompts
@@ -67,9 +69,12 @@ def gsm8k(path: str) -> Prompts:
 
 def mbpp(path: str, first: int, last: int) -> Prompts:
     """The tasks with numbers `first` to `last`, each with its first test."""
-    rows = [row for row in _rows(path, "task_id") if first <= row["task_id"] <= last]
+    kinds = {"task_id": int, "text": str, "test_list": list}
+    rows = [row for row in _rows(path, kinds) if first <= row["task_id"] <= last]
     if not rows:
         raise UserError(f"--mbpp {path} has no task_id from {first} to {last}")
+    if untested := [row["task_id"] for row in rows if not row["test_list"]]:
+        raise UserError(f"--mbpp {path}: the task {untested[0]} has no test")
     return [{"prompt": f"{row['text']} For example:\n{row['test_list'][0]}"} for row in rows]
 
 
@@ -109,13 +114,16 @@ def write(path: pathlib.Path, prompts: Prompts) -> None:
     print(f"{path}: {len(prompts):,} prompts")
 
 
-def _rows(path: str, key: str) -> list[Any]:
+def _rows(path: str, kinds: Mapping[str, type]) -> list[Any]:
+    rows = []
     try:
-        rows = [row for _, row in read_jsonl(path)]
+        for number, row in read_jsonl(path):
+            for key, kind in kinds.items():
+                if not isinstance(row, dict) or not isinstance(row.get(key), kind):
+                    raise UserError(f'{path}:{number}: expected a "{key}", {NAMES[kind]}')
+            rows.append(row)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    if not all(isinstance(row, dict) and key in row for row in rows):
-        raise UserError(f'{path}: expected a "{key}" in every row')
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from None
     return rows
 
 

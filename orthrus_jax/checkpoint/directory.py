@@ -143,11 +143,19 @@ def check_target(directory: str | pathlib.Path, *, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing(target: pathlib.Path, *, overwrite: bool) -> Iterator[pathlib.Path]:
     """Yield a fresh directory that takes the place of `target` if the block succeeds.
 
     What a killed process left beside the target is removed: a fresh directory is locked for as long
     as its writer lives.
+
+    Args:
+      target: without `overwrite` nothing or an empty directory, also when the block has ended: the
+        system's own renaming refuses another, so of two writers one is kept whole.
+      overwrite: take the place of whatever is there.
+
+    Raises:
+      UserError: when the system refuses, or another writer was first.
     """
     tag = uuid.uuid4().hex[:8]
     fresh, old = (target.with_name(f".{target.name}.{tag}.{kind}") for kind in ("tmp", "old"))
@@ -157,7 +165,7 @@ def replacing(target: pathlib.Path) -> Iterator[pathlib.Path]:
         fresh.mkdir(parents=True)
         lock = _lock(fresh)
         yield fresh
-        if target.exists():
+        if overwrite and target.exists():
             target.rename(old)
         fresh.rename(target)
     except BaseException as error:  # Ctrl-C too must leave nothing behind

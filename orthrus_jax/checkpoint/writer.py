@@ -98,7 +98,7 @@ def save_checkpoint(
     if list(shards) != [SINGLE]:
         texts[INDEX] = _index_of(shards, itemsize)
     bar = tqdm(total=len(leaves), desc="save", unit="tensor", disable=None if progress else True)
-    with bar, replacing(target) as folder:
+    with bar, replacing(target, overwrite=overwrite) as folder:
         for name, members in shards.items():
             _write_shard(folder / name, members, config.dtype, bar.update)
         for name, value in texts.items():

@@ -1,6 +1,7 @@
 """What an operator decides: sizes, limits, the key. Knows no HTTP."""
 
 import dataclasses
+import math
 
 from orthrus_jax.errors import UserError
 
@@ -47,7 +48,7 @@ class Settings:
             if (value := getattr(self, name)) < limit:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected at least {limit}")
         for name in ("request_timeout", "read_timeout", "send_timeout", "drain_timeout"):
-            if not (value := getattr(self, name)) > 0:
+            if not 0 < (value := getattr(self, name)) < math.inf:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected seconds above 0")
         if not self.name.strip() or ":" in self.name:
             raise UserError(f"--served-name {self.name!r}: expected a name without a colon")

@@ -56,6 +56,22 @@ def test_unknown_names_are_refused(flag: str, value: str, tmp_path: pathlib.Path
         accelerator.main(["--out", str(tmp_path), flag, value])
 
 
+def test_machine_and_place_are_checked_before_anything_is_written(tmp_path, monkeypatch) -> None:
+    def refuse() -> None:
+        raise UserError("JAX_PLATFORMS=bogus finds no device")
+
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"--out .*file/out: .*file is no directory"):
+        accelerator.main(["--out", str(tmp_path / "file" / "out"), *TINY])
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(accelerator, "check_devices", refuse)
+    with pytest.raises(UserError, match="finds no device"):
+        accelerator.main(["--out", str(tmp_path / "out"), *TINY])
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 @pytest.mark.slow
 def test_every_part_runs_with_decoding_s_packages_and_optax_alone(tmp_path: pathlib.Path) -> None:
     blocked = tmp_path / "absent"

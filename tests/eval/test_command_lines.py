@@ -145,7 +145,18 @@ AUDITS = [
         "eval.demo --model {model} --out new --draft-length 99", "draft_length=99 must be from 2 to"
     ),
 ]
-LINES = [*BENCHMARKS, *REPORT, *MEASUREMENTS, *AUDITS]
+ACCELERATOR = [
+    CommandLine("eval.accelerator", "arguments are required: --out"),
+    CommandLine("eval.accelerator --out new --sizes 9b", "--sizes names 9b: expected some of"),
+    CommandLine("eval.accelerator --out new --parts all", "--parts names all: expected some of"),
+    CommandLine("eval.accelerator --out new --batches 0", "argument --batches: '0' is not a list"),
+    CommandLine("eval.accelerator --out new --minutes 0", f"argument --minutes: '0' {COUNT}"),
+    CommandLine("eval.accelerator --out {file}/new", "--out {file}/new: {file} is no directory"),
+    CommandLine(
+        "eval.accelerator --out new", "JAX_PLATFORMS=no", environment={"JAX_PLATFORMS": "no"}
+    ),
+]
+LINES = [*BENCHMARKS, *REPORT, *MEASUREMENTS, *AUDITS, *ACCELERATOR]
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +197,10 @@ def test_table_has_no_duplicates():
 @pytest.mark.parametrize("line", LINES, ids=str)
 def test_command_line_is_refused_in_one_line(line, places, tmp_path):
     check_refused(line, tmp_path, places)
+
+
+def test_every_command_is_in_the_table():
+    folder, entry = pathlib.Path(records.__file__).parent, '\nif __name__ == "__main__":'
+    commands = {f"eval.{x.stem}" for x in folder.glob("*.py") if entry in x.read_text()}
+    served = {"eval.grading_worker"}  # started by another process, not by a person
+    assert {str(line).split()[0] for line in LINES} == commands - served

@@ -1,6 +1,7 @@
 """Command lines of train/ that are refused: one line, status 2, nothing loaded, nothing left."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -21,6 +22,7 @@ def get_config():
     return config
 """
 ROW = {"question": "What are 2 and 2?", "answer": "4"}
+ENTRY = '\nif __name__ == "__main__":'
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +172,10 @@ PRETRAIN = lines(
     ("--config.base=new --config.pretrain.learning_rate=-1", "must be above 0"),
     ("--config.base=new --config.pretrain.significant_bits=99", "must be at most 24"),
     ("--config.base=new --config.model.vocab_size=100", "vocab_size=100 must be at least 260"),
-    ("--config.base=new --config.model.num_key_value_heads=0", "must be at least 1"),
+    (
+        "--config.base=new --config.model.num_key_value_heads=0",
+        "=0: expected a whole number from 1",
+    ),
     ("--config.base=new --config.pretrain.data=none.jsonl", "none.jsonl is not there"),
     ("--config.base=new --config.pretrain.data={at}/latin.jsonl", "(3 not UTF-8)"),
     ("--config.base=new --config.pretrain.data={at}/unanswered.jsonl", "(1 no answer)"),
@@ -193,9 +198,37 @@ AOT = lines(
     ("--topology=v5e:1x1 --config.train.block_size=999", "must be below config.train.row_length"),
     ("--topology=v5e:1x1 --text=/proc/step.txt", "--text=/proc/step.txt cannot be written"),
 )
-TABLE = [*FILES, *FLAGS, *VALUES, *PLACES, *MACHINES, *DISTILL, *PRETRAIN, *BENCH, *AOT]
+HEAD = lines(
+    "head",
+    ("", "run holds no finished training: run train.main first"),
+    ("--config.head.steps=0", "config.head.steps=0 trains no head: give more"),
+    ("--config.head.rank=0", "config.head.rank=0 must be at least 1"),
+    ("--config.head.kind=pair", "config.head.kind='pair' is not one of table, map"),
+    ("--config.head.learning_rate=nan", "config.head.learning_rate=nan must be above 0"),
+    ("--overwrite", "Unknown command line flag 'overwrite'"),
+)
+SMOLLM2 = [
+    CommandLine(f"train.{command}", says)
+    for command, says in (
+        ("smollm2", "arguments are required: --to"),
+        ("smollm2 --to {at}/used", "is not empty: name another directory"),
+        ("smollm2 --to {config}", "is a file: expected a directory"),
+        ("smollm2_prompts --gsm8k none.jsonl --out new", "none.jsonl cannot be read: No such file"),
+        ("smollm2_prompts --gsm8k {at}/few.jsonl --out new", "has 1 rows, expected over 473"),
+        ("smollm2_prompts --gsm8k {at}/latin.jsonl --out new", "latin.jsonl:1 is not JSON"),
+        ("smollm2_prompts --own many", "argument --own: invalid int value: 'many'"),
+    )
+]
+TABLE = [*FILES, *FLAGS, *VALUES, *PLACES, *MACHINES, *DISTILL, *PRETRAIN, *BENCH, *AOT, *HEAD]
+TABLE += SMOLLM2
 
 
 @pytest.mark.parametrize("line", TABLE, ids=str)
 def test_command_line_is_refused_in_one_line(line, places, tmp_path):
     check_refused(line, tmp_path, places)
+
+
+def test_every_command_is_in_the_table():
+    folder = pathlib.Path(pretrain.__file__).parent
+    commands = {f"train.{x.stem}" for x in folder.glob("*.py") if ENTRY in x.read_text()}
+    assert {str(line).split()[0] for line in TABLE} == commands

@@ -61,7 +61,9 @@ def test_training_rows_are_written_apart_from_held_out_ones(tmp_path) -> None:
     assert held["mbpp_held_out"][0].startswith("t511 ")
 
 
-@pytest.mark.parametrize("text", ["", '{"question": "q"}', '{"answer": 1}', "{"])
+@pytest.mark.parametrize(
+    "text", ["", '{"question": "q"}', '{"answer": 1}', "{", '{"question": 5}', "[]"]
+)
 def test_files_of_other_rows_are_refused(tmp_path, text: str) -> None:
     (tmp_path / "g.jsonl").write_text(text)
     with pytest.raises(UserError, match=r"g\.jsonl"):
@@ -69,6 +71,34 @@ def test_files_of_other_rows_are_refused(tmp_path, text: str) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"missing\.jsonl cannot be read: No such file"):
         smollm2_prompts.gsm8k(str(tmp_path / "missing.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task_id": "7"}, r'm\.jsonl:2: expected a "task_id", a whole number'),
+        ({"text": None}, r'm\.jsonl:2: expected a "text", a text'),
+        ({"test_list": "assert"}, r'm\.jsonl:2: expected a "test_list", a list'),
+        ({"test_list": []}, r"--mbpp .*m\.jsonl: the task 602 has no test"),
+    ],
+)
+def test_damaged_row_of_mbpp_is_named(tmp_path, change, message: str) -> None:
+    rows = [{"task_id": i, "text": f"t{i}", "test_list": ["assert 1"]} for i in (601, 602)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, [rows[0], rows[1] | change])))
+    with pytest.raises(UserError, match=message):
+        smollm2_prompts.mbpp(str(tmp_path / "m.jsonl"), 601, 974)
+
+
+def test_model_that_is_not_there_is_refused_before_anything_is_written(tmp_path) -> None:
+    (tmp_path / "g.jsonl").write_text('{"question": "q"}\n' * 500)
+    rows = [{"task_id": i, "text": "t", "test_list": ["assert 1"]} for i in (511, 601)]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["--gsm8k", str(tmp_path / "g.jsonl"), "--mbpp", str(tmp_path / "m.jsonl")]
+    with pytest.raises(UserError, match="absent cannot be loaded"):
+        smollm2_prompts.main(
+            [*files, "--model", str(tmp_path / "absent"), "--out", str(tmp_path / "out")]
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_configuration_takes_no_more_prompts_than_there_are() -> None:

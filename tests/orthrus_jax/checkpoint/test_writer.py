@@ -9,7 +9,7 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from orthrus_jax.checkpoint import load_checkpoint, save_checkpoint
+from orthrus_jax.checkpoint import check_target, load_checkpoint, save_checkpoint
 from orthrus_jax.checkpoint import writer as checkpoint_lib
 from orthrus_jax.errors import UserError
 from orthrus_jax.model import params as params_lib
@@ -131,6 +131,23 @@ def test_checkpoint_that_appears_meanwhile_is_kept(tmp_path: pathlib.Path) -> No
 
     with pytest.raises(UserError, match="is not empty"):
         save_checkpoint(target, CONFIG, BASE, tokenizer=Rival())
+    assert state(target) == {"config.json": b"theirs"}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_checkpoint_that_appears_after_the_last_look_is_kept(tmp_path, monkeypatch) -> None:
+    target, looks = tmp_path / "out", []
+
+    def look(directory: pathlib.Path, *, overwrite: bool) -> None:
+        check_target(directory, overwrite=overwrite)
+        looks.append(directory)
+        if len(looks) == 2:
+            target.mkdir()
+            (target / "config.json").write_text("theirs")
+
+    monkeypatch.setattr("orthrus_jax.checkpoint.writer.check_target", look)
+    with pytest.raises(UserError, match=r"could not be written: .*not empty"):
+        save_checkpoint(target, CONFIG, BASE)
     assert state(target) == {"config.json": b"theirs"}
     assert list(tmp_path.iterdir()) == [target]
 

@@ -30,6 +30,7 @@ CHAT |= {"temperature": 0, "max_tokens": 60}
         (["--mode", "ar", "--draft-length", "4"], "--draft-length 4"),
         (["--max-batch", "0"], "--max-batch 0: expected at least 1"),
         (["--request-timeout", "0"], "--request-timeout 0.0: expected seconds above 0"),
+        (["--drain-timeout", "inf"], "--drain-timeout inf: expected seconds above 0"),
         (["--served-name", "a:b"], "--served-name 'a:b'"),
         (["--port", "70000"], "--port 70000: expected 0 to 65535"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
