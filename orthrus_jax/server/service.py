@@ -110,7 +110,7 @@ class Service:
     @property
     def open_answers(self) -> int:
         """Answers that run or wait."""
-        return sum(map(len, self._calls.values()))
+        return sum(map(len, list(self._calls.values())))  # a copy: calls come and go meanwhile
 
     @property
     def load(self) -> tuple[int, int]:
