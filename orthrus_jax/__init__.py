@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from orthrus_jax.errors import interrupt_quietly
 
 if TYPE_CHECKING:
+    from orthrus_jax.attention import KVCacheConfig
     from orthrus_jax.decoding import Strategy
     from orthrus_jax.engine import Completion, SamplingParams
     from orthrus_jax.llm import LLM, Conversation, load, save_view
@@ -20,6 +21,7 @@ __version__ = "0.1.0"  # pyproject.toml reads it here
 _HOMES = {
     "Completion": "engine",
     "Conversation": "llm",
+    "KVCacheConfig": "attention",
     "LLM": "llm",
     "SamplingParams": "engine",
     "Strategy": "decoding",
@@ -30,6 +32,7 @@ __all__ = [
     "LLM",
     "Completion",
     "Conversation",
+    "KVCacheConfig",
     "SamplingParams",
     "Strategy",
     "__version__",
