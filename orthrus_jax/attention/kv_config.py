@@ -104,6 +104,11 @@ class KVCacheConfig:
         """Whether any position below `slots` reads a tile: up to S + G + W none does."""
         return slots > self.sink + self.tile + self.wait
 
+    def bytes_per_slot(self, head_dim: int) -> float:
+        """Bytes of a slot in a tile of one key head: its codes and its part of the vectors."""
+        codes = head_dim * (self.key_bits + self.value_bits) / 8
+        return codes + 2 * 3 * (head_dim + self.tile) / self.tile
+
     def check(self, config: ModelConfig) -> None:
         """Refuse a model whose heads cannot be rotated.
 
