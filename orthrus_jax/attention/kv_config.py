@@ -12,6 +12,7 @@ from orthrus_jax.errors import UserError
 
 UNQUANTISED = "bf16"  # as --kv-cache spells it: the model's own type
 BITS = (2, 4)
+LEAST_BLOCK = 16  # channels that are rotated together
 ITERATIONS = 8  # of the variance normalisation, as published
 
 
@@ -115,10 +116,10 @@ class KVCacheConfig:
         Raises:
           UserError: naming the size.
         """
-        if config.head_dim & (config.head_dim - 1):
+        if rotated_block(config.head_dim) < LEAST_BLOCK:
             raise UserError(
-                f"kv_cache={self.name}: head_dim={config.head_dim} is no power of two, which the "
-                f"Hadamard rotation needs; use {UNQUANTISED}"
+                f"kv_cache={self.name}: head_dim={config.head_dim} is no multiple of "
+                f"{LEAST_BLOCK}, which the Hadamard rotation needs; use {UNQUANTISED}"
             )
 
 
@@ -128,6 +129,11 @@ PRESETS: dict[str, KVCacheConfig] = {
     "k2v2": KVCacheConfig(2, 2),
 }
 NAMES = (UNQUANTISED, *PRESETS)  # of --kv-cache
+
+
+def rotated_block(head_dim: int) -> int:
+    """Channels that the Hadamard matrix mixes: the largest power of two that divides a head's."""
+    return head_dim & -head_dim
 
 
 def kv_cache_of(given: KVCacheConfig | str | None) -> KVCacheConfig | None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from orthrus_jax.attention.kv_config import KVCacheConfig
+from orthrus_jax.attention.kv_config import KVCacheConfig, rotated_block
 
 Array = jax.Array
 LEAST_SCALE, MOST_SCALE = np.exp(-0.3).astype(np.float32), np.exp(10.0).astype(np.float32)
@@ -44,11 +44,16 @@ class Half(struct.PyTreeNode):
 
 @functools.cache
 def hadamard(size: int) -> np.ndarray:
-    """Sylvester's matrix over sqrt(size), float32[size, size]: orthonormal and symmetric."""
+    """Sylvester's matrix over its root, float32[size, size]: orthonormal and symmetric.
+
+    Of a size that is no power of two, as many blocks as needed of the largest one that divides it:
+    head sizes that the paper does not have.
+    """
+    block = rotated_block(size)
     matrix = np.ones((1, 1))
-    while len(matrix) < size:
+    while len(matrix) < block:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(size)).astype(np.float32)
+    return np.kron(np.eye(size // block), matrix / np.sqrt(block)).astype(np.float32)
 
 
 def rotate(x: Array) -> Array:
@@ -155,7 +160,7 @@ def _imbalance(rows: Array, columns: Array) -> Array:
 def _moments(x: Array, axis: int) -> tuple[Array, Array]:
     """Mean and standard deviation (n - 1; bounded) along an axis, which stays with size 1."""
     n = x.shape[axis]
-    mean = _sum(x, axis) * np.float32(1 / n)
+    mean = _single(_sum(x, axis) * np.float32(1 / n))
     squares = _single((x - mean) * (x - mean))
     sd = jnp.sqrt(_sum(squares, axis) * np.float32(1 / (n - 1)))
     return mean, jnp.clip(sd, LEAST_SD, MOST_SD)
@@ -172,7 +177,7 @@ def _root_mean_square(x: Array) -> Array:
 
 def _rotated(x: Array, config: KVCacheConfig) -> Array:
     """`rotate` by butterflies: sums and differences in a fixed order, whatever the program."""
-    x, size = x.astype(jnp.float32), x.shape[-1]
+    x, size = x.astype(jnp.float32), rotated_block(x.shape[-1])
     if not config.rotate:
         return x
     half = 1
@@ -184,11 +189,11 @@ def _rotated(x: Array, config: KVCacheConfig) -> Array:
 
 
 def _sum(x: Array, axis: int) -> Array:
-    """The sum along an axis whose size is a power of two, half added to half: a fixed order."""
-    while x.shape[axis] > 1:
+    """The sum along an axis: half added to half, an odd rest in turn; in a fixed order."""
+    while x.shape[axis] % 2 == 0:
         low, high = jnp.split(x, 2, axis=axis)
         x = low + high
-    return x
+    return functools.reduce(jnp.add, jnp.split(x, x.shape[axis], axis=axis))
 
 
 def _single(x: Array) -> Array:

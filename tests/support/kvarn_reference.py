@@ -18,18 +18,21 @@ def to_22_bits(x):
 
 
 def sum_of(values, axis):
-    """Sums along an axis whose size is a power of two, half added to half."""
+    """Sums along an axis, half added to half while it can be halved, then in turn."""
     values = np.moveaxis(np.asarray(values, F), axis, 0)
-    while len(values) > 1:
+    while len(values) % 2 == 0:
         half = len(values) // 2
         values = values[:half] + values[half:]
-    return values[0]
+    total = values[0]
+    for value in values[1:]:
+        total = total + value
+    return total
 
 
 def deviations_along(x, axis):
     """Standard deviation and mean along an axis."""
     n = x.shape[axis]
-    mean = sum_of(x, axis) * F(1 / n)
+    mean = to_22_bits(sum_of(x, axis) * F(1 / n))
     off = x - np.expand_dims(mean, axis)
     variance = sum_of(to_22_bits(off * off), axis) * F(1 / (n - 1))
     return np.clip(np.sqrt(variance), F(1e-3), F(1e3)), mean
@@ -74,13 +77,14 @@ def size_of(x):
 def rotated(x):
     """x [T, D] @ H by butterflies."""
     x, size, half = x.astype(F), x.shape[-1], 1
-    while half < size:
+    block = 128 if size == 128 else {16: 16, 48: 16}[size]
+    while half < block:
         out = np.empty_like(x)
         for i in range(0, size, 2 * half):
             low, high = x[:, i : i + half], x[:, i + half : i + 2 * half]
             out[:, i : i + half], out[:, i + half : i + 2 * half] = low + high, low - high
         x, half = out, 2 * half
-    return to_22_bits(x * F(size**-0.5))
+    return to_22_bits(x * F(block**-0.5))
 
 
 def encode_rows(x, bits, *, clip=False, iterations=8):

@@ -41,7 +41,7 @@ def same(ours: list[np.ndarray], theirs: list[np.ndarray]) -> None:
 
 @pytest.mark.parametrize("kind", ENCODERS)
 @pytest.mark.parametrize(("bits", "clip"), [(2, False), (2, True), (4, False)])
-@pytest.mark.parametrize(("tokens", "size"), [(128, 128), (8, 16)])
+@pytest.mark.parametrize(("tokens", "size"), [(128, 128), (8, 48)])
 def test_encoder_gives_the_bytes_of_the_reference(kind, bits, clip, tokens, size) -> None:
     config = KVCacheConfig(bits, bits, clip, tile=tokens)
     x = tiles_of(3, tokens=tokens, size=size)
@@ -72,7 +72,7 @@ def test_a_tile_has_the_same_bytes_in_every_program(kind, bits, dtype) -> None:
 
 
 def test_hadamard_matrix_is_its_own_inverse() -> None:
-    for size in (16, 64, 128, 256):
+    for size in (16, 48, 128):
         matrix = kvarn.hadamard(size).astype(np.float64)
         np.testing.assert_allclose(matrix @ matrix, np.eye(size), atol=1e-6)
         np.testing.assert_array_equal(matrix, matrix.T)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import orthrus_jax
 from orthrus_jax import decoding
 from orthrus_jax.attention import KVCache, KVCacheConfig, QuantisedCache
 from orthrus_jax.decoding import Sampler, Strategy
@@ -115,3 +116,18 @@ def test_context_below_sink_and_tail_is_decoded_by_the_usual_program() -> None:
     model = Model(tiny_config(), kv_cache=KVCacheConfig())
     assert isinstance(model.init_cache(2, 384), KVCache)
     assert isinstance(model.init_cache(2, 448), QuantisedCache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["k4v4", "k2v2"])
+def test_contexts_over_1000_of_a_trained_base_are_ars(kind: str, tiny_base) -> None:
+    """Tiles of 128, as released: the demo's base reads 900 tokens and writes 200 more."""
+    model = orthrus_jax.load(tiny_base, dtype="float32", kv_cache=kind)
+    text = "Tom has 12 apples. He buys 30 more and gives 7 to Mia. How many has he? " * 60
+    prompt = model.tokenizer(text)["input_ids"][:900]
+    options = {"max_new_tokens": 200, "min_new_tokens": 200}
+    (ar,) = model.complete([prompt], strategy="ar", **options)
+    for strategy in ("orthrus", Strategy("orthrus-2f", tree_nodes=20)):
+        (orthrus,) = model.complete([prompt], strategy=strategy, **options)
+        assert orthrus.tokens == ar.tokens
+    assert sum(orthrus.accepted) > 0
