@@ -30,6 +30,7 @@ from eval.run_directory import Answers, RunDirectory
 from eval.runner import Dialogue, Runner, checksum
 from eval.sandbox import admit
 from orthrus_jax import cli
+from orthrus_jax.attention.kv_config import UNQUANTISED
 from orthrus_jax.cli import add_cycle, add_rows, chosen_strategy, strategy_of
 from orthrus_jax.decoding import AcceptRule, Strategy
 from orthrus_jax.engine import Plan, SamplingParams
@@ -167,6 +168,7 @@ def command_parser(
     add("--thinking", action="store_true", help="let the model think first; the model cards ask "
         "for --temperature 0.6 --top-p 0.95 --top-k 20 then")  # fmt: skip
     cli.add_runtime(parser)
+    cli.add_kv_cache(parser)
     add("--out", metavar="DIR", help=f"default: {out}")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     if runs_code:
@@ -256,6 +258,8 @@ def measure(
         "data": digest(problems),
         "max_new_tokens": sampling.max_new_tokens,
     }
+    if args.kv_cache != UNQUANTISED:
+        settings["kv_cache"] = args.kv_cache
     problems = problems[: args.limit]
     run_directory.check("asked", settings)
     benchmark.ready()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from orthrus_jax.errors import interrupt_quietly
 
 if TYPE_CHECKING:
+    from orthrus_jax.attention import KVCacheConfig
     from orthrus_jax.conversation import Conversation
     from orthrus_jax.decoding import Strategy
     from orthrus_jax.engine import Auto, Completion, SamplingParams
@@ -22,6 +23,7 @@ _HOMES = {
     "Auto": "engine",
     "Completion": "engine",
     "Conversation": "conversation",
+    "KVCacheConfig": "attention",
     "LLM": "llm",
     "SamplingParams": "engine",
     "Strategy": "decoding",
@@ -33,6 +35,7 @@ __all__ = [
     "Auto",
     "Completion",
     "Conversation",
+    "KVCacheConfig",
     "SamplingParams",
     "Strategy",
     "__version__",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orthrus_jax.cli import (
+    add_kv_cache,
     add_mode,
     add_runtime,
     add_sampling,
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--thinking", action="store_true", help="let the model think first")
     add_sampling(parser)
     add_runtime(parser)
+    add_kv_cache(parser)
     return parser
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from orthrus_jax import sharding
+from orthrus_jax.attention import kv_config
 from orthrus_jax.config import DTYPES
 from orthrus_jax.decoding import CYCLES, AcceptRule, Strategy
 from orthrus_jax.decoding.strategy import LENGTH_BLOCKS, SPENT_BY
@@ -252,6 +253,17 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     add_compile_cache(parser)
 
 
+def add_kv_cache(parser: argparse.ArgumentParser) -> None:
+    """Add --kv-cache."""
+    parser.add_argument(
+        "--kv-cache",
+        choices=kv_config.NAMES,
+        default=kv_config.UNQUANTISED,
+        help="bits of the cache's keys and values; bf16 is the model's own type; the others hold "
+        "longer contexts and change texts a little; default: %(default)s",
+    )
+
+
 def add_compile_cache(parser: argparse.ArgumentParser) -> None:
     """Add --compile-cache."""
     parser.add_argument(
@@ -266,12 +278,16 @@ def add_compile_cache(parser: argparse.ArgumentParser) -> None:
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     """Set up devices and compilation cache; return view, dtype, mesh as `llm.load` takes them.
 
+    With kv_cache, where the command has --kv-cache.
+
     Raises:
       UserError: for a device or a directory that is not there.
     """
     check_devices()
     enable_compilation_cache(args.compile_cache)
-    return {"view": args.view, "dtype": args.dtype, "mesh": parse_mesh(args.mesh)}
+    options = {"view": args.view, "dtype": args.dtype, "mesh": parse_mesh(args.mesh)}
+    quantised = {"kv_cache": args.kv_cache} if "kv_cache" in args else {}
+    return options | quantised
 
 
 def parse_mesh(text: str | None) -> jax.sharding.Mesh | None:

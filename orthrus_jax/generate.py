@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 
 from orthrus_jax.cli import (
+    add_kv_cache,
     add_mode,
     add_runtime,
     add_sampling,
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--logprobs", action="store_true", help="with --json: log p of each token")
     add_runtime(parser)
+    add_kv_cache(parser)
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help="answers decoded together; default: n"
     )

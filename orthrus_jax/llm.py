@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from orthrus_jax import checkpoint as checkpoint_lib
+from orthrus_jax.attention.kv_config import KVCacheConfig, kv_cache_of
 from orthrus_jax.checkpoint import load_checkpoint, open_view
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import Strategy
@@ -54,8 +55,8 @@ class LLM:
 
     `trained` is False if the diffusion view is only a copy: exact all the same, but slow.
     `draft_length` is the default of calls that name none; None is the trained K. `mesh` has the
-    devices that the parameters lie on, if there are several. `calibration` has the measurements
-    from which `plan` chooses, and the temperature that calibrates the drafting view.
+    devices of the parameters, if there are several. `calibration` has the measurements from which
+    `plan` chooses, and the drafting view's temperature. `kv_cache` quantises the cache.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class LLM:
         draft_length: int | None = None,
         mesh: Mesh | None = None,
         calibration: Calibration | None = None,
+        kv_cache: KVCacheConfig | str | None = None,
     ) -> None:
         temperature = 1.0 if calibration is None else calibration.draft_temperature
-        self.engine = Engine(config, params, tokenizer, mesh, temperature)
+        self.engine = Engine(config, params, tokenizer, mesh, temperature, kv_cache_of(kv_cache))
         self.config, self.tokenizer, self.trained = config, tokenizer, trained
         self.draft_length, self.calibration = draft_length, calibration
 
@@ -97,7 +99,7 @@ class LLM:
     def contenders(self, batch_size: int = 1, auto: Auto | None = None) -> tuple[Contender, ...]:
         """The strategies that "auto" chooses among, the one to begin with first.
 
-        AR alone where there is no trained view.
+        AR alone where there is no trained view. Of a quantised cache only those that fit its tail.
         """
         auto, config = auto or Auto(), self.config
         if not self.trained or config.mask_token_id is None:
@@ -108,9 +110,12 @@ class LLM:
         how = lambda strategy: dataclasses.replace(
             strategy, accept=auto.accept, pairwise=auto.pairwise
         )
+        cache = self.engine.kv_cache
+        fits = lambda strategy: cache is None or strategy.reach <= cache.longest_pass
         return tuple(
             c if c.strategy.method == "ar" else dataclasses.replace(c, strategy=how(c.strategy))
             for c in expected
+            if c.strategy.method == "ar" or fits(c.strategy)
         )
 
     def plan_of(
@@ -345,6 +350,7 @@ def load(
     view: str | pathlib.Path | None = None,
     dtype: str | None = None,
     mesh: Mesh | None = None,
+    kv_cache: KVCacheConfig | str | None = None,
 ) -> LLM:
     """Load a base or an Orthrus checkpoint, from a directory or a hub id, with its tokenizer.
 
@@ -359,6 +365,7 @@ def load(
       dtype: float32, bfloat16 or float16; None keeps the checkpoint's.
       mesh: devices to decode on, from sharding.make_mesh: weights go straight to their shards, the
         rows of a batch are divided over its data axis, heads over its tensor axis.
+      kv_cache: quantises the cache: a KVCacheConfig, or "k4v4", "k4v2", "k2v2".
 
     Raises:
       UserError: naming the file that is missing or broken, or what differs between the base and
@@ -367,6 +374,7 @@ def load(
     if mesh is not None:
         check_type("mesh", mesh, Mesh, "a Mesh, from sharding.make_mesh")
     opened = None if view is None else open_view(view)
+    kv_cache = kv_cache_of(kv_cache)
     checkpoint = load_checkpoint(source, dtype=dtype, mesh=mesh, view=opened)
     tokenizer = load_tokenizer(checkpoint.directory)
     check_vocabulary(tokenizer, checkpoint.config)
@@ -381,6 +389,7 @@ def load(
         draft_length=planner.preferred_draft_length(calibration, checkpoint.config.block_size),
         mesh=mesh,
         calibration=calibration,
+        kv_cache=kv_cache,
     )
 
 

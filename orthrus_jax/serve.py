@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from orthrus_jax.cli import (
+    add_kv_cache,
     add_mode,
     add_runtime,
     add_strategy,
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     add_mode(parser)
     add_strategy(parser)
     add_runtime(parser)
+    add_kv_cache(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; default: %(default)s"
     )

@@ -23,8 +23,8 @@ from tests.support.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 COMMANDS = tuple(__main__.COMMANDS)
-PUBLIC = ["Auto", "Completion", "Conversation", "LLM", "SamplingParams", "Strategy", "__version__",
-          "load", "save_view"]  # fmt: skip
+PUBLIC = ["Auto", "Completion", "Conversation", "KVCacheConfig", "LLM", "SamplingParams",
+          "Strategy", "__version__", "load", "save_view"]  # fmt: skip
 NO_JAX = """
 import sys
 sys.modules["jax"] = None  # importing it fails

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 
 from orthrus_jax import sharding
-from orthrus_jax.aot import report
+from orthrus_jax.aot import report, room
 from orthrus_jax.aot.programs import METHODS, PROGRAMS, lower_decoding, shallow
 from orthrus_jax.aot.targets import chip_of, devices_of
-from orthrus_jax.cli import add_blocks, strategy_of
+from orthrus_jax.attention.kv_config import kv_cache_of
+from orthrus_jax.cli import add_blocks, add_kv_cache, strategy_of
 from orthrus_jax.config import PRESETS
 from orthrus_jax.errors import UserError, program_name
 
@@ -27,6 +28,7 @@ SEARCH_LIMIT = {
 }  # where --largest stops: Qwen3's own limit; enough
 MESH = {"data": 1, "fsdp": 1, "tensor": -1}  # defaults; -1 takes the remaining devices
 ROWS = (1, 8, 16, 32, 64, 128, 256)
+MEMORY = "memory"  # no program: what fits by shapes
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,14 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--program",
-        choices=PROGRAMS,
+        choices=(*PROGRAMS, MEMORY),
         required=True,
         help="forward: verifications of "
-        f"{', '.join(map(str, ROWS))} rows, their time estimated from 2 and 4 layers",
+        f"{', '.join(map(str, ROWS))} rows, their time estimated from 2 and 4 layers; "
+        f"{MEMORY}: what fits with each kind of cache, nothing compiled",
     )
     add("--batch", type=int, default=1, help="sequences decoded together; default: %(default)s")
     add("--context", type=int, default=4096, help="cache slots per row; default: %(default)s")
     add_blocks(parser, "--program")
+    add_kv_cache(parser)
     for axis, size in MESH.items():
         default = "the remaining devices" if size < 0 else size
         add(f"--{axis}", type=int, default=size, help=f"mesh axis; default: {default}")
@@ -71,11 +75,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = _parser().parse_args(argv)
-    by_depth = args.estimate_only or args.program == "forward"
+    by_depth = args.estimate_only or args.program in ("forward", MEMORY)
     for name in ("largest", "text"):
         if by_depth and (value := getattr(args, name)):
             raise UserError(f"--{name} {value} needs a whole program: not with --program forward "
-                            "or --estimate-only")  # fmt: skip
+                            f"or {MEMORY}, or --estimate-only")  # fmt: skip
     method = METHODS.get(args.program)
     strategy = strategy_of(args, method, selector="--program") if method else None
     chip = chip_of(args.topology)
@@ -85,22 +89,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     mesh = sharding.make_mesh(**{axis: getattr(args, axis) for axis in MESH}, devices=devices)
     sharding.check_divides(config, mesh)
     sizes = {"batch": args.batch, "context": args.context}
+    if args.program == MEMORY:
+        result: dict[str, Any] = {"by_cache": room.room_by_cache(config, mesh, chip, **sizes)}
+        report.finish(vars(args), result, chip, len(devices), as_json=args.json)
+        return
+    kv_cache = kv_cache_of(args.kv_cache)
+    quantised = {} if kv_cache is None else {"kv_cache": kv_cache}
 
     def lower(layers: int = config.num_hidden_layers, **options: Any) -> Any:
-        options = sizes | {"strategy": strategy} | options
+        options = sizes | {"strategy": strategy} | quantised | options
         return lower_decoding(args.program, shallow(config, layers), mesh, **options)
 
     by_layers = lambda **options: report.estimate_by_depth(
         lambda layers: lower(layers, **options), config.num_hidden_layers, chip
     )
     if args.program == "forward":
-        result: dict[str, Any] = {"rows": {rows: by_layers(rows=rows) for rows in ROWS}}
+        result = {"rows": {rows: by_layers(rows=rows) for rows in ROWS}}
     elif by_depth:
         result = by_layers()
     else:
         result = report.compile_report(lower(), chip, args.text)
     if name := args.largest:
         resized = lambda n: lower(**{name: n})
-        room = partial(report.grow, name, resized, sizes[name], SEARCH_LIMIT[name])
-        result[f"largest_{name}"] = int(result["fits"] and room(chip))
+        more = partial(report.grow, name, resized, sizes[name], SEARCH_LIMIT[name])
+        result[f"largest_{name}"] = int(result["fits"] and more(chip))
     report.finish(vars(args), result, chip, len(devices), as_json=args.json)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from orthrus_jax import decoding, sharding
+from orthrus_jax.attention import KVCacheConfig
 from orthrus_jax.attention.cache import KV_CHUNK
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import Strategy
@@ -71,6 +72,11 @@ def _with_sharding(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """Shapes of a tree, each with its sharding."""
+    return jax.tree.map(_with_sharding, tree, shardings)
+
+
 def weights(config: ModelConfig, mesh: Mesh) -> Any:
     """Shapes of both views' parameters in the config's dtype."""
     shape = jax.eval_shape(Model(config).init, jax.random.key(0))
@@ -93,6 +99,7 @@ def lower_decoding(
     context: int,
     strategy: Strategy | None = None,
     rows: int = 1,
+    kv_cache: KVCacheConfig | None = None,
 ) -> Program:
     """Prefill, a loop, or a loop of forwards of `rows` rows each.
 
@@ -104,15 +111,16 @@ def lower_decoding(
       context: cache slots per sequence; so many are taken as live.
       strategy: of a loop; None is the program's method alone.
       rows: of "forward", rows per sequence that the AR view verifies.
+      kv_cache: how the cache is quantised, if it is.
     """
-    model, tree = Model(config, mesh), weights(config, mesh)
+    model, tree = Model(config, mesh, kv_cache=kv_cache), weights(config, mesh)
     place = lambda x: _with_sharding(x, sharding.batch_sharding(x.shape, mesh))
     prompt = min(context, PROMPT)
     sizes = {"slots": context, "max_new_tokens": min(context, ANSWER)}
     ids, vector = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((batch, prompt), (batch,)))
     read = partial(decoding.prefill, model, **sizes)
     inputs = jax.tree.map(place, (ids, vector, vector, jax.ShapeDtypeStruct((batch, 2), jnp.int32)))
-    least = partial(_least, tree, config, batch)
+    least = partial(_least, tree, config, batch, kv_cache)
     layers, trips = config.num_hidden_layers, -(-context // KV_CHUNK)
     if program == "prefill":
         lowered = decoding.prefill.lower(model, tree, *inputs, **sizes)
@@ -153,6 +161,7 @@ def _least(
     tree: Any,
     config: ModelConfig,
     batch: int,
+    kv_cache: KVCacheConfig | None,
     forwards: Sequence[tuple[tuple[str, ...], int, int]],
 ) -> tuple[float, float]:
     """Bytes that forwards of (views, rows per sequence, live slots) read, FLOP of their products.
@@ -164,7 +173,10 @@ def _least(
     head = tree["embed_tokens"] if config.tie_word_embeddings else {}
     layer = tree["layers_0"]
     item = jnp.dtype(config.dtype).itemsize
-    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * item
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    slot: float = 2 * heads * config.head_dim * item
+    if kv_cache is not None:  # of the tiles; the exact slots are few
+        slot = heads * kv_cache.bytes_per_slot(config.head_dim)
     ways = local_bytes(layer["mlp"]) / sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(layer["mlp"])
     )

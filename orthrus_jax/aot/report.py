@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from orthrus_jax.aot import room
 from orthrus_jax.aot.chips import LAUNCH_US, Chip
 from orthrus_jax.aot.programs import Program, local_bytes
 from orthrus_jax.aot.text import Text, Turn
@@ -172,6 +173,8 @@ def lines_of(result: dict[str, Any], chip: Chip, devices: int) -> list[str]:
         lines.append(time_line(result))
     for rows, point in result.get("rows", {}).items():
         lines.append(f"{rows:4d} rows: {time_line(point)}")
+    if "by_cache" in result:
+        lines += room.lines_of(result["by_cache"])
     for name in result:
         if name.startswith("largest_"):
             lines.append(f"largest {name.removeprefix('largest_')} that fits: {result[name]}")

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from orthrus_jax.attention import pallas, xla
 from orthrus_jax.attention.cache import LayerCache
+from orthrus_jax.attention.quantised import QuantisedLayer
 from orthrus_jax.attention.visibility import TreeMask
 from orthrus_jax.errors import UserError
 
@@ -50,9 +51,15 @@ def implementation_of(name: str) -> Implementation:
     return IMPLEMENTATIONS[name]
 
 
+def _implementation_for(name: str, slots: LayerCache | QuantisedLayer) -> Implementation:
+    """Tiles are read by the reference; no kernel unpacks them yet."""
+    of_name = implementation_of(name)
+    return IMPLEMENTATIONS["xla"] if isinstance(slots, QuantisedLayer) else of_name
+
+
 def attend(
     q: Array,
-    slots: LayerCache,
+    slots: LayerCache | QuantisedLayer,
     start: Array | None,
     end: Array,
     kv_len: Array | None = None,
@@ -86,13 +93,13 @@ def attend(
     Raises:
       UserError: for an unknown implementation.
     """
-    function = implementation_of(implementation).attend
+    function = _implementation_for(implementation, slots).attend
     return function(q, slots, start, end, kv_len, max_kv_len, tree_mask, mesh)
 
 
 def attend_blocks(
     q: Array,
-    slots: LayerCache,
+    slots: LayerCache | QuantisedLayer,
     own_k: Array,
     own_v: Array,
     start: Array | None,
@@ -124,5 +131,5 @@ def attend_blocks(
     Raises:
       UserError: for an unknown implementation.
     """
-    function = implementation_of(implementation).attend_blocks
+    function = _implementation_for(implementation, slots).attend_blocks
     return function(q, slots, own_k, own_v, start, end, kv_len, max_kv_len, tree_mask, mesh)

@@ -1,8 +1,9 @@
 """Attention in plain JAX, the reference: attend.py has the contract of both functions.
 
-By shape, and by whether it decodes or trains, the slots are read in one of three ways. Few slots
+By shape, and by whether it decodes or trains, the slots are read in one of these ways. Few slots
 are one plain softmax, which is faster. Many slots of a cache are read in chunks (chunked.py), many
-rows over many slots without a cache in tiles (flash.py). Knows no cache layout.
+rows over many slots without a cache in tiles (flash.py), a quantised cache by mixture.py. Knows no
+cache layout.
 """
 
 import jax
@@ -11,6 +12,8 @@ from jax.sharding import Mesh
 
 from orthrus_jax.attention import cache, flash
 from orthrus_jax.attention.chunked import chunked_attention
+from orthrus_jax.attention.mixture import mixed_attention
+from orthrus_jax.attention.quantised import QuantisedLayer
 from orthrus_jax.attention.softmax import scaled_scores
 from orthrus_jax.attention.visibility import TreeMask, visible_slots
 
@@ -19,7 +22,7 @@ Array = jax.Array
 
 def attend(
     q: Array,
-    slots: cache.LayerCache,
+    slots: cache.LayerCache | QuantisedLayer,
     start: Array | None,
     end: Array,
     kv_len: Array | None,
@@ -31,9 +34,14 @@ def attend(
     queries = group_heads(q, slots.kv_heads)  # [B, G, T * H/G, D]
     repeat = q.shape[2] // slots.kv_heads
     count = _count(slots, max_kv_len)
-    prefix = _many_slots(queries, slots, count, start, end, repeat, kv_len, tree_mask, mesh)
+    prefix: tuple[Array, Array] | None
+    if isinstance(slots, QuantisedLayer):
+        prefix = mixed_attention(queries, slots, end, repeat, tree_mask, blocks=False)
+    else:
+        prefix = _many_slots(queries, slots, count, start, end, repeat, kv_len, tree_mask, mesh)
     if prefix is not None:
         return ungroup_heads(prefix[0].astype(q.dtype), q.shape)
+    assert isinstance(slots, cache.LayerCache)
     few = slots.read(0, count)
     visible = visible_slots(jnp.arange(count), start, end, repeat, tree_mask)
     scores = jnp.where(visible, few.scores(queries), -jnp.inf)
@@ -43,7 +51,7 @@ def attend(
 
 def attend_blocks(
     q: Array,
-    slots: cache.LayerCache,
+    slots: cache.LayerCache | QuantisedLayer,
     own_k: Array,
     own_v: Array,
     start: Array | None,
@@ -62,7 +70,11 @@ def attend_blocks(
     own = scaled_scores(queries.reshape(by_block), own_k.transpose(0, 3, 1, 4, 2))
     own_v = own_v.transpose(0, 3, 1, 2, 4)
     count = _count(slots, max_kv_len)
-    prefix = _many_slots(queries, slots, count, start, end, repeat, kv_len, tree_mask, mesh)
+    prefix: tuple[Array, Array] | None
+    if isinstance(slots, QuantisedLayer):
+        prefix = mixed_attention(queries, slots, end, repeat, tree_mask, blocks=True)
+    else:
+        prefix = _many_slots(queries, slots, count, start, end, repeat, kv_len, tree_mask, mesh)
     if prefix is not None:
         prefix_out, prefix_lse = (x.reshape(by_block) for x in prefix)
         own_lse = jax.nn.logsumexp(own, axis=-1, keepdims=True)
@@ -71,6 +83,7 @@ def attend_blocks(
         out = prefix_weight * prefix_out + (1 - prefix_weight) * block_out.astype(jnp.float32)
         out = out.astype(q.dtype).reshape(queries.shape)
     else:
+        assert isinstance(slots, cache.LayerCache)
         few = slots.read(0, count)
         visible = visible_slots(jnp.arange(count), start, end, repeat, tree_mask)
         scores = jnp.where(visible, few.scores(queries), -jnp.inf)
@@ -120,6 +133,6 @@ def _many_slots(
     return None
 
 
-def _count(slots: cache.LayerCache, max_kv_len: int | None) -> int:
+def _count(slots: cache.LayerCache | QuantisedLayer, max_kv_len: int | None) -> int:
     """How many slots may be seen, as far as it is known when compiling."""
     return slots.num_slots if max_kv_len is None else min(max_kv_len, slots.num_slots)

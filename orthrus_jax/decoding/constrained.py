@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from orthrus_jax.decoding.sampling import AcceptRule, Drafts
 from orthrus_jax.decoding.speculative import accept, verify, verify_drafts
-from orthrus_jax.decoding.state import DecodeState, DecodingModel, Drafter
+from orthrus_jax.decoding.state import DecodeState, DecodingModel, Drafter, settled
 
 Array = jax.Array
 MASKED_METHODS = ("ar", "orthrus")  # of Strategy, whose cycles `masked_cycle` can be
@@ -71,6 +71,7 @@ def masked_cycle(
         forbidden draft are not looked at. Each mask allows at least one token.
       rule: static; matters only with a sampler.
     """
+    state = settled(state, drafts.shape[1] + 1)
     logits, cache, _ = verify(model, params, state, Drafts(drafts))
     state = state.replace(cache=cache)
     masked = jnp.where(unpack(allowed, logits.shape[-1]), logits, -jnp.inf)

@@ -136,7 +136,7 @@ def one_forward_decode(
         pick = lambda new, old: jnp.where(usable[:, None, None], new, old)
         return state.replace(drafter=jax.tree.map(pick, new, old))
 
-    return until_done(cycle, state, max_cycles, min_active)
+    return until_done(cycle, state, max_cycles, min_active, reach=strategy.reach)
 
 
 @partial(jax.jit, static_argnames=("model", "strategy"), donate_argnames=("state",))
@@ -171,7 +171,7 @@ def two_forward_decode(
         )
         return record_cycle(state, active, kept)
 
-    return until_done(cycle, state, max_cycles, min_active)
+    return until_done(cycle, state, max_cycles, min_active, reach=strategy.reach)
 
 
 def guesses_of(state: DecodeState, logits: Array, strategy: Strategy) -> TopK:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from orthrus_jax.attention.quantised import QuantisedCache
 from orthrus_jax.decoding.sampling import Sampler
 from orthrus_jax.decoding.state import DecodeState, DecodingModel, choose, emit
 from orthrus_jax.model.segment import ar_segment
@@ -61,19 +62,14 @@ def prefill(
       lookahead: slots that a cycle writes after its anchor, static; None is a block's, K - 1.
       cache: continue with this one, of `slots` slots, donated; None is a new one.
       start: int32[B], with a cache: its live slots. The prompts are then what follows, and
-        start + P <= slots.
+        start + P <= slots. Of a quantised cache `start` must be resumable.
     """
     batch, padded = prompts.shape
     if padded > slots:
         raise ValueError(f"a prompt padded to {padded} rows does not fit {slots} cache slots")
-    last, cache = _prefill_cache(
-        model,
-        params,
-        prompts,
-        lengths,
-        model.init_cache(batch, slots) if start is None else cache,
-        start,
-    )
+    cache = model.init_cache(batch, slots) if start is None else cache
+    read = _prefill_in_passes if isinstance(cache, QuantisedCache) else _prefill_cache
+    last, cache = read(model, params, prompts, lengths, cache, start)
     total = lengths if start is None else start + lengths
     lookahead = model.config.block_size - 1 if lookahead is None else lookahead
     room = jnp.minimum(capacity(slots, lookahead) - total, max_new_tokens)
@@ -134,3 +130,39 @@ def _prefill_cache(
     last, _, cache = chunk(0, cache)
     chunks = (lengths.max() + PREFILL_CHUNK - 1) // PREFILL_CHUNK
     return jax.lax.fori_loop(1, chunks, step, (last, cache))
+
+
+def _prefill_in_passes(
+    model: DecodingModel,
+    params: Any,
+    tokens: Array,
+    lengths: Array,
+    cache: QuantisedCache,
+    start: Array | None,
+) -> tuple[Array, QuantisedCache]:
+    """`_prefill_cache` with a quantised cache: each pass as short as a verification may be.
+
+    So a prompt is read as decoding would read it, whatever pieces it comes in, and tiles are
+    encoded between passes. A sequence that has ended writes stale slots after its last one.
+    """
+    rows = min(tokens.shape[1], cache.config.longest_pass, cache.config.tile)
+    begin = jnp.zeros_like(lengths) if start is None else start
+    cache = cache.resume(begin)
+    tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % rows)))
+
+    def one_pass(i: Array | int, cache: QuantisedCache) -> tuple[Array, Array, QuantisedCache]:
+        part = jax.lax.dynamic_slice_in_dim(tokens, i * rows, rows, axis=1)
+        first = begin + jnp.minimum(i * rows, lengths)
+        (hidden,), cache = model.forward(params, [ar_segment(part, first)], cache.settle(rows))
+        index = lengths - 1 - i * rows
+        here = (index >= 0) & (index < rows)
+        last = jnp.take_along_axis(hidden, jnp.clip(index, 0, rows - 1)[:, None, None], axis=1)
+        end = begin + jnp.minimum((i + 1) * rows, lengths)
+        return last, here[:, None, None], cache.commit(end)
+
+    def step(i: Array, carry: tuple[Array, QuantisedCache]) -> tuple[Array, QuantisedCache]:
+        hidden, here, cache = one_pass(i, carry[1])
+        return jnp.where(here, hidden, carry[0]), cache
+
+    last, _, cache = one_pass(0, cache)
+    return jax.lax.fori_loop(1, -(-lengths.max() // rows), step, (last, cache))

@@ -62,7 +62,7 @@ def ar_decode(
         state = state.replace(cache=cache)
         return accept(state, accept_equal(none.tokens, choose(state, logits)), logits)[0]
 
-    return until_done(step, state, max_cycles, min_active)
+    return until_done(step, state, max_cycles, min_active, reach=1)
 
 
 @partial(jax.jit, static_argnames=("model", "drafter", "rule"), donate_argnames=("state",))
@@ -100,7 +100,7 @@ def speculative_decode(
         state, accepted = accept(state, verdict, logits)
         return state.replace(drafter=drafter.observe(params, state, taps, accepted))
 
-    return until_done(cycle, state, max_cycles, min_active)
+    return until_done(cycle, state, max_cycles, min_active, reach=drafter.lookahead + 1)
 
 
 def verify(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
+from orthrus_jax.attention.quantised import QuantisedCache
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding.sampling import (
     Drafts,
@@ -232,8 +233,14 @@ def until_done(
     state: DecodeState,
     max_cycles: Array | None,
     min_active: Array | None,
+    reach: int,
 ) -> DecodeState:
-    """Repeat `step` until at most `min_active` sequences are unfinished, or `max_cycles` times."""
+    """Repeat `step` until at most `min_active` sequences are unfinished, or `max_cycles` times.
+
+    A step writes slots of `reach` positions, the anchor's included, and reads no further. A
+    quantised cache is encoded between steps, in a loop around theirs, when one could read a tile
+    that is not there.
+    """
 
     def going(carry: tuple[DecodeState, Array]) -> Array:
         state, taken = carry
@@ -241,5 +248,20 @@ def until_done(
         return more if max_cycles is None else more & (taken < max_cycles)
 
     advance = lambda carry: (step(carry[0]), carry[1] + 1)
-    state, _ = jax.lax.while_loop(going, advance, (state, jnp.int32(0)))
+    if not isinstance(state.cache, QuantisedCache):
+        state, _ = jax.lax.while_loop(going, advance, (state, jnp.int32(0)))
+        return state
+
+    def while_ready(carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
+        ready = lambda carry: going(carry) & carry[0].cache.ready(reach)
+        return jax.lax.while_loop(ready, advance, (settled(carry[0], reach), carry[1]))
+
+    state, _ = jax.lax.while_loop(going, while_ready, (state, jnp.int32(0)))
     return state
+
+
+def settled(state: DecodeState, reach: int) -> DecodeState:
+    """The state, its cache ready for a cycle over `reach` positions, the anchor's included."""
+    if not isinstance(state.cache, QuantisedCache):
+        return state
+    return state.replace(cache=state.cache.settle(reach))

@@ -154,6 +154,11 @@ class Strategy:
         return self.tree_nodes or self.block_size - 1
 
     @property
+    def reach(self) -> int:
+        """Positions, the anchor's included, that a cycle writes at the most."""
+        return self.leading_tokens + 1 + self.drafts
+
+    @property
     def blocks(self) -> int:
         """Blocks that one forward drafts while it verifies."""
         return (self.early_blocks or 0) + self.fresh_blocks

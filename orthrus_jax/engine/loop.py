@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from orthrus_jax import decoding
+from orthrus_jax.attention import KVCacheConfig
 from orthrus_jax.config import INT32, ModelConfig
 from orthrus_jax.decoding import Filters, Sampler, Strategy, constrained
 from orthrus_jax.decoding.constrained import MASKED_METHODS
@@ -43,7 +44,7 @@ class Engine:
 
     On a `mesh` the rows of a batch are divided over `data` and `fsdp`, heads over `tensor`; the
     parameters lie there already (`sharding.tree_shardings`). `draft_temperature` is this model's,
-    for strategies that name none.
+    for strategies that name none. `kv_cache` is how the cache is quantised, if it is.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Engine:
         tokenizer: Tokenizer = None,
         mesh: Mesh | None = None,
         draft_temperature: float = 1.0,
+        kv_cache: KVCacheConfig | None = None,
     ) -> None:
         self.config, self.params, self.tokenizer = config, params, tokenizer
-        self.draft_temperature = draft_temperature
-        self.model = Model(config, mesh)
+        self.draft_temperature, self.kv_cache = draft_temperature, kv_cache
+        self.model = Model(config, mesh, kv_cache=kv_cache)
         self.programs = Programs(mesh)
         self._choosers: dict[Any, Chooser] = {}
 
@@ -72,8 +74,12 @@ class Engine:
           UserError: naming the value and its limit.
         """
         check_type("plan", plan, Plan, "a Plan")
-        for strategy in plan.strategies:
-            self.resolve(strategy)
+        for strategy in map(self.resolve, plan.strategies):
+            if self.kv_cache is not None and strategy.reach > self.kv_cache.longest_pass:
+                raise UserError(
+                    f"tree_nodes={strategy.tree_nodes}: a cycle of {strategy.reach} slots is over "
+                    f"the {self.kv_cache.longest_pass} of kv_cache={self.kv_cache.name}"
+                )
         if plan.stream and self.tokenizer is None:
             raise UserError("streaming needs a tokenizer: this model was loaded without one")
         for i, request in enumerate(requests):

@@ -13,7 +13,7 @@ import jax.experimental
 from jax.sharding import Mesh
 
 from orthrus_jax import decoding
-from orthrus_jax.attention.cache import KVCache
+from orthrus_jax.attention import KVCache, QuantisedCache
 from orthrus_jax.sharding import batch_sharding
 
 # Until jax 0.8 it lay in jax.experimental.
@@ -96,7 +96,8 @@ class Programs:
         def where(x: Any) -> Any:
             if isinstance(x, decoding.DecodeState):
                 return decoding.shardings(x, mesh)
-            return x.shardings() if isinstance(x, KVCache) else batch_sharding(x.shape, mesh)
+            return x.shardings() if isinstance(x, caches) else batch_sharding(x.shape, mesh)
 
-        whole = lambda x: isinstance(x, decoding.DecodeState | KVCache)
+        caches = (KVCache, QuantisedCache)
+        whole = lambda x: isinstance(x, (decoding.DecodeState, *caches))
         return jax.device_put(inputs, jax.tree.map(where, inputs, is_leaf=whole))

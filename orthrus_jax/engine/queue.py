@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orthrus_jax import decoding
+from orthrus_jax.attention.quantised import resumable
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.engine.auto import Chooser
 from orthrus_jax.engine.capacity import Capacity
@@ -277,6 +278,7 @@ class Queue:
         cache = session.take()
         if session.slots != slots or kept + bucket(len(prompt) - kept) > slots:
             kept = 0
+        kept = resumable(cache, 0, kept)
         return (cache, kept) if kept else (None, 0)  # freed before a new one is allocated
 
     def _seconds(self, row: Row) -> float:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orthrus_jax import decoding
+from orthrus_jax.attention.quantised import QuantisedCache, resumable
 from orthrus_jax.decoding.constrained import MASKED_METHODS, mask_words
 from orthrus_jax.engine.capacity import Capacity
 from orthrus_jax.engine.prefixes import place
@@ -165,10 +166,12 @@ class ResidentQueue(Queue):
         """
         length = len(row.request.prompt) - (row.matcher is not None)
         widest = self.capacity.widths[-1]
-        row.cached = done = self._fitting(min(kept, length - 1), length)
+        assert self._state is not None
+        kept = resumable(self._state.cache, source, min(kept, length - 1))
+        row.cached = done = self._fitting(kept, length)
         cache: Any = None
         run = self._engine.programs.run
-        if done and self._state is not None:
+        if done:
             cache = run(decoding.extract, self._state.cache, jnp.int32(source))
         read = partial(self._engine.prefill, [row.request], self._turns.plan, self.capacity)
         while length - done > widest:
@@ -180,8 +183,13 @@ class ResidentQueue(Queue):
         return run(decoding.reanchor, state, jnp.array(row.request.prompt[-1:], jnp.int32))
 
     def _fitting(self, kept: int, length: int) -> int:
-        """`kept`, or fewer where the padded rest of a prompt would run over the row's end."""
+        """`kept`, or fewer where the padded rest of a prompt would run over the row's end.
+
+        A quantised cache has no such end: its exact slots move along.
+        """
         capacity = self.capacity
+        if self._state is not None and isinstance(self._state.cache, QuantisedCache):
+            return kept
         while kept:
             width = capacity.width(min(length - kept, capacity.widths[-1]))
             if kept + width <= capacity.slots:

@@ -25,6 +25,8 @@ from orthrus_jax.attention.attend import (
     implementation_of,
 )
 from orthrus_jax.attention.cache import KVCache, LayerCache
+from orthrus_jax.attention.kv_config import KVCacheConfig
+from orthrus_jax.attention.quantised import QuantisedCache, QuantisedLayer
 from orthrus_jax.attention.rotary import rope_cos_sin
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.model import pairwise
@@ -45,6 +47,8 @@ REMAT: dict[str, Any] = {  # which results of a layer the backward pass keeps; "
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+AnyCache = KVCache | QuantisedCache
+AnyLayer = LayerCache | QuantisedLayer
 Params = dict  # a Linen parameter tree; see params.py for its frozen and diffusion parts
 
 
@@ -67,9 +71,9 @@ class Layer(nn.Module):
         rows: list[Array],
         segments: Sequence[Segment],
         rotary: list[tuple[Array, Array]],
-        kv: LayerCache | None,
+        kv: AnyLayer | None,
         cached: bool,
-    ) -> tuple[list[Array], LayerCache | None]:
+    ) -> tuple[list[Array], AnyLayer | None]:
         """Move the rows [B, T, E] of all segments through the layer; return them and the new kv."""
         normed = apply_rowwise(self.input_layernorm, rows, cached)
         attended: list[Array] = [None] * len(rows)  # type: ignore[list-item]
@@ -89,9 +93,9 @@ class Layer(nn.Module):
         x: Array,
         segment: Segment,
         rotary: tuple[Array, Array],
-        kv: LayerCache | None,
+        kv: AnyLayer | None,
         cached: bool,
-    ) -> tuple[Array, LayerCache]:
+    ) -> tuple[Array, AnyLayer]:
         q, k, v = self.self_attn.qkv(x, *rotary, cached)
         # Without a cache the segment's own rows are the slots.
         new = k.shape[1] - segment.padding
@@ -106,7 +110,7 @@ class Layer(nn.Module):
         x: Array,
         segment: Segment,
         rotary: tuple[Array, Array],
-        kv: LayerCache | None,
+        kv: AnyLayer | None,
         cached: bool,
     ) -> Array:
         assert kv is not None, "a diffusion segment needs a cache or an AR segment to read"
@@ -157,7 +161,7 @@ class DualViewTransformer(nn.Module):
             self.lm_head = linear(c, c.vocab_size)
 
     def __call__(
-        self, segments: Sequence[Segment], cache: KVCache | None, taps: tuple[int, ...] = ()
+        self, segments: Sequence[Segment], cache: AnyCache | None, taps: tuple[int, ...] = ()
     ) -> tuple[Any, ...]:
         """See `Model.forward`."""
         short = segments[0]
@@ -242,7 +246,7 @@ class DualViewTransformer(nn.Module):
         table = on(self.embed_tokens.embedding.astype(self.config.dtype), TENSOR, None)
         return on(table[tokens], BATCH)
 
-    def _rotary(self, positions: Array, cache: KVCache | None) -> tuple[Array, Array]:
+    def _rotary(self, positions: Array, cache: AnyCache | None) -> tuple[Array, Array]:
         if cache is None:
             c = self.config
             return rope_cos_sin(positions, c.head_dim, c.rope_theta, c.rope_scaling)
@@ -313,20 +317,25 @@ class Model:
       remat: how much training recomputes in its backward pass, a name in REMAT.
       attention: the implementation, a name in attention.attend.IMPLEMENTATIONS; None becomes the
         one that suits the devices.
+      kv_cache: a quantised cache; None is one in the config's dtype.
 
     Raises:
-      UserError: for an unknown attention; lists the known ones.
+      UserError: for an unknown attention, listing the known ones, or heads that a quantised cache
+        cannot hold.
     """
 
     config: ModelConfig
     mesh: Mesh | None = None
     remat: str = "none"
     attention: str | None = None
+    kv_cache: KVCacheConfig | None = None
 
     def __post_init__(self) -> None:
         if self.attention is None:
             object.__setattr__(self, "attention", default_implementation(self.mesh))
         implementation_of(self.attention or "")
+        if self.kv_cache is not None:
+            self.kv_cache.check(self.config)
 
     def init(self, key: Array) -> Params:
         """Fresh float32 parameters of both views, the diffusion view unrelated: see params.init."""
@@ -339,9 +348,17 @@ class Model:
         module = DualViewTransformer(self.config)
         return module.init(key, segments, method=DualViewTransformer.init_params)["params"]
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache for `batch` rows of `slots` positions."""
-        cache = KVCache.zeros(self.config, batch, slots, mesh=self.mesh)
+    def init_cache(self, batch: int, slots: int) -> AnyCache:
+        """An empty cache for `batch` rows of `slots` positions.
+
+        With so few that none would be read quantised it is the usual one.
+        """
+        cache: AnyCache
+        if self.kv_cache is not None and self.kv_cache.worthwhile(slots):
+            of = self.config, batch, slots, self.kv_cache
+            cache = QuantisedCache.zeros(*of, mesh=self.mesh)
+        else:
+            cache = KVCache.zeros(self.config, batch, slots, mesh=self.mesh)
         if self.mesh is None:
             return cache
         return jax.lax.with_sharding_constraint(cache, cache.shardings())
@@ -350,7 +367,7 @@ class Model:
         self,
         params: Params,
         segments: Sequence[Segment],
-        cache: KVCache | None,
+        cache: AnyCache | None,
         taps: tuple[int, ...] = (),
     ) -> Any:
         """One pass of all segments.

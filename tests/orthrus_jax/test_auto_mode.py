@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from orthrus_jax import Auto, chat, cli, generate, serve
+from orthrus_jax import Auto, KVCacheConfig, chat, cli, generate, serve
 from orthrus_jax.checkpoint import save_checkpoint
 from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import SamplingParams
@@ -107,6 +107,15 @@ def test_model_without_a_trained_view_or_a_mask_decodes_by_ar() -> None:
 def test_contenders_keep_how_drafts_are_accepted() -> None:
     drafting = [c.strategy for c in hashing().contenders(1, Auto("rejection", False))]
     assert {(s.accept, s.pairwise) for s in drafting if s.method != "ar"} == {("rejection", False)}
+
+
+def test_contenders_of_a_quantised_cache_are_those_that_fit_its_tail() -> None:
+    params, methods = random_params(tiny_config(), 0), {}
+    for lag in (0, 4):
+        model = LLM(tiny_config(), params, kv_cache=KVCacheConfig(tile=4, lag=lag))
+        methods[lag] = {c.strategy.method for c in model.contenders()}
+    assert methods[0] == {"ar"}
+    assert "orthrus" in methods[4]
 
 
 def test_command_prints_which_strategies_ran(tmp_path, capsys) -> None:

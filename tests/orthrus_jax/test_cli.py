@@ -47,3 +47,15 @@ def test_both_spellings_of_the_cache_flag_are_taken():
     cli.add_compile_cache(parser)
     for flag in ("--compile-cache", "--compile_cache"):
         assert parser.parse_args([flag, "off"]).compile_cache == "off"
+
+
+def test_kv_cache_goes_to_load_where_a_command_has_the_flag(monkeypatch):
+    monkeypatch.setattr(cli, "check_devices", lambda: None)
+    monkeypatch.setattr(cli, "enable_compilation_cache", lambda _: None)
+    parser = argparse.ArgumentParser()
+    cli.add_runtime(parser)
+    cli.add_kv_cache(parser)
+    assert cli.runtime_options(parser.parse_args([]))["kv_cache"] == "bf16"
+    assert cli.runtime_options(parser.parse_args(["--kv-cache", "k4v2"]))["kv_cache"] == "k4v2"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kv-cache", "int8"])

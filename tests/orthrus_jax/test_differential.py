@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import strategies as st
 
+from orthrus_jax.attention import KVCacheConfig
 from orthrus_jax.config import ModelConfig
 from orthrus_jax.decoding import Strategy
 from orthrus_jax.llm import LLM
@@ -37,6 +38,9 @@ SHAPES = {  # layers, heads, key heads, K, tied embeddings, the model's own end 
 
 # Sampled, the paper's cycle says AR's own text if coupled; the others do under both rules.
 STRATEGIES = [dataclasses.replace(s, accept="coupled") for s in cases_lib.STRATEGIES.values()]
+# Tiles of 8 tokens: a text crosses several borders. A pass is then of at most 9 slots.
+QUANTISED = [KVCacheConfig(4, 4, tile=8), KVCacheConfig(4, 2, tile=8), KVCacheConfig(2, 2, tile=8)]
+SHORT_PASSES = [s for s in STRATEGIES if s.tree_nodes < 8]
 
 
 class Letters:
@@ -63,8 +67,8 @@ def config_of(shape: str) -> ModelConfig:
 
 
 @functools.cache
-def generator_of(shape: str) -> LLM:
-    return LLM(config_of(shape), weights_of(shape, 0, False), Letters())
+def generator_of(shape: str, kv_cache: KVCacheConfig | None) -> LLM:
+    return LLM(config_of(shape), weights_of(shape, 0, False), Letters(), kv_cache=kv_cache)
 
 
 @functools.cache
@@ -84,7 +88,14 @@ def weights_of(shape: str, seed: int, copy: bool) -> dict:
 
 @st.composite
 def cases(
-    draw, shapes, batches, draft_lengths, leasts, strategies=STRATEGIES, copies=(False, True)
+    draw,
+    shapes,
+    batches,
+    draft_lengths,
+    leasts,
+    strategies=STRATEGIES,
+    copies=(False, True),
+    kv_caches=(None,),
 ):
     """A model, its prompts, and the options of both modes."""
     shape = draw(st.sampled_from(shapes))
@@ -118,12 +129,12 @@ def cases(
         ),
     }
     weights = draw(st.integers(0, 7)), draw(st.sampled_from(copies))
-    return shape, weights, prompts, options, how
+    return (shape, draw(st.sampled_from(kv_caches))), weights, prompts, options, how
 
 
 def assert_orthrus_is_ar(case) -> None:
-    shape, weights, prompts, options, how = case
-    generator = generator_of(shape)
+    (shape, kv_cache), weights, prompts, options, how = case
+    generator = generator_of(shape, kv_cache)
     generator.params = weights_of(shape, *weights)
     ar = generator.complete(prompts, strategy="ar", **options)
     orthrus = generator.complete(prompts, **options, **how)
@@ -236,4 +247,33 @@ def test_orthrus_is_ar_on_many_random_cases() -> None:
 
     check()
     assert len(accepted) > 600
+    assert sum(accepted) / len(accepted) > 0.2
+
+
+def test_orthrus_is_ar_on_a_few_random_cases_over_a_quantised_cache() -> None:
+    accepted.clear()
+    options = {"copies": [True], "kv_caches": QUANTISED[1:2]}
+
+    @unhurried(max_examples=30)
+    @hypothesis.given(cases(["small"], [3], [None], [False], SHORT_PASSES[::4], **options))
+    def check(case) -> None:
+        assert_orthrus_is_ar(case)
+
+    check()
+    assert max(accepted) > 1
+
+
+@pytest.mark.slow
+def test_orthrus_is_ar_on_many_random_cases_over_a_quantised_cache() -> None:
+    accepted.clear()
+
+    @unhurried(max_examples=2000)
+    @hypothesis.given(
+        cases(list(SHAPES), [1, 3], [None, 2], [False, True], SHORT_PASSES, kv_caches=QUANTISED)
+    )
+    def check(case) -> None:
+        assert_orthrus_is_ar(case)
+
+    check()
+    assert len(accepted) > 2000
     assert sum(accepted) / len(accepted) > 0.2

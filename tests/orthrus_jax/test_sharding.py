@@ -72,9 +72,9 @@ def test_tensor_axis_that_does_not_divide_the_model_is_refused():
 
 
 SERVED = {
-    "a few": ("orthrus,a tree ahead,dialogue", "one", "2 x 2 x 2"),
+    "a few": ("orthrus,a tree ahead,dialogue,quantised", "one", "2 x 2 x 2"),
     "all": (
-        "ar,orthrus,a tree ahead,coupled,rejection,dialogue",
+        "ar,orthrus,a tree ahead,coupled,rejection,dialogue,quantised",
         "one",
         "4 x 1 x 2",
         "8 x 1 x 1",

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 import orthrus_jax
-from orthrus_jax import sharding
+from orthrus_jax import KVCacheConfig, sharding
 from orthrus_jax.decoding import Strategy
 from orthrus_jax.engine import Plan, Request, SamplingParams, Session
 
@@ -26,6 +26,7 @@ WAYS = {
     "orthrus": {},
     "a tree ahead": {"strategy": Strategy("orthrus-1f", tree_nodes=6, early_blocks=2)},
     "coupled": {"temperature": 0.8, "top_k": 9, "seed": 3, "strategy": Strategy(accept="coupled")},
+    "quantised": {"strategy": Strategy("orthrus-2f", tree_nodes=6)},
     "rejection": {"temperature": 0.8, "seed": 3},
 }
 
@@ -54,7 +55,11 @@ def main(directory, ways, *meshes):
         model = orthrus_jax.load(directory, mesh=mesh)
         q = model.params["layers_0"]["self_attn"]["q_proj"]["weight"]
         pieces = {tuple(shard.data.shape) for shard in q.addressable_shards}
-        found[name] = {way: answers(model, way) for way in ways.split(",")}
+        found[name] = {}
+        for way in ways.split(","):
+            if way == "quantised":  # in tiles of 8 tokens
+                model = orthrus_jax.load(directory, mesh=mesh, kv_cache=KVCacheConfig(4, 2, tile=8))
+            found[name][way] = answers(model, way)
         found[name] |= {"pieces": sorted(pieces), "shape": q.shape}
     assert jax.device_count() == 8
     json.dump(found, sys.stdout)
