@@ -75,6 +75,7 @@ def execute(name: str, run: pathlib.Path, monkeypatch, **environment: str):
     return client.execute()
 
 
+@pytest.mark.slow
 def test_the_notebooks_train_answer_and_measure(tmp_path, monkeypatch):
     """In turn: what train.ipynb leaves is what the other two load."""
     ran = execute("train", tmp_path / "run", monkeypatch, ORTHRUS_STEPS="24")

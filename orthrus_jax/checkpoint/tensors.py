@@ -65,7 +65,8 @@ def cast_on_host(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
 def to_device(host: np.ndarray, spec: TensorSpec, mesh: Mesh | None) -> jax.Array:
     """Place a checkpoint tensor on its devices; when it returns, `host` is not needed."""
     if mesh is None:
-        return jax.block_until_ready(jax.device_put(host, may_alias=False))
+        # A copy: where the host is the device, device_put alone would go on using its array.
+        return jax.block_until_ready(jnp.copy(jax.device_put(host)))
     where = NamedSharding(mesh, sharding.param_spec(spec.path, host.shape, mesh))
     # Each host places its own parts; device_put would compare the tensor across hosts first.
     there = jax.make_array_from_callback(host.shape, where, lambda index: host[index])

@@ -176,8 +176,8 @@ def restless_of(shape: str) -> LLM:
 
 
 def assert_switching_is_ar(case, seed: int) -> None:
-    shape, weights, prompts, options, how = case
-    model, plain = restless_of(shape), generator_of(shape)
+    (shape, kv_cache), weights, prompts, options, how = case
+    model, plain = restless_of(shape), generator_of(shape, kv_cache)
     model.params = plain.params = weights_of(shape, *weights)
     choosers = restless(model.engine, seed=seed, longest=4)
     how = {name: how[name] for name in ("batch_size", "refill")}
