@@ -156,7 +156,18 @@ ACCELERATOR = [
         "eval.accelerator --out new", "JAX_PLATFORMS=no", environment={"JAX_PLATFORMS": "no"}
     ),
 ]
-LINES = [*BENCHMARKS, *REPORT, *MEASUREMENTS, *AUDITS, *ACCELERATOR]
+LOAD = "eval.load --server a=http://127.0.0.1:9"  # where nobody listens
+KV_CACHE = "eval.kv_cache --model {model} --prompts {prompts}"
+SERVING = [
+    CommandLine("eval.load --server nonsense", "--server nonsense: expected NAME=URL"),
+    CommandLine("eval.load --server a=ftp://x", "--server a=ftp://x: expected NAME=URL"),
+    CommandLine(LOAD, "--server a=http://127.0.0.1:9: no models there"),
+    CommandLine(f"{LOAD} --concurrency 0", "argument --concurrency: '0' is not a list"),
+    CommandLine(f"{LOAD} --requests 0", f"argument --requests: '0' {COUNT}"),
+    CommandLine(f"{KV_CACHE} --tokens 0", f"argument --tokens: '0' {COUNT}"),
+    CommandLine("eval.kv_cache --model {model} --prompts none", "--prompts none cannot be read"),
+]
+LINES = [*BENCHMARKS, *REPORT, *MEASUREMENTS, *AUDITS, *ACCELERATOR, *SERVING]
 
 
 @pytest.fixture(scope="module")
