@@ -8,7 +8,7 @@ arXiv 2406.08464). Knows no answers: train.distill has the base write those.
 import argparse
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -45,18 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     questions = gsm8k(args.gsm8k)
     parts = {"gsm8k": questions[:-HELD_OUT], "gsm8k_held_out": questions[-HELD_OUT:]}
     parts |= {name: mbpp(args.mbpp, *split) for name, split in MBPP_SPLITS.items()}
-    written = questions_of(orthrus_jax.load(args.model)) if args.own > 0 else iter(())
+    model = orthrus_jax.load(args.model) if args.own > 0 else None
     args.out.mkdir(parents=True, exist_ok=True)
     for name, prompts in parts.items():
         write(args.out / f"{name}.jsonl", prompts)
-    with tqdm(total=args.own, desc="own questions", unit="prompt") as bar:
-        own = []
-        for text in written:
-            own.append({"prompt": text})
-            bar.update()
-            if len(own) == args.own:
-                break
-    write(args.out / "own.jsonl", own)
+    own = [] if model is None else own_questions(model, args.own, args.out / "own.part.jsonl")
+    write(args.out / "own.jsonl", [{"prompt": text} for text in own])
+    (args.out / "own.part.jsonl").unlink(missing_ok=True)
 
 
 def gsm8k(path: str) -> Prompts:
@@ -78,26 +73,47 @@ def mbpp(path: str, first: int, last: int) -> Prompts:
     return [{"prompt": f"{row['text']} For example:\n{row['test_list'][0]}"} for row in rows]
 
 
-def questions_of(model: LLM, batch: int = ROUND) -> Iterator[str]:
-    """Yield questions that the model writes in a user's place, each once, without end.
+def own_questions(model: LLM, count: int, part: pathlib.Path) -> list[str]:
+    """Have the model write `count` questions, each once.
+
+    `part` holds those of the rounds that are over, so that a killed run goes on where it was.
+    """
+    rows = _rows(str(part), {"prompt": str, "round": int}) if part.exists() else []
+    first = rows[-1]["round"] + 1 if rows else 0
+    with tqdm(total=count, initial=len(rows), desc="own questions", unit="prompt") as bar:
+        rounds = questions_of(model, first, [row["prompt"] for row in rows])
+        while len(rows) < count:
+            number, fresh = next(rounds)
+            rows += [{"prompt": text, "round": number} for text in fresh]
+            write_atomic(part, "".join(f"{json.dumps(row)}\n" for row in rows))
+            bar.update(len(fresh))
+    return [row["prompt"] for row in rows[:count]]
+
+
+def questions_of(
+    model: LLM, first: int = 0, known: Iterable[str] = ()
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield rounds from the `first` on: its number, and the questions that the model wrote anew.
 
     Raises:
       UserError: when it writes none in 100 rounds.
     """
-    prefix, written, fruitless = opened_turn(model), set(), 0
-    for seed in range(2**32):
+    prefix, written, fruitless = opened_turn(model), set(known), 0
+    for seed in range(first, 2**32):
         answers = model.complete(
-            [prefix], strategy="ar", temperature=1.0, top_p=0.95, seed=seed, n=batch,
-            batch_size=batch, max_new_tokens=TOKENS,
+            [prefix], strategy="ar", temperature=1.0, top_p=0.95, seed=seed, n=ROUND,
+            batch_size=ROUND, max_new_tokens=TOKENS,
         )  # fmt: skip
         # A question that was cut off, or one too short to ask anything, is none.
         ended = [a.text.strip() for a in answers if len(a.tokens) < TOKENS]
-        fresh = [text for text in ended if len(text) >= SHORTEST and text not in written]
+        long = (text for text in ended if len(text) >= SHORTEST and text not in written)
+        fresh = list(dict.fromkeys(long))
         written |= set(fresh)
         fruitless = 0 if fresh else fruitless + 1
         if fruitless == 100:
             raise UserError("the model writes no questions: give --own 0")
-        yield from dict.fromkeys(fresh)
+        if fresh:
+            yield seed, fresh
 
 
 def opened_turn(model: LLM) -> list[int]:

@@ -37,10 +37,32 @@ def test_model_continues_an_opened_user_turn() -> None:
 def test_own_questions_are_ended_and_differ() -> None:
     good = ["How do I bake bread? ", "What is the capital of Peru?", "Tell me a long story."]
     rounds = [good[0], good[0], "No.", "This one was cut off and so is no question..."], good[1:]
-    texts = smollm2_prompts.questions_of(Writer(*rounds))
+    written = smollm2_prompts.questions_of(Writer(*rounds))
+    texts = (text for _, fresh in written for text in fresh)
     assert list(itertools.islice(texts, 3)) == [text.strip() for text in good]
     with pytest.raises(UserError, match="the model writes no questions: give --own 0"):
         next(texts)
+
+
+def test_killed_run_goes_on_with_the_round_that_it_was_in(tmp_path) -> None:
+    rounds = ["The first question?", "The second question?"], ["The third one?"], ["The fourth?..?"]
+    part, whole = tmp_path / "own.part.jsonl", Writer(*rounds)
+    expected = smollm2_prompts.own_questions(whole, 4, tmp_path / "other.jsonl")
+
+    killed, asked = Writer(*rounds), []
+
+    def complete(*args, seed: int, **options) -> list:
+        asked.append(seed)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole.complete(*args, seed=seed, **options)
+
+    killed.complete = complete
+    with pytest.raises(KeyboardInterrupt):
+        smollm2_prompts.own_questions(killed, 4, part)
+    assert smollm2_prompts.own_questions(killed, 4, part) == expected
+    assert asked == [0, 1, 1, 2]
+    assert len(set(expected)) == 4
 
 
 def test_training_rows_are_written_apart_from_held_out_ones(tmp_path) -> None:
